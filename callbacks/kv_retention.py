@@ -1,0 +1,97 @@
+"""Choose which KV entries cross from prefill to decode, after the last round of drops."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from callbacks.block_drop import BlockDrop, calibration_batches, drops_of
+from pdtrim_pl.module import PDTrimModule, evaluating
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.selectors import KVSelector, selection_context
+
+log = logging.getLogger(__name__)
+
+
+class KVRetention(Callback):
+    """At the start of the last round's epoch, right after its drops, sets the KV retention policy.
+
+    The epochs that are left distil the student under the policy. Stands after every BlockDrop in the list.
+
+    Args:
+        selector: which blocks of D send only the first and last prompt positions.
+        epoch: when to choose; at the last drop by default, or at the start where nothing drops.
+
+    Raises:
+        ValueError: a negative epoch.
+    """
+
+    def __init__(self, selector: KVSelector, epoch: int | None = None) -> None:
+        if epoch is not None and epoch < 0:
+            raise ValueError(f"`epoch` of the KV retention is {epoch}: epochs count from 0.")
+        self.selector = selector
+        self.epoch = epoch
+        self.done = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "KVRetention"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        if any(isinstance(callback, BlockDrop) for callback in callbacks[callbacks.index(self) :]):
+            raise MisconfigurationException("KVRetention must stand after every BlockDrop in `trainer.callbacks`.")
+        due, last = self._due(trainer), max((drop.last_round for drop in drops_of(trainer)), default=0)
+        if due < last:
+            raise MisconfigurationException(
+                f"`epoch` of the KV retention is {due}, before the last drop at epoch {last}: a policy is chosen for "
+                "the final plan. Raise it, or leave it out."
+            )
+        if stage == "fit" and trainer.max_epochs not in (None, -1) and due >= (trainer.max_epochs or 0):
+            raise MisconfigurationException(
+                f"`epoch` of the KV retention is {due}, and `trainer.max_epochs` is {trainer.max_epochs}: epochs count "
+                "from 0."
+            )
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.done or trainer.current_epoch != self._due(trainer):
+            return
+        assert isinstance(pl_module, PDTrimModule)
+        self._choose(trainer, pl_module)
+        self.done = True
+
+    def _due(self, trainer: Trainer) -> int:
+        return self.epoch if self.epoch is not None else max((drop.last_round for drop in drops_of(trainer)), default=0)
+
+    def _choose(self, trainer: Trainer, module: PDTrimModule) -> None:
+        log.info("Choosing which KV entries to send.")
+        module.apply_policy(None)
+        shape = module.student.kv_shape
+        with evaluating(module) as (student, teacher):
+            batches = calibration_batches(trainer)
+            context = selection_context(
+                student, teacher, batches, shape, module.device, self.selector.first, self.selector.last
+            )
+            rules = self.selector.select(context)
+            module.record.attention_mass = dict(context.mass)
+        policy = KVRetentionPolicy(module.plan.boundary, shape, rules)
+        module.apply_policy(policy)
+        log.info(
+            "%d of %d decode blocks send only first and last positions; 1024 prompt tokens: %.2f times fewer bytes.",
+            len(rules), len(module.plan.decode), context.sent_ratio(rules),
+        )  # fmt: skip
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done = bool(state_dict["done"])

@@ -1,0 +1,114 @@
+"""The command line: `pdtrim fit|validate|test|predict|export|generate`. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from pdtrim_pl import __version__
+
+USAGE = """\
+usage: pdtrim COMMAND [options]
+
+commands:
+  fit        drop blocks per stage between distillation epochs, choose what KV to send, export the pair
+  validate   response perplexity, KL and top-1 agreement on the validation part
+  test       the same on the test part
+  predict    generate responses for the prompts of the test part
+  export     write the prefill/decode pair of a checkpoint
+  generate   stream text from an exported pair: a prefill and a decode process
+
+`pdtrim COMMAND --help` shows a command's options. Complete configurations are in configs/.
+"""
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit status."""
+    args = list(sys.argv[1:] if args is None else args)
+    command = args[0] if args else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"pdtrim_pl {__version__}")
+        return 0
+    if command not in (*TRAINER_COMMANDS, "export", "generate"):
+        print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    _log_to_stderr()
+    try:
+        return _run(command, args)
+    except _user_errors() as error:
+        if os.environ.get("PDTRIM_DEBUG"):
+            traceback.print_exc()
+        print(f"pdtrim: error: {error}\n(PDTRIM_DEBUG=1 shows the traceback.)", file=sys.stderr)
+        return 1
+
+
+def _run(command: str, args: list[str]) -> int:
+    if command == "generate":
+        return _generate(args[1:])
+    if command == "export":
+        return _export(args[1:])
+    from pdtrim_pl.lightning_cli import run_cli
+
+    return run_cli(args)
+
+
+def _generate(args: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="pdtrim generate", description="Stream text from an exported prefill/decode pair.")
+    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
+    parser.add_argument("--prompt", type=str, required=True, help="raw text, unless --chat")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_k", type=int | None, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    options = parser.parse_args(args)
+    from pdtrim_pl.serving.generate import generate_text
+
+    generate_text(**options.as_dict(), out=sys.stdout, err=sys.stderr)
+    return 0
+
+
+def _export(args: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="pdtrim export", description="Write the prefill/decode pair of a checkpoint.")
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of a `pdtrim fit` run")
+    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --output")
+    options = parser.parse_args(args)
+    from pdtrim_pl.export.from_checkpoint import export_checkpoint
+
+    print(export_checkpoint(options.ckpt_path, options.output, dtype=options.dtype, overwrite=options.overwrite))
+    return 0
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What a user can get wrong. Lightning's own class is known only once Lightning is imported."""
+    kinds: list[type[Exception]] = [ValueError, OSError]
+    if "lightning" in sys.modules:
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+        kinds.append(MisconfigurationException)
+    return tuple(kinds)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name in ("pdtrim_pl", "callbacks"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

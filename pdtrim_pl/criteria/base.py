@@ -1,0 +1,63 @@
+"""The base of every criterion, and what a criterion may look at."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.evaluation.redundancy import block_redundancy
+from pdtrim_pl.plan import Stage, StagePlan, Target
+from pdtrim_pl.staged import StagedCausalLM
+
+Progress = Callable[[int, int], None]
+"""Called with the number of scored candidates and of all candidates."""
+
+
+@dataclass(frozen=True)
+class ScoringContext:
+    """The student as it is now, its teacher, and the calibration set."""
+
+    student: StagedCausalLM
+    teacher: StagedCausalLM
+    batches: Sequence[Batch]
+    device: torch.device | str = "cpu"
+    progress: Progress = lambda done, total: None
+
+    @cached_property
+    def redundancy(self) -> dict[Stage, dict[int, float]]:
+        """Mean cosine between block input and output, per stage, under the student's plan when first asked for."""
+        return block_redundancy(self.student, self.batches, device=self.device)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Energy of any plan: mean KL to the teacher over the calibration responses, under the contract."""
+        return Evaluator(self.student, self.teacher, self.batches, device=self.device)
+
+
+class Criterion(ABC):
+    """Scores candidate drops. A subclass names itself and writes `score`."""
+
+    name: ClassVar[str]
+    """Under this name its choices stand in the plan's history."""
+    rescores: ClassVar[bool] = False
+    """Whether scores change with every drop of a round (greedy) or hold for the whole round (one-shot)."""
+
+    @abstractmethod
+    def score(
+        self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
+    ) -> dict[int, float]:
+        """Harm of dropping each candidate from `target`, lower is less; a candidate left out is not considered.
+
+        Args:
+            context: student, teacher and calibration set.
+            plan: the plan so far; under a re-scoring criterion it changes within a round.
+            target: the stage(s) to drop from.
+            candidates: original indices of blocks that may go.
+        """

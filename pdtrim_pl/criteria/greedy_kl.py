@@ -1,0 +1,39 @@
+"""Greedy KL to the teacher under the contract, scored anew after every drop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pdtrim_pl.criteria.base import Criterion, ScoringContext
+from pdtrim_pl.criteria.cosine import CosineRedundancy
+from pdtrim_pl.plan import StagePlan, Target
+
+
+class GreedyKL(Criterion):
+    """Harm = mean KL(teacher || student) over calibration responses with the block gone and the other stage as it is.
+
+    Args:
+        pool: score only so many candidates, the most redundant by cosine; None scores all of them.
+
+    Raises:
+        ValueError: `pool` is below 1.
+    """
+
+    name = "greedy_kl"
+    rescores = True
+
+    def __init__(self, pool: int | None = None) -> None:
+        if pool is not None and pool < 1:
+            raise ValueError(f"`pool` is {pool}: give at least 1, or null to score every candidate.")
+        self.pool = pool
+
+    def score(
+        self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
+    ) -> dict[int, float]:
+        influence = CosineRedundancy().score(context, plan, target, candidates)
+        pool = sorted(candidates, key=lambda block: (influence[block], block))[: self.pool]
+        energies = {}
+        for done, block in enumerate(pool):
+            context.progress(done, len(pool))
+            energies[block] = context.evaluator.energy(plan.drop(target, block))
+        return energies

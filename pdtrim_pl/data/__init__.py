@@ -1,0 +1,21 @@
+"""From a source of text to batches of prompts and responses."""
+
+from pdtrim_pl.data.checks import check_context, check_vocabulary
+from pdtrim_pl.data.collate import Batch, Collator
+from pdtrim_pl.data.datamodule import PromptResponseDataModule
+from pdtrim_pl.data.examples import Example, TokenExamples
+from pdtrim_pl.data.settings import Lengths, Parts
+from pdtrim_pl.data.sources import TextSource
+
+__all__ = [
+    "Batch",
+    "Collator",
+    "Example",
+    "Lengths",
+    "Parts",
+    "PromptResponseDataModule",
+    "TextSource",
+    "TokenExamples",
+    "check_context",
+    "check_vocabulary",
+]

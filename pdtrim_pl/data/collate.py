@@ -1,0 +1,49 @@
+"""Examples of unequal length to one padded batch.
+
+Shapes: B batch, P longest prompt of the batch, R longest response of the batch, in tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdtrim_pl.data.examples import Example
+
+
+class Batch(NamedTuple):
+    """Prompts padded on the left, responses padded on the right, so that the two meet without a gap."""
+
+    prompt_ids: Tensor
+    """int64 [B, P]."""
+    prompt_mask: Tensor
+    """bool [B, P], true at real tokens."""
+    response_ids: Tensor
+    """int64 [B, R]."""
+    response_mask: Tensor
+    """bool [B, R], true at real tokens."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads a list of examples to a `Batch`; the `collate_fn` of every loader of the data module."""
+
+    pad_id: int
+    """The token id written at padded positions. Masks, not this id, say what is padding."""
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        prompt_ids, prompt_mask = self._pad([example.prompt for example in examples], left=True)
+        response_ids, response_mask = self._pad([example.response for example in examples], left=False)
+        return Batch(prompt_ids, prompt_mask, response_ids, response_mask)
+
+    def _pad(self, rows: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            span = slice(width - len(row), width) if left else slice(0, len(row))
+            ids[index, span] = row
+            mask[index, span] = True
+        return ids, mask

@@ -1,0 +1,190 @@
+"""The data module: a source of text to loaders of prompt and response batches."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Subset
+from torch.utils.data.distributed import DistributedSampler
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from pdtrim_pl.data.checks import check_context, check_vocabulary
+from pdtrim_pl.data.collate import Collator
+from pdtrim_pl.data.examples import Example, TokenExamples
+from pdtrim_pl.data.formatting import encode
+from pdtrim_pl.data.loader import ResumableLoader
+from pdtrim_pl.data.settings import Lengths, Parts
+from pdtrim_pl.data.sources import TextSource, load_rows
+from pdtrim_pl.pretrained import load_config, load_tokenizer, resolve_model
+
+
+def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Subset[Example]]:
+    """Drop examples that occur again and cut a seeded permutation of the rest.
+
+    Returns:
+        Disjoint parts by name: `validation`, `calibration`, `test` and `train`; one that was not asked for is empty.
+
+    Raises:
+        ValueError: There are too few examples for `parts`.
+    """
+    distinct = np.asarray(examples.distinct())
+    sizes = parts.sizes(len(distinct))
+    order = distinct[np.random.default_rng(seed).permutation(len(distinct))]
+    cuts = np.cumsum(list(sizes.values()))
+    return {name: Subset(examples, chosen.tolist()) for name, chosen in zip(sizes, np.split(order, cuts), strict=False)}
+
+
+class PromptResponseDataModule(LightningDataModule):
+    """Examples of a prompt and its response, in disjoint parts for training, validation, calibration and test.
+
+    Examples with the same tokens are kept once; a seeded permutation of the rest is cut into the parts, so they are the
+    same on every rank and in every run with the same settings.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        source: TextSource = TextSource(),
+        lengths: Lengths = Lengths(),
+        parts: Parts = Parts(),
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Store the settings; nothing is read before `prepare_data`.
+
+        Args:
+            tokenizer: Name of the model whose tokenizer is used: `smollm2-135m`, a directory or a Hub id.
+            source: Where the text comes from.
+            lengths: Lengths of prompts and examples in tokens.
+            parts: How many examples each part gets.
+            batch_size: Training examples in a batch of one device.
+            eval_batch_size: The same for all other loaders; None takes `batch_size`.
+            num_workers: Processes that load batches beside the main one.
+            seed: Seed of split points, parts and training order.
+
+        Raises:
+            ValueError: A batch size is below 1 or `num_workers` below 0.
+        """
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}`={value} must be at least {least}.")
+        self.tokenizer_name = tokenizer
+        self.source = source
+        self.lengths = lengths
+        self.parts = parts
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._parts: dict[str, Subset[Example]] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
+        return load_tokenizer(self.tokenizer_name)
+
+    @property
+    def pad_id(self) -> int:
+        """The id at padded positions: the tokenizer's pad token, else its end-of-sequence token, else 0."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        return 0
+
+    @override
+    def prepare_data(self) -> None:
+        """Convert the model and fill the cache of tokenised text, in one process of every node."""
+        self._encode()
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Build all parts, once, whatever the stage.
+
+        Raises:
+            ValueError: The source cannot be read, gives too few examples for `parts`, or does not fit the model.
+        """
+        if self._parts:
+            return
+        self._check_model()
+        self._parts = cut_parts(self._encode(), self.parts, self.seed)
+
+    def part(self, name: str) -> Subset[Example]:
+        """The examples of a part: `train`, `validation`, `calibration` or `test`.
+
+        Raises:
+            ValueError: The part has no examples.
+        """
+        assert self._parts, "setup() comes first"
+        subset = self._parts[name]
+        if len(subset) == 0:
+            raise ValueError(f"The data has no {name} part; set `parts.{name}` to a count or a share above 0.")
+        return subset
+
+    @override
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled anew every epoch, cut among the ranks; its state lets a run continue in mid-epoch."""
+        ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        part = self.part("train")
+        # Lightning leaves a DistributedSampler alone and calls its set_epoch, on one device too.
+        sampler: DistributedSampler[Example] = DistributedSampler(
+            part, **(ranks or {"num_replicas": 1, "rank": 0}), shuffle=True, seed=self.seed
+        )
+        return ResumableLoader(
+            part,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=Collator(self.pad_id),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    @override
+    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
+        """The validation part in a fixed order; an empty list if `parts.validation` is 0."""
+        return self._fixed("validation") if len(self._parts["validation"]) else []
+
+    @override
+    def test_dataloader(self) -> DataLoader[Example]:
+        """The test part in a fixed order."""
+        return self._fixed("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Example]:
+        """The test part if there is one, else the validation part, in a fixed order."""
+        return self._fixed("test" if len(self._parts["test"]) else "validation")
+
+    def calibration_dataloader(self) -> DataLoader[Example]:
+        """The whole calibration part in a fixed order, the same on every rank."""
+        return self._fixed("calibration")
+
+    def _fixed(self, name: str) -> DataLoader[Example]:
+        return DataLoader(
+            self.part(name),
+            batch_size=self.eval_batch_size,
+            collate_fn=Collator(self.pad_id),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _encode(self) -> TokenExamples:
+        return encode(load_rows(self.source), self.tokenizer, self.lengths, self.seed)
+
+    def _check_model(self) -> None:
+        """Compare with the model the tokenizer was named after; a directory of a tokenizer alone has none."""
+        directory = Path(resolve_model(self.tokenizer_name))
+        if directory.is_dir() and not (directory / "config.json").is_file():
+            return
+        config = load_config(self.tokenizer_name).get_text_config()
+        check_context(self.lengths.max_length, config.max_position_embeddings)
+        check_vocabulary(max(self.tokenizer.get_vocab().values()) + 1, config.vocab_size)

@@ -1,0 +1,59 @@
+"""All examples of a source as one flat array of token ids: compact, cheap to share with loader workers."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class Example(NamedTuple):
+    """One prompt and the response to it, as int64 token ids of shape [P] and [R], neither empty."""
+
+    prompt: Tensor
+    response: Tensor
+
+
+class TokenExamples(Dataset[Example]):
+    """Prompts and responses, by index."""
+
+    def __init__(self, ids: NDArray[np.int32], bounds: NDArray[np.int64]) -> None:
+        """Keep the arrays as they are.
+
+        Args:
+            ids: Token ids of all examples, one after the other.
+            bounds: [examples, 3]: where in `ids` a prompt starts, where its response starts, and where that ends.
+        """
+        self._ids = ids
+        self._bounds = bounds
+
+    @classmethod
+    def from_pairs(cls, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> "TokenExamples":
+        """Collect (prompt ids, response ids) pairs."""
+        chunks: list[NDArray[np.int32]] = []
+        lengths: list[tuple[int, int]] = []
+        for prompt, response in pairs:
+            chunks.append(np.asarray([*prompt, *response], dtype=np.int32))
+            lengths.append((len(prompt), len(response)))
+        ends = np.cumsum([sum(pair) for pair in lengths])
+        starts = ends - [sum(pair) for pair in lengths]
+        splits = starts + [prompt for prompt, _ in lengths]
+        return cls(np.concatenate(chunks), np.stack([starts, splits, ends], axis=1))
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __getitem__(self, index: int) -> Example:
+        start, split, end = self._bounds[index]
+        ids = torch.from_numpy(self._ids[start:end].astype(np.int64))
+        return Example(*ids.split([split - start, end - split]))
+
+    def distinct(self) -> list[int]:
+        """The index of the first of every group of examples with the same tokens, whatever their split point."""
+        seen: dict[bytes, int] = {}
+        for index, (start, _, end) in enumerate(self._bounds):
+            seen.setdefault(self._ids[start:end].tobytes(), index)
+        return list(seen.values())

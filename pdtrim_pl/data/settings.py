@@ -1,0 +1,81 @@
+"""How long an example is and how many examples each part gets: the settings of the data module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths in tokens, special tokens included."""
+
+    max_length: int = 256
+    """Prompt and response together; raw text is cut into windows of exactly this length."""
+    min_prompt: int = 32
+    """Shortest prompt drawn for raw text."""
+    max_prompt: int = 192
+    """Longest prompt; longer ones of pairs and chats keep their end."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_prompt <= self.max_prompt:
+            raise ValueError(
+                f"`lengths.min_prompt`={self.min_prompt} must be at least 1 and at most "
+                f"`lengths.max_prompt`={self.max_prompt}."
+            )
+        if self.max_prompt >= self.max_length:
+            raise ValueError(
+                f"`lengths.max_prompt`={self.max_prompt} leaves no token for the response within "
+                f"`lengths.max_length`={self.max_length}; lower the first or raise the second."
+            )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Disjoint parts of the source; training gets what the others leave.
+
+    An integer counts examples, a float in [0, 1) is a share of all examples, rounded down but to no fewer than one.
+    """
+
+    validation: int | float = 0.1
+    calibration: int | float = 0.1
+    test: int | float = 0.0
+    max_train: int | None = None
+    """At most so many training examples; None keeps all."""
+    max_validation: int | None = None
+    max_calibration: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("validation", "calibration", "test"):
+            value: int | float = self.__dict__[name]
+            if value < 0 or (isinstance(value, float) and value >= 1):
+                raise ValueError(
+                    f"`parts.{name}`={value} must be a count of examples (an integer) or a share (a float in [0, 1))."
+                )
+        for field in fields(self):
+            if field.name.startswith("max_") and (limit := self.__dict__[field.name]) is not None and limit < 1:
+                raise ValueError(f"`parts.{field.name}`={limit} must be at least 1, or null for no limit.")
+
+    def sizes(self, total: int) -> Mapping[str, int]:
+        """Cut `total` examples into parts, limits applied.
+
+        Returns:
+            The count of examples by part: `validation`, `calibration`, `test` and `train`, in the order they are cut.
+
+        Raises:
+            ValueError: There are too few examples for what is asked.
+        """
+        asked = {name: self.__dict__[name] for name in ("validation", "calibration", "test")}
+        sizes = {
+            name: max(1, int(value * total)) if isinstance(value, float) and value > 0 else int(value)
+            for name, value in asked.items()
+        }
+        for name, limit in (("validation", self.max_validation), ("calibration", self.max_calibration)):
+            sizes[name] = min(sizes[name], limit or sizes[name])
+        sizes["train"] = total - sum(sizes.values())
+        if sizes["train"] < 1:
+            wanted = ", ".join(f"`parts.{name}`={value}" for name, value in asked.items())
+            raise ValueError(
+                f"The source gives {total} distinct examples; {wanted} leave none for training. "
+                "Lower them, shorten `lengths.max_length`, or give more text."
+            )
+        sizes["train"] = min(sizes["train"], self.max_train or sizes["train"])
+        return sizes

@@ -1,0 +1,1 @@
+"""What a plan and a policy gain and what they cost."""

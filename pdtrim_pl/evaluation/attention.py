@@ -1,0 +1,126 @@
+"""Where the response looks in the prompt: how much of its attention a first-and-last rule would keep.
+
+Shapes: B batch, A attention heads, T tokens fed to decode, P prompt entries in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.policy import Retention
+from pdtrim_pl.staged import Request, Slots, StagedCausalLM
+
+
+@dataclass
+class _Tally:
+    """Sum and number of shares, one a query and head."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, weights: Tensor, valid: Tensor, kept: Tensor) -> None:
+        """Count one block's attention weights, [B, A, T, P + T].
+
+        Args:
+            weights: after the softmax.
+            valid: real queries, [B, T].
+            kept: prompt entries the rule keeps, [B, P].
+        """
+        prompt = weights[..., : kept.shape[1]].float()
+        whole, part = prompt.sum(dim=-1), (prompt * kept[:, None, None]).sum(dim=-1)
+        counted = (whole > 0) & valid[:, None]  # a sliding window may have left the prompt behind
+        self.total += float((part[counted] / whole[counted]).sum())
+        self.count += int(counted.sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean share; 1 where no query looks at the prompt, for then a rule takes nothing away."""
+        return self.total / self.count if self.count else 1.0
+
+
+def attention_mass(
+    model: StagedCausalLM,
+    batches: Iterable[Batch],
+    *,
+    first: int | float,
+    last: int | float,
+    device: torch.device | str = "cpu",
+) -> dict[int, float]:
+    """Attention paid to the first and last prompt positions, as a share of the attention paid to the whole prompt.
+
+    The mean is over the real tokens that decode is fed and over heads, under the model's own plan with everything
+    sent. Tokens that do not look at the prompt at all, because of a sliding window, are left out.
+
+    Args:
+        model: measured in eval mode with eager attention; its own mode and attention come back afterwards.
+        batches: requests with known responses.
+        first: prompt positions at the start, a count or a share as in `Retention`.
+        last: prompt positions at the end.
+        device: where the model is.
+
+    Returns:
+        Original index -> share in [0, 1], for every block of D.
+
+    Raises:
+        ValueError: decode is fed no token, or a count or share out of range.
+    """
+    rule = Retention("first_last", first, last)
+    tallies = {block: _Tally() for block in model.plan.decode}
+    tokens = 0
+    with torch.no_grad(), eval_mode(model), _eager_attention(model):
+        for raw in batches:
+            batch = Batch(*(tensor.to(device) for tensor in raw))
+            arguments = (batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask)
+            request = Request.of(*arguments, model.plan.boundary)
+            fed, valid = request.tokens["decode"], request.valid["decode"]
+            if not valid.any():
+                continue
+            tokens += int(valid.sum())
+            sent = model.prefill(request.tokens["prefill"], request.valid["prefill"]).cache
+            with ExitStack() as hooks:
+                for block, tally in tallies.items():
+                    hook = _hook(tally, valid, _kept_entries(sent.blocks[block].slots, rule))
+                    hooks.callback(_attention_of(model, block).register_forward_hook(hook).remove)
+                model.decode(fed, sent, valid, keep_cache=False)
+    if not tokens:
+        raise ValueError(
+            "Attention mass needs tokens that decode is fed, and there are none: the data part is empty, or every "
+            "response has one token, which prefill predicts. Use longer responses (`lengths` of the data)."
+        )
+    return {block: tally.mean for block, tally in tallies.items()}
+
+
+def _attention_of(model: StagedCausalLM, block: int) -> nn.Module:
+    return model.gates[block].weights("decode").get_submodule(model.architecture.attention_name)
+
+
+def _kept_entries(prompt: Slots, rule: Retention) -> Tensor:
+    """Which entries of a prompt's cache a rule keeps, [B, P]."""
+    order, kept = prompt.kept_by(rule)
+    return torch.zeros_like(prompt.valid).scatter(1, order, kept.valid)
+
+
+def _hook(tally: _Tally, valid: Tensor, kept: Tensor) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor]], None]:
+    def look(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+        tally.add(output[1], valid, kept)
+
+    return look
+
+
+@contextmanager
+def _eager_attention(model: StagedCausalLM) -> Iterator[None]:
+    """Only eager attention returns its weights."""
+    before = model.model.config._attn_implementation
+    model.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.model.set_attn_implementation(before)

@@ -1,0 +1,124 @@
+"""How close a student's response is to its teacher's: per-token comparison in chunks, and means over a data set.
+
+Shapes: B batch, R response tokens, N response tokens without padding, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import exp
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.losses import Head, chunks
+from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.staged import StagedCausalLM
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of single response tokens, fp32, [N] each."""
+
+    nll: Tensor
+    """Negative log-likelihood of the token under the student, nats."""
+    teacher_nll: Tensor
+    kl: Tensor
+    """KL(teacher || student), nats."""
+    agreement: Tensor
+    """1 where both have the same most likely token."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the response tokens of a data set."""
+
+    nll: float
+    teacher_nll: float
+    kl: float
+    agreement: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """Response perplexity of the student."""
+        return exp(self.nll)
+
+    @property
+    def teacher_perplexity(self) -> float:
+        """Response perplexity of the teacher on the same tokens."""
+        return exp(self.teacher_nll)
+
+
+@torch.no_grad()
+def score_tokens(
+    student: Tensor, teacher: Tensor, targets: Tensor, student_head: Head, teacher_head: Head, chunk_tokens: int = 128
+) -> TokenScores:
+    """Compare final hidden states of student and teacher, [N, H] each, token by token.
+
+    Args:
+        student: final hidden states that predict `targets`.
+        teacher: the teacher's.
+        targets: response token ids, [N].
+        student_head: from hidden states to logits.
+        teacher_head: from hidden states to logits.
+        chunk_tokens: tokens whose logits are alive at a time.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    for part in chunks(len(targets), chunk_tokens):
+        ours = F.log_softmax(student_head(student[part]).float(), dim=-1)
+        theirs = F.log_softmax(teacher_head(teacher[part]).float(), dim=-1)
+        nlls = (-x.gather(1, targets[part, None])[:, 0] for x in (ours, theirs))
+        kl = (theirs.exp() * (theirs - ours)).sum(dim=-1)
+        parts.append((*nlls, kl, (ours.argmax(dim=-1) == theirs.argmax(dim=-1)).float()))
+    return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def measure_quality(
+    model: StagedCausalLM, teacher: StagedCausalLM, batches: Iterable[Batch], *, plan: StagePlan | None = None,
+    policy: KVRetentionPolicy | None = None, device: torch.device | str = "cpu",
+) -> Quality:  # fmt: skip
+    """Teacher-forced quality of `model` under a plan and policy, against `teacher` under its own.
+
+    Args:
+        model: the model to judge.
+        teacher: the reference.
+        batches: requests with known responses.
+        plan: plan to run `model` under; its own plan and policy by default.
+        policy: with `plan`, the policy.
+        device: where both models are.
+
+    Raises:
+        ValueError: no response token at all.
+    """
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for raw in batches:
+        batch = Batch(*(tensor.to(device) for tensor in raw))
+        ours, theirs = final_hidden(model, batch, plan, policy), final_hidden(teacher, batch)
+        targets = batch.response_ids[batch.response_mask]
+        scores = score_tokens(ours, theirs, targets, model.logits, teacher.logits)
+        columns = (scores.nll, scores.teacher_nll, scores.kl, scores.agreement)
+        sums += torch.stack([column.double().sum() for column in columns]).cpu()
+        tokens += len(targets)
+    if not tokens:
+        raise ValueError("There is no response token to judge: the data part is empty (see `parts` of the data).")
+    nll, teacher_nll, kl, agreement = (sums / tokens).tolist()
+    return Quality(nll, teacher_nll, kl, agreement, tokens)
+
+
+def final_hidden(
+    model: StagedCausalLM, batch: Batch, plan: StagePlan | None = None, policy: KVRetentionPolicy | None = None
+) -> Tensor:
+    """Teacher-forced final hidden states of the real response tokens, [N, H]."""
+    out = model(*_arguments(batch), plan=plan, policy=policy)
+    hidden: Tensor = out.hidden[batch.response_mask]
+    return hidden
+
+
+def _arguments(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask

@@ -1,0 +1,62 @@
+"""How little each block changes the hidden state, per stage.
+
+Shapes: B batch, T tokens of a stage, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.plan import STAGES, Stage
+from pdtrim_pl.staged import Request, StagedCausalLM
+from pdtrim_pl.staged.gate import Observer
+
+
+def block_redundancy(
+    model: StagedCausalLM, batches: Iterable[Batch], *, device: torch.device | str = "cpu"
+) -> dict[Stage, dict[int, float]]:
+    """Mean cosine between a block's input and its output over the real tokens of each stage, in fp32.
+
+    Source: Block Influence of ShortGPT (arXiv 2403.03853) is one minus this value; here it is taken per stage.
+
+    Args:
+        model: measured under its own plan and policy, in eval mode.
+        batches: requests with known responses.
+        device: where the model is.
+
+    Returns:
+        Per stage, original block index -> mean cosine in [-1, 1]. Blocks that a stage does not run are absent, and
+        a stage that was fed no token (decode, where every response has one token) has no blocks at all.
+
+    Raises:
+        ValueError: no token at all.
+    """
+    sums: dict[Stage, dict[int, float]] = {stage: {} for stage in STAGES}
+    tokens: dict[Stage, int] = dict.fromkeys(STAGES, 0)
+    with torch.no_grad(), eval_mode(model):
+        for raw in batches:
+            batch = Batch(*(tensor.to(device) for tensor in raw))
+            arguments = (batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask)
+            valid = Request.of(*arguments, model.plan.boundary).valid
+            model(*arguments, observers={stage: _adding_to(sums[stage], valid[stage]) for stage in STAGES})
+            for stage in STAGES:
+                tokens[stage] += int(valid[stage].sum())
+    if not any(tokens.values()):
+        raise ValueError(
+            "There is no token to measure redundancy on: the data part is empty (see `parts` of the data)."
+        )
+    return {s: {block: total / tokens[s] for block, total in sums[s].items() if tokens[s]} for s in STAGES}
+
+
+def _adding_to(sums: dict[int, float], valid: Tensor) -> Observer:
+    def observe(block: int, before: Tensor, after: Tensor) -> None:
+        cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, T]
+        sums[block] = sums.get(block, 0.0) + float(cosine[valid].sum())
+
+    return observe

@@ -1,0 +1,147 @@
+"""Prefill and decode time per token, dense and trimmed, taken in the same run.
+
+Shapes: B batch, P prompt tokens, R new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.staged import StagedCausalLM
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Milliseconds per token position, the whole batch at once."""
+
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over the repeats of one run."""
+
+    dense: StageTimes
+    """Every block in both stages, everything sent."""
+    trimmed: StageTimes
+    """The plan and policy asked for."""
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    device: str
+
+    @property
+    def prefill_speedup(self) -> float:
+        """Dense over trimmed time of the prefill stage."""
+        return self.dense.prefill_ms / self.trimmed.prefill_ms
+
+    @property
+    def decode_speedup(self) -> float:
+        """Dense over trimmed time of the decode stage."""
+        return self.dense.decode_ms / self.trimmed.decode_ms
+
+
+def measure_timing(
+    model: StagedCausalLM,
+    *,
+    plan: StagePlan | None = None,
+    policy: KVRetentionPolicy | None = None,
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    batch_size: int = 1,
+    repeats: int = 5,
+    seed: int = 0,
+) -> Timing:
+    """Time one request of random tokens under the full plan and under a trimmed one, by turns.
+
+    Both variants are warmed up, then take turns, so that a machine that speeds up or slows down treats them alike.
+    Prefill counts the blocks and the head on the last position; decode counts one pass and one head a token. The
+    transfer between the two is not counted. A merged or untied block keeps its own weights in the dense variant.
+
+    Args:
+        model: timed in eval mode; its modes come back afterwards.
+        plan: the trimmed plan; the model's own plan and policy by default.
+        policy: with `plan`, the policy of the trimmed variant, None sending everything.
+        plan: the trimmed variant; the model's own plan and policy by default.
+        policy: with `plan`, the policy.
+        prompt_tokens: positions prefill handles.
+        new_tokens: tokens decode is fed, one by one.
+        batch_size: requests at once.
+        repeats: timed turns of each variant.
+        seed: of the random token ids.
+
+    Raises:
+        ValueError: a count below 1, or more tokens than the model's context.
+    """
+    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
+    low = {name: value for name, value in counts.items() if value < 1}
+    if low:
+        raise ValueError("; ".join(f"`{name}` is {value}: give at least 1" for name, value in low.items()) + ".")
+    config = model.model.config
+    if prompt_tokens + new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"`prompt_tokens: {prompt_tokens}` and `new_tokens: {new_tokens}` exceed the context of the model, "
+            f"{config.max_position_embeddings} tokens. Lower them."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch_size, prompt_tokens + new_tokens)
+    device = next(model.parameters()).device
+    ids = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+    request = (ids[:, :prompt_tokens], ids[:, prompt_tokens:])
+    if plan is None:
+        plan, policy = model.plan, model.policy
+    variants = ((StagePlan.full(plan.model, plan.relation, plan.boundary), None), (plan, policy))
+    turns: list[list[StageTimes]] = [[], []]
+    with torch.no_grad(), eval_mode(model):
+        for turn in range(repeats + 1):
+            for times, variant in zip(turns, variants, strict=True):
+                measured = _time_once(model, request, *variant)
+                if turn > 0:
+                    times.append(measured)
+    dense, trimmed = (_medians(times) for times in turns)
+    return Timing(dense, trimmed, prompt_tokens, new_tokens, batch_size, device.type)
+
+
+def _time_once(
+    model: StagedCausalLM, request: tuple[Tensor, Tensor], plan: StagePlan, policy: KVRetentionPolicy | None
+) -> StageTimes:
+    prompt, response = request
+    clock = _clock(prompt.device)
+    start = clock()
+    encoded = model.prefill(prompt, plan=plan)
+    model.logits(encoded.hidden[:, -1])
+    prefill = clock() - start
+    cache = encoded.cache.retained(policy)
+    start = clock()
+    for token in response.split(1, dim=1):
+        out = model.decode(token, cache, plan=plan)
+        cache = out.cache
+        model.logits(out.hidden[:, -1])
+    decode = clock() - start
+    return StageTimes(1000 * prefill / prompt.shape[1], 1000 * decode / response.shape[1])
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds now; on a GPU, once the work queued so far is done."""
+    if device.type != "cuda":
+        return perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize(device)
+        return perf_counter()
+
+    return synchronised
+
+
+def _medians(times: list[StageTimes]) -> StageTimes:
+    return StageTimes(median(t.prefill_ms for t in times), median(t.decode_ms for t in times))

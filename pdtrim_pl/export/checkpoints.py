@@ -1,0 +1,103 @@
+"""One stage of a student as an ordinary Hugging Face checkpoint: stock classes, stock names, renumbered blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pdtrim_pl.plan import Stage
+from pdtrim_pl.staged import StagedCausalLM
+
+PER_BLOCK_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Settings of a config that hold one entry a block. Named, for a list may have this length by chance."""
+
+
+def per_block_settings(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """The settings of `config` that hold one entry a block."""
+    settings = config.to_dict()
+    return {name: list(settings[name]) for name in PER_BLOCK_SETTINGS if settings.get(name) is not None}
+
+
+def resized_config(config: PreTrainedConfig, blocks: int, settings: Mapping[str, Sequence[Any]]) -> PreTrainedConfig:
+    """A copy of `config` for another number of blocks, with the per-block `settings` of those blocks."""
+    assert all(len(values) == blocks for values in settings.values())
+    resized = copy.deepcopy(config)
+    resized.num_hidden_layers = blocks
+    for name, values in settings.items():
+        setattr(resized, name, list(values))
+    return resized
+
+
+def stage_config(config: PreTrainedConfig, positions: Sequence[int]) -> PreTrainedConfig:
+    """A copy of `config` that describes only the blocks at `positions`, in that order."""
+    sliced = {name: [values[i] for i in positions] for name, values in per_block_settings(config).items()}
+    return resized_config(config, len(positions), sliced)
+
+
+def stage_tensors(staged: StagedCausalLM, stage: Stage, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of one stage under their stock names, blocks renumbered from 0.
+
+    Args:
+        staged: the student.
+        stage: where a block has weights of its own in this stage, they are taken.
+        dtype: element type of the floating tensors; None keeps each as it is.
+    """
+    blocks = [staged.gates[index].weights(stage) for index in staged.plan.blocks(stage)]
+    return stock_tensors(staged, blocks, nn.Module.state_dict, dtype)
+
+
+def stock_tensors(
+    staged: StagedCausalLM, blocks: Sequence[nn.Module], tensors_of: Callable[[nn.Module], Mapping[str, Tensor]],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Tensors of the student's model under the names they have where `blocks` are its block list, without gates."""
+    block_list = staged.architecture.blocks(staged.model)
+    prefix = next(name for name, module in staged.model.named_modules() if module is block_list) + "."
+    outer = {name: x for name, x in tensors_of(staged.model).items() if not name.startswith(prefix)}
+    inner = {f"{prefix}{i}.{name}": x for i, block in enumerate(blocks) for name, x in tensors_of(block).items()}
+    return cast({**outer, **inner}, dtype)
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The same tensors, the floating ones as `dtype`; None changes nothing."""
+    return {name: x.detach().to(dtype if x.is_floating_point() else None) for name, x in tensors.items()}
+
+
+def assembled(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """A model of the stock class that holds `tensors` themselves, not copies. Non-persistent buffers stay on meta."""
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def write_checkpoint(
+    staged: StagedCausalLM, stage: Stage, directory: Path, *, tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Write one stage of the student as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        staged: the student; it is not changed.
+        stage: which stage.
+        directory: where to; made if it is missing.
+        tokenizer: saved beside the weights.
+        dtype: element type of the floating tensors; None means the model's own.
+    """
+    dtype = dtype or staged.model.dtype
+    positions = [staged.originals.index(index) for index in staged.plan.blocks(stage)]
+    config = stage_config(staged.model.config, positions)
+    model = assembled(type(staged.model), config, stage_tensors(staged, stage, dtype))
+    model.generation_config = copy.deepcopy(staged.model.generation_config)
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)

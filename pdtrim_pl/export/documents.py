@@ -1,0 +1,38 @@
+"""What people read in an export: the report and the model card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pdtrim_pl.evaluation.summary import Summary
+from pdtrim_pl.export.card import write_card
+from pdtrim_pl.export.report import write_report
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.record import RunRecord
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.model import kv_shape_of
+
+
+def write_documents(
+    folder: Path, staged: StagedCausalLM, record: RunRecord, summary: Summary | None, *, target: Path,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Write `report.html` and `README.md` into an export that is being made.
+
+    Args:
+        folder: where to write.
+        staged: the exported student.
+        record: what its run saw.
+        summary: the measured table, if there is one.
+        target: where the export will lie.
+        dtype: element type of the exported weights and KV.
+    """
+    shape = kv_shape_of(staged.model, dtype)
+    policy = replace(staged.policy or KVRetentionPolicy(staged.plan.boundary, shape), kv=shape)
+    name = staged.plan.model.name_or_path
+    title = f"{name}, trimmed"
+    write_report(folder / "report.html", plan=staged.plan, policy=policy, record=record, summary=summary, title=title)
+    write_card(folder / "README.md", plan=staged.plan, policy=policy, summary=summary, base_model=name, export=target)

@@ -1,0 +1,39 @@
+"""The files of an export: their names, and one clear error for a damaged one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PLAN_FILE = "stage_plan.json"
+POLICY_FILE = "kv_policy.json"
+KV_ONLY_FILE = "kv_only.safetensors"
+_DAMAGE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What safetensors and transformers raise on damaged files: a wrong value in config.json surfaces as any of these."""
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: naming the file, if it is missing or damaged.
+    """
+    with blaming(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Turn what loaders raise on a damaged or foreign file into one ValueError that names the file."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error

@@ -1,0 +1,134 @@
+"""The extra file of a prefill checkpoint: key and value projections of blocks that prefill does not run.
+
+They are named by original index, for stock classes know nothing of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pdtrim_pl.export.checkpoints import cast, per_block_settings, resized_config
+from pdtrim_pl.export.files import KV_ONLY_FILE, PLAN_FILE, blaming, read_tensors
+from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.staged import Architecture, StagedCausalLM
+
+KV_ONLY_FORMAT = "pdtrim.kv_only/1"
+
+
+def kv_only_tensors(staged: StagedCausalLM, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """What the prefill stage needs of its KV-only blocks, as `blocks.<original index>.<name in the block>`."""
+    found: dict[str, Tensor] = {}
+    for index in staged.plan.kv_only:
+        block = staged.gates[index].weights("prefill")
+        for module in staged.architecture.kv_modules:
+            for name, tensor in block.get_submodule(module).state_dict().items():
+                found[f"blocks.{index}.{module}.{name}"] = tensor
+    return cast(found, dtype)
+
+
+def write_kv_only(staged: StagedCausalLM, directory: Path, dtype: torch.dtype) -> None:
+    """Write `kv_only.safetensors` into the prefill checkpoint's `directory`, if the plan has KV-only blocks."""
+    if not staged.plan.kv_only:
+        return
+    settings = per_block_settings(staged.model.config)
+    blocks = {
+        index: {name: values[staged.originals.index(index)] for name, values in settings.items()}
+        for index in staged.plan.kv_only
+    }
+    tensors = {name: x.contiguous() for name, x in kv_only_tensors(staged, dtype).items()}
+    save_file(tensors, directory / KV_ONLY_FILE, metadata={"format": KV_ONLY_FORMAT, "blocks": json.dumps(blocks)})
+
+
+def insert_kv_only(model: PreTrainedModel, plan: StagePlan, path: Path, architecture: Architecture) -> None:
+    """Put blocks that hold nothing but their key and value projections at their places among the model's blocks.
+
+    Args:
+        model: the loaded prefill checkpoint; changed in place, its config too.
+        plan: the export's plan.
+        path: the export's `kv_only.safetensors`.
+        architecture: adapter of the model's family.
+
+    Raises:
+        ValueError: naming the file, if it is missing, damaged, or not of this plan and model.
+    """
+    tensors, metadata = read_tensors(path)
+    with blaming(path):
+        config = _config_with_kv_only(model.config, plan, metadata)
+        parts = _split_by_block(tensors, plan)
+        with torch.device("meta"):
+            skeleton = type(model)(config)
+    blocks = architecture.blocks(model)
+    for position, index in enumerate(sorted({*plan.prefill, *plan.kv_only})):
+        if index in plan.kv_only:
+            block = architecture.blocks(skeleton)[position]
+            with blaming(path):
+                _keep_only(block, index, parts[index], architecture, model.dtype)
+            blocks.insert(position, block.eval())
+    _add_missing_rope(model, skeleton, config)
+    # The model's own modules hold this config object, so it is changed in place.
+    model.config.num_hidden_layers = config.num_hidden_layers
+    for name, values in per_block_settings(config).items():
+        setattr(model.config, name, values)
+
+
+def _config_with_kv_only(config: PreTrainedConfig, plan: StagePlan, metadata: Mapping[str, str]) -> PreTrainedConfig:
+    """The config of the prefill checkpoint with the KV-only blocks among its own."""
+    if metadata.get("format") != KV_ONLY_FORMAT:
+        raise ValueError(f"its `format` is {metadata.get('format')!r}, and this version reads {KV_ONLY_FORMAT!r}.")
+    own = json.loads(metadata.get("blocks", "{}"))
+    if sorted(map(int, own)) != list(plan.kv_only):
+        raise ValueError(f"it holds blocks {sorted(map(int, own))}, and {PLAN_FILE} has KV-only blocks {plan.kv_only}.")
+    settings: dict[str, list[Any]] = {}
+    for name, values in per_block_settings(config).items():
+        by_block = dict(zip(plan.prefill, values, strict=True))
+        by_block.update({index: own[str(index)][name] for index in plan.kv_only})
+        settings[name] = [by_block[index] for index in sorted(by_block)]
+    return resized_config(config, len(plan.prefill) + len(plan.kv_only), settings)
+
+
+def _split_by_block(tensors: Mapping[str, Tensor], plan: StagePlan) -> dict[int, dict[str, Tensor]]:
+    parts: dict[int, dict[str, Tensor]] = {index: {} for index in plan.kv_only}
+    for key, tensor in tensors.items():
+        _, index, name = key.split(".", 2)
+        parts[int(index)][name] = tensor
+    return parts
+
+
+def _keep_only(
+    block: nn.Module, index: int, tensors: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype
+) -> None:
+    """Give a block on the meta device `tensors`, and take every other parameter and buffer from it."""
+    needed = {
+        f"{module}.{name}": x.shape
+        for module in architecture.kv_modules
+        for name, x in block.get_submodule(module).state_dict().items()
+    }
+    found = {name: x.shape for name, x in tensors.items()}
+    if found != needed:
+        raise ValueError(f"block {index} has tensors {found}, and the model needs {needed}. Export again.")
+    for name, old in [*block.named_parameters(), *block.named_buffers()]:
+        owner, _, leaf = name.rpartition(".")
+        module, new = block.get_submodule(owner), tensors.get(name)
+        if new is not None and new.is_floating_point():
+            new = new.to(dtype)
+        if isinstance(old, nn.Parameter):
+            module.register_parameter(leaf, None if new is None else nn.Parameter(new))
+        else:
+            module.register_buffer(leaf, new)
+
+
+def _add_missing_rope(model: PreTrainedModel, skeleton: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Build the RoPE module anew where it has one table a kind of layer (Gemma 3), and KV-only blocks bring a kind."""
+    for name, module in model.base_model.named_children():
+        wanted = skeleton.base_model.get_submodule(name)
+        tables = dict(module.named_buffers(recurse=False)).keys()
+        if tables != dict(wanted.named_buffers(recurse=False)).keys():
+            setattr(model.base_model, name, type(wanted)(config))

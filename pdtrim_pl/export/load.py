@@ -1,0 +1,110 @@
+"""Load one stage of an export as the worker of that stage: its own weights, the plan and the policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pdtrim_pl.export.files import KV_ONLY_FILE, PLAN_FILE, POLICY_FILE, blaming
+from pdtrim_pl.export.kv_only import insert_kv_only
+from pdtrim_pl.export.schemas import validate_file
+from pdtrim_pl.plan import PLAN_FORMAT, STAGES, Stage, StagePlan
+from pdtrim_pl.policy import POLICY_FORMAT, KVRetentionPolicy
+from pdtrim_pl.staged import Architecture, StagedCausalLM, architecture_of
+
+
+def load_plan_and_policy(export: Path) -> tuple[StagePlan, KVRetentionPolicy]:
+    """The stage plan and the KV retention policy of an export.
+
+    Raises:
+        ValueError: naming the file that is missing, of another format, or at odds with the other one.
+    """
+    plan_file, policy_file = export / PLAN_FILE, export / POLICY_FILE
+    validate_file(plan_file, PLAN_FORMAT)
+    written = validate_file(policy_file, POLICY_FORMAT)
+    with blaming(plan_file):
+        plan = StagePlan.load(plan_file)
+    with blaming(policy_file):
+        policy = KVRetentionPolicy.load(policy_file, plan)
+        keys = ("original", "prefill", "decode")
+        expected = [[entry[key] for key in keys] for entry in policy.to_json(plan)["blocks"]]
+        if [[entry[key] for key in keys] for entry in written["blocks"]] != expected:
+            raise ValueError(f"its `blocks` are not the blocks of {PLAN_FILE} at their positions. Export again.")
+    return plan, policy
+
+
+def load_stage(
+    export: Path, stage: Stage, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    attn_implementation: Literal["sdpa", "eager"] | None = None, architecture: Architecture | None = None,
+) -> StagedCausalLM:  # fmt: skip
+    """Load one stage of an export; of the weights, only that stage's are read.
+
+    Args:
+        export: the directory that `export_pair` wrote.
+        stage: `prefill` or `decode`.
+        device: where the weights go.
+        dtype: element type of the weights; None keeps the checkpoint's.
+        attn_implementation: None takes `sdpa`, or `eager` where the model needs it.
+        architecture: adapter of the model's family, where the package has none.
+
+    Returns:
+        A staged model that holds this stage's blocks under their original indices, with plan and policy applied. Its
+        plan names no untied weights, for the checkpoint holds those of its stage.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged, or at odds with the plan.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"Unknown `stage` {stage!r}: choose one of {', '.join(STAGES)}.")
+    plan, policy = load_plan_and_policy(export)
+    directory = export / stage
+    with blaming(directory / "config.json"):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        _check_config(config, plan, stage)
+        architecture = architecture or architecture_of(config)
+    if attn_implementation is None:
+        attn_implementation = "sdpa" if architecture.supports_sdpa(config) else "eager"
+    model = _load_model(directory, dtype, attn_implementation)
+    originals = plan.blocks(stage)
+    if stage == "prefill" and plan.kv_only:
+        originals = tuple(sorted({*plan.prefill, *plan.kv_only}))
+        insert_kv_only(model, plan, directory / KV_ONLY_FILE, architecture)
+    own_plan = replace(plan, untied={})
+    return StagedCausalLM(model, own_plan, policy, originals=originals, architecture=architecture).to(device)
+
+
+def _check_config(config: PreTrainedConfig, plan: StagePlan, stage: Stage) -> None:
+    if config.model_type != plan.model.model_type:
+        raise ValueError(f"it is of type {config.model_type!r}, and {PLAN_FILE} is for {plan.model.model_type!r}.")
+    expected = len(plan.blocks(stage))
+    if config.num_hidden_layers != expected:
+        raise ValueError(
+            f"it has {config.num_hidden_layers} blocks, and {PLAN_FILE} gives the `{stage}` stage {expected}. "
+            "The files are not of one export: export again."
+        )
+
+
+def _load_model(directory: Path, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:
+    for file in sorted(directory.glob("*.safetensors")):
+        with blaming(file), safe_open(file, framework="pt"):  # opening compares the size with the header
+            pass
+    with blaming(directory):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        model, info = loaded
+        # transformers only warns of these, and makes up what is missing.
+        wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        if any(wrong.values()):
+            raise ValueError(f"its tensors are not the model's: {wrong}.")
+    assert isinstance(model, PreTrainedModel)
+    return model

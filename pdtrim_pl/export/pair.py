@@ -1,0 +1,125 @@
+"""Write the prefill/decode pair: into a temporary directory, reloaded and compared, then renamed."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pdtrim_pl.export.checkpoints import write_checkpoint
+from pdtrim_pl.export.files import PLAN_FILE, POLICY_FILE
+from pdtrim_pl.export.kv_only import write_kv_only
+from pdtrim_pl.export.verify import verify_pair
+from pdtrim_pl.plan import STAGES
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.model import kv_shape_of
+
+log = logging.getLogger(__name__)
+
+
+def export_pair(
+    staged: StagedCausalLM, target: Path, *, tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None = None, overwrite: bool = False, extras: Callable[[Path], None] | None = None,
+) -> Path:  # fmt: skip
+    """Write `prefill/`, `decode/`, `stage_plan.json` and `kv_policy.json`, all of it or nothing.
+
+    The pair appears at `target` only after it has been reloaded and has given the student's tensors and logits; on any
+    failure an earlier export stays as it was.
+
+    Args:
+        staged: the student with its plan and policy; it is not changed.
+        target: the directory to make.
+        tokenizer: saved with both checkpoints.
+        dtype: element type of the weights and of the KV on the wire; None means the student's own.
+        overwrite: replace an earlier export at `target`.
+        extras: writes further files (report, model card) into the directory it is given, before the check.
+
+    Returns:
+        The absolute path of the export.
+
+    Raises:
+        ValueError: the target is taken, the student lacks blocks of its plan, or the reloaded pair differs.
+    """
+    target = target.resolve()
+    check_target(target, overwrite)
+    dtype = dtype or staged.model.dtype
+    policy = _complete_policy(staged, dtype)
+    _check_blocks(staged)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        fresh = Path(scratch) / target.name
+        fresh.mkdir()
+        for stage in STAGES:
+            write_checkpoint(staged, stage, fresh / stage, tokenizer=tokenizer, dtype=dtype)
+        write_kv_only(staged, fresh / "prefill", dtype)
+        staged.plan.save(fresh / PLAN_FILE)
+        policy.save(fresh / POLICY_FILE, staged.plan)
+        if extras is not None:
+            extras(fresh)
+        difference = verify_pair(fresh, staged, dtype=dtype)
+        check_target(target, overwrite)  # again: writing a large model takes minutes
+        _make_readable(fresh)
+        _put_in_place(fresh, target, aside=Path(scratch) / "replaced")
+    log.info("Exported to %s; the reloaded pair's logits differ from the student's by %.2g", target, difference)
+    return target
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that is taken. Worth calling before a run that exports at its end.
+
+    Raises:
+        ValueError: it exists and `overwrite` is off, or it is not an export, which is never deleted.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"The export target {target} exists. Name another one, or set `overwrite: true` (`--overwrite`) to "
+            "replace it."
+        )
+    if not all((target / name).exists() for name in (PLAN_FILE, *STAGES)):
+        raise ValueError(
+            f"The export target {target} is not an export (it lacks {PLAN_FILE}, prefill/ or decode/), so `overwrite` "
+            "(`--overwrite`) does not delete it. Name another target, or remove it yourself."
+        )
+
+
+def _complete_policy(staged: StagedCausalLM, dtype: torch.dtype) -> KVRetentionPolicy:
+    """The student's policy with KV in `dtype`; without one, everything is sent."""
+    shape = kv_shape_of(staged.model, dtype)
+    if staged.policy is None:
+        return KVRetentionPolicy(staged.plan.boundary, shape)
+    return replace(staged.policy, kv=shape)
+
+
+def _check_blocks(staged: StagedCausalLM) -> None:
+    missing = sorted({*staged.plan.prefill, *staged.plan.decode} - set(staged.originals))
+    if missing:
+        raise ValueError(
+            f"The student holds only blocks {list(staged.originals)}, and its plan runs {missing} too. Export the "
+            "student that was trained, not one stage of an earlier export."
+        )
+
+
+def _make_readable(export: Path) -> None:
+    """Give weights the mode of the other files: safetensors lets only the owner read, and nodes may run as others."""
+    for file in export.rglob("*.safetensors"):
+        file.chmod((export / PLAN_FILE).stat().st_mode)
+
+
+def _put_in_place(fresh: Path, target: Path, aside: Path) -> None:
+    """Rename; an earlier export is moved aside first, and back again if that fails."""
+    if target.exists():
+        target.rename(aside)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise

@@ -1,0 +1,61 @@
+"""JSON Schemas (2020-12) of the files that another engine reads, and a check of such files against them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from pdtrim_pl.plan import PLAN_FORMAT, check_format, read_json
+from pdtrim_pl.policy import POLICY_FORMAT
+
+SCHEMAS: Mapping[str, str] = MappingProxyType(
+    {PLAN_FORMAT: "stage_plan.schema.json", POLICY_FORMAT: "kv_policy.schema.json"}
+)
+"""Format and version -> file of this package."""
+TITLES: Mapping[str, str] = MappingProxyType({PLAN_FORMAT: "stage plan", POLICY_FORMAT: "KV policy"})
+
+
+def schema_of(format: str) -> dict[str, Any]:
+    """The JSON Schema of one of the `SCHEMAS`."""
+    schema: dict[str, Any] = json.loads(files(__package__).joinpath(SCHEMAS[format]).read_text(encoding="utf-8"))
+    return schema
+
+
+def validate(data: Any, format: str) -> None:
+    """Check a parsed file against the schema of `format`.
+
+    Raises:
+        ValueError: another format or version, or the most telling fault and where it is.
+    """
+    check_format(data, format, "file")
+    fault = best_match(Draft202012Validator(schema_of(format)).iter_errors(data))
+    if fault is not None:
+        raise ValueError(f"at {fault.json_path}: {fault.message}")
+
+
+def validate_file(path: Path, format: str | None = None) -> Any:
+    """Check a `stage_plan.json` or `kv_policy.json` against its schema, and return what it holds.
+
+    Args:
+        path: the file.
+        format: the format and version it must have; None takes the one it names itself.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    data = read_json(path, "stage plan or KV policy" if format is None else TITLES[format])
+    if format is None:
+        named = data.get("format") if isinstance(data, dict) else None
+        format = str(named) if named in SCHEMAS else " or ".join(SCHEMAS)
+    try:
+        validate(data, format)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    return data

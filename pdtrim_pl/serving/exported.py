@@ -1,0 +1,64 @@
+"""What an exported pair says about itself, read without torch, so that a wrong directory is refused at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdtrim_pl.plan import STAGES, StagePlan, read_json
+from pdtrim_pl.policy import KVRetentionPolicy
+
+PLAN_FILE = "stage_plan.json"
+POLICY_FILE = "kv_policy.json"
+
+
+@dataclass(frozen=True)
+class ExportedPair:
+    """An exported pair's structure and limits."""
+
+    path: Path
+    plan: StagePlan
+    policy: KVRetentionPolicy
+    context: int
+    """Most tokens of prompt and response together."""
+    vocabulary: int
+    """Number of token ids."""
+
+    @classmethod
+    def read(cls, path: Path) -> ExportedPair:
+        """Read an export's JSON files.
+
+        Raises:
+            ValueError: the directory is not an export, or its files do not fit each other.
+        """
+        wanted = [PLAN_FILE, POLICY_FILE, *(f"{stage}/config.json" for stage in STAGES)]
+        missing = [name for name in wanted if not (path / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"`export` is {path}, which is not an exported pair: it has no {', '.join(missing)}. Give the "
+                "directory that `pdtrim export` or the last step of `pdtrim fit` wrote."
+            )
+        plan = StagePlan.load(path / PLAN_FILE)
+        policy = KVRetentionPolicy.load(path / POLICY_FILE, plan)
+        config = read_json(path / "decode" / "config.json", "model configuration")
+        return cls(path, plan, policy, config["max_position_embeddings"], config["vocab_size"])
+
+    def check_prompt(self, tokens: int, new_tokens: int, setting: str = "max_new_tokens") -> None:
+        """Refuse a request that the model's context cannot hold.
+
+        Raises:
+            ValueError: naming the lengths and the way out.
+        """
+        if tokens < 1:
+            raise ValueError("`prompt` is empty: give at least one token.")
+        if tokens > self.context:
+            raise ValueError(
+                f"`prompt` has {tokens} tokens, and the model's context is {self.context}. Shorten the prompt."
+            )
+        if new_tokens < 1:
+            raise ValueError(f"`{setting}` is {new_tokens}: give at least 1.")
+        if tokens + new_tokens > self.context:
+            raise ValueError(
+                f"`prompt` has {tokens} tokens and `{setting}` asks for {new_tokens} more, but the model's context is "
+                f"{self.context}. Shorten the prompt, or lower `{setting}` to at most {self.context - tokens}."
+            )

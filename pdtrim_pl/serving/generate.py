@@ -1,0 +1,146 @@
+"""`pdtrim generate`: text from an exported pair, printed as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from pdtrim_pl.plan import read_json
+from pdtrim_pl.serving.exported import ExportedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pdtrim_pl.serving.requests import RequestStats
+
+UNFINISHED = "\ufffd"
+"""What tokenizers write for the first bytes of a character whose last bytes are still to come."""
+
+
+def generate_text(
+    export: Path, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, temperature: float = 0.0,
+    top_k: int | None = None, seed: int = 0, device: str = "auto", out: TextIO, err: TextIO,
+) -> None:  # fmt: skip
+    """Generate from an exported pair in two processes: the text alone to `out`, figures to `err`.
+
+    Args:
+        export: the exported pair's directory.
+        prompt: raw text, or a user's message where `chat`.
+        max_new_tokens: tokens to generate at most; an end-of-sequence token ends earlier.
+        chat: put the prompt into the tokenizer's chat template.
+        temperature: 0 for greedy.
+        top_k: draw among this many most likely tokens; None for all.
+        seed: of the draws.
+        device: see `pdtrim_pl.serving.runtime.devices_of`.
+        out: receives the text and a final newline.
+        err: receives the figures.
+
+    Raises:
+        ValueError: a setting that cannot be served, named.
+        RuntimeError: a worker failed.
+    """
+    pair = ExportedPair.read(Path(export))
+    if not prompt:
+        raise ValueError("`prompt` is empty: give some text.")
+    tokenizer = _load_tokenizer(pair.path)
+    prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
+    pair.check_prompt(len(prompt_ids), max_new_tokens)
+
+    from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
+    from pdtrim_pl.serving.sampling import Sampling
+
+    Sampling(temperature, top_k, seed)  # refuses a wrong setting before the workers start
+    with DisaggregatedRuntime(pair.path, devices=devices_of(device)) as runtime:
+        stream = runtime.stream(
+            prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids_of(pair.path, tokenizer),
+            temperature=temperature, top_k=top_k, seed=seed,
+        )  # fmt: skip
+        for piece in text_pieces(stream, lambda ids: _decoded(tokenizer, ids)):
+            out.write(piece)
+            out.flush()
+        out.write("\n")
+        out.flush()
+        assert runtime.stats is not None
+        err.write(figures(runtime.stats))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
+    """The prompt's token ids: raw text as the tokenizer starts a text, or one user message of a chat.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if not chat:
+        return list(tokenizer(prompt, verbose=False)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise ValueError("`chat` needs a chat template, and this export's tokenizer has none: leave out `--chat`.")
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert isinstance(text, str)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def stop_ids_of(export: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """End-of-sequence ids of the export's generation config, or the tokenizer's where it has none."""
+    path = export / "decode" / "generation_config.json"
+    found = read_json(path, "generation config").get("eos_token_id") if path.is_file() else None
+    if found is None:
+        found = tokenizer.eos_token_id
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+
+
+def text_pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """Text of token ids as they come; joined, exactly `decode` of all of them.
+
+    Bytes of an unfinished character are held back until the rest has come.
+
+    Args:
+        ids: token ids.
+        decode: from all ids so far to their text. It sees all of them, for the text of a token depends on those
+            before it.
+    """
+    seen: list[int] = []
+    text, printed = "", ""
+    for token in ids:
+        seen.append(token)
+        text = decode(seen)
+        finished = text.rstrip(UNFINISHED)
+        if len(finished) > len(printed):
+            yield finished[len(printed) :]
+            printed = finished
+    if len(text) > len(printed):
+        yield text[len(printed) :]
+
+
+def figures(stats: RequestStats) -> str:
+    """A request's figures, one a line."""
+    sent = f"{stats.kv_bytes:,} of {stats.full_bytes:,} bytes unpruned"
+    ratio = "" if stats.ratio is None else f" ({stats.ratio:.2f}x less)"
+    step = stats.decode_seconds_per_token
+    decode = "nothing to run" if step is None else f"{step * 1e3:.2f} ms a token"
+    return (
+        f"prompt   {stats.prompt_tokens} tokens\n"
+        f"new      {stats.new_tokens} tokens\n"
+        f"KV sent  {sent}{ratio}, in {stats.transfer_seconds * 1e3:.2f} ms\n"
+        f"prefill  {stats.prefill_seconds_per_token * 1e3:.2f} ms a token\n"
+        f"decode   {decode}\n"
+    )
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def _load_tokenizer(export: Path) -> PreTrainedTokenizerBase:
+    folder = export / "prefill"
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(
+            f"`export` has no tokenizer: {folder / 'tokenizer_config.json'} is missing. Export again with the model's "
+            "tokenizer, or copy its files there."
+        )
+    from pdtrim_pl.pretrained import load_tokenizer
+
+    return load_tokenizer(str(folder))

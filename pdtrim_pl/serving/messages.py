@@ -1,0 +1,115 @@
+"""What the parent and its workers say to each other: plain data. Tensors would travel as shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pdtrim_pl.plan import Stage
+from pdtrim_pl.serving.sampling import Sampling
+
+Attention = Literal["sdpa", "eager"]
+Rows = list[list[int]]
+"""Token ids or a mask, one list a row, all of one length."""
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All a worker needs to start."""
+
+    stage: Stage
+    export: Path
+    device: str
+    backend: str
+    """Backend of `torch.distributed`."""
+    meeting_point: Path
+    """File in which the two workers find each other."""
+    attn_implementation: Attention | None
+    """None takes what the model needs."""
+
+
+@dataclass(frozen=True)
+class Encode:
+    """To prefill: encode these prompts and hand them over."""
+
+    prompt_ids: Rows
+    prompt_mask: Rows
+    sampling: Sampling
+    with_logits: bool
+    """Hand over the last position's logits too."""
+
+
+@dataclass(frozen=True)
+class Continue:
+    """To decode: generate from what prefill hands over."""
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Force:
+    """To decode: run these responses against what prefill hands over."""
+
+    response_ids: Rows
+    response_mask: Rows
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """To decode: the reader wants no more tokens."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """From both: the checkpoint is loaded and the other worker found."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """From decode: one token for every row."""
+
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """From decode: the logits of a forced response, a float32 array [B, R, V]."""
+
+    values: Any
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """From prefill: what was handed over, and how long the prompt took."""
+
+    kv_bytes: int
+    header_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """From decode: the request is done."""
+
+    transfer_seconds: float
+    """From the handover's first byte to its last."""
+    seconds: float
+    """Time in decode passes."""
+    steps: int
+    """Tokens that the passes took in."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """From both, and the worker's last words."""
+
+    kind: Literal["setting", "link", "fault"]
+    """A user's mistake; the other worker gone; anything else."""
+    message: str
+
+
+Command = Encode | Continue | Force | Cancel
+Report = Ready | Tokens | Logits | Encoded | Decoded | Failed

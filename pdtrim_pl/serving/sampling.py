@@ -1,0 +1,60 @@
+"""How the next token is chosen: greedily, or drawn with a temperature.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from pdtrim_pl.staged.model import PickToken, greedy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    temperature: float = 0.0
+    """0 takes the most likely token; higher values draw more freely."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens only; None for all."""
+    seed: int = 0
+    """Equal seeds give equal draws, on every device."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature` is {self.temperature}: give 0 for greedy or a positive number.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` is {self.top_k}: give at least 1, or leave it out.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` is {self.seed}: give an integer of at least 0.")
+
+    def picker(self, start: int = 0) -> PickToken:
+        """A function from logits [B, V] to token ids [B], to be called once a response token.
+
+        Args:
+            start: index of the response token that the first call chooses. Each draw has a generator of its own, so
+                a decode worker that starts at token 1 continues what the prefill worker began with token 0.
+        """
+        if self.temperature == 0.0:
+            return greedy
+        steps = count(start)
+        return lambda logits: self._draw(logits, next(steps))
+
+    def _draw(self, logits: Tensor, step: int) -> Tensor:
+        # The noise is drawn on the CPU: generators of different devices give different numbers.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
+        scores = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            lowest = scores.topk(self.top_k, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < lowest, float("-inf"))
+        return (scores + noise.to(logits.device)).argmax(dim=-1)  # Gumbel-max: a draw from softmax(scores)

@@ -1,0 +1,206 @@
+"""The handover of a prompt from the prefill worker to the decode worker, over torch.distributed.
+
+Only entries that count cross: padding does not, and where they stand follows from the rows' lengths, the policy and
+the plan, which both workers have.
+
+Shapes: B batch, E entries of all rows together, N entries of the longest row, K key/value heads, D head dimension,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pdtrim_pl.plan import STAGES, Stage, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
+
+RANKS: dict[Stage, int] = {"prefill": 0, "decode": 1}
+
+
+class LinkError(RuntimeError):
+    """The other worker cannot be reached (any more)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Handover:
+    """All that decode learns of a prompt."""
+
+    cache: KVCache
+    """What the policy kept."""
+    tokens: Tensor
+    """Decode's first input, [B]: the response's first token, or the prompt's last one under `boundary: decode`."""
+    logits: Tensor | None = None
+    """Logits of the response's first token [B, V], where they were asked for (`boundary: prefill`)."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one handover put on the wire."""
+
+    kv_bytes: int
+    header_bytes: int
+    """Lengths, first tokens and, where asked for, logits."""
+    seconds: float
+    """From the first byte to the last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """A worker's end of the wire."""
+
+    group: dist.ProcessGroup
+    stage: Stage
+    device: torch.device
+    """Where a tensor must lie to be sent: the CPU for gloo, the worker's own GPU for nccl."""
+
+    @property
+    def peer(self) -> int:
+        """Rank of the other worker."""
+        return 1 - RANKS[self.stage]
+
+    def send(self, tensor: Tensor) -> int:
+        """Send a tensor and return its bytes."""
+        raw = tensor.to(self.device).contiguous().view(-1).view(torch.uint8)
+        if raw.numel():
+            try:
+                self.group.send([raw], self.peer, 0).wait()
+            except RuntimeError as error:
+                raise LinkError(f"Sending to the other worker failed: {error}") from error
+        return raw.numel()
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Receive a tensor of known shape, on `self.device`."""
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        if tensor.numel():
+            try:
+                self.group.recv([tensor.view(-1).view(torch.uint8)], self.peer, 0).wait()
+            except RuntimeError as error:
+                raise LinkError(f"Receiving from the other worker failed: {error}") from error
+        return tensor
+
+
+def open_link(stage: Stage, device: torch.device, backend: str, meeting_point: Path, timeout: timedelta) -> Link:
+    """Meet the other worker; returns when both are there.
+
+    Args:
+        stage: which end of the wire this is.
+        device: the worker's device.
+        backend: `gloo`, or `nccl` where each worker has a GPU of its own.
+        meeting_point: a file that does not exist yet, the same for both workers.
+        timeout: how long to wait for the other, then and in every transfer.
+
+    Raises:
+        LinkError: the other worker did not come.
+    """
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=meeting_point.as_uri(),
+            rank=RANKS[stage],
+            world_size=len(STAGES),
+            timeout=timeout,
+            device_id=device if backend == "nccl" else None,
+        )
+    except RuntimeError as error:
+        raise LinkError(f"The workers did not find each other: {error}") from error
+    assert dist.group.WORLD is not None
+    return Link(dist.group.WORLD, stage, device if backend == "nccl" else torch.device("cpu"))
+
+
+def send_handover(link: Link, handover: Handover, plan: StagePlan, policy: KVRetentionPolicy) -> Traffic:
+    """Send a handover; the other side calls `receive_handover` with the same plan and policy.
+
+    Args:
+        link: to the decode worker.
+        handover: whose cache the policy has already been applied to.
+        plan: says which blocks cross.
+        policy: says which of their entries.
+    """
+    started = time.perf_counter()
+    vocabulary = 0 if handover.logits is None else handover.logits.shape[-1]
+    header = link.send(torch.tensor([len(handover.tokens), vocabulary]))
+    header += link.send(torch.stack([handover.cache.lengths, handover.tokens]).to(torch.int64))
+    kv_bytes = 0
+    # One message a block: as few as that cost nothing beside the bytes, and the copy that packing makes is one block's,
+    # not the whole cache's.
+    for index in plan.decode:
+        packed = _packed(handover.cache.blocks[index])
+        assert packed.shape[1] == sum(policy.rule(index).kept(length) for length in handover.cache.lengths.tolist())
+        assert packed.dtype == wire_dtype(policy)
+        kv_bytes += link.send(packed)
+    if handover.logits is not None:
+        header += link.send(handover.logits.float())
+    settle(link.device)
+    return Traffic(kv_bytes, header, time.perf_counter() - started)
+
+
+def receive_handover(
+    link: Link, plan: StagePlan, policy: KVRetentionPolicy, device: torch.device
+) -> tuple[Handover, Traffic]:
+    """Receive what `send_handover` sent, onto `device`. Rows come left-justified, without the prompt's padding."""
+    rows, vocabulary = link.receive((2,), torch.int64).tolist()
+    started = time.perf_counter()  # before this, decode waited for prefill
+    lengths, tokens = link.receive((2, rows), torch.int64).unbind()
+    header = (2 + 2 * rows) * lengths.element_size()
+    kv_bytes = 0
+    slots: dict[Retention, Slots] = {}
+    blocks: dict[int, BlockKV] = {}
+    for index in plan.decode:
+        rule = policy.rule(index)
+        if rule not in slots:
+            slots[rule] = _slots(rule, lengths.tolist(), device)
+        entries = sum(rule.kept(length) for length in lengths.tolist())
+        packed = link.receive((2, entries, policy.kv.num_key_value_heads, policy.kv.head_dim), wire_dtype(policy))
+        kv_bytes += packed.nbytes
+        blocks[index] = _unpacked(packed.to(device), slots[rule])
+    logits = None
+    if vocabulary:
+        logits = link.receive((rows, vocabulary), torch.float32)
+        header += logits.nbytes
+        logits = logits.to(device)
+    settle(device)
+    handover = Handover(KVCache(blocks, lengths.to(device)), tokens.to(device), logits)
+    return handover, Traffic(kv_bytes, header, time.perf_counter() - started)
+
+
+def wire_dtype(policy: KVRetentionPolicy) -> torch.dtype:
+    """Element type of keys and values on the wire: the cache's own."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[policy.kv.dtype]
+
+
+def settle(device: torch.device) -> None:
+    """Wait for a GPU's queue, so that clocks mean something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _packed(block: BlockKV) -> Tensor:
+    """Keys and values of the entries that count, row after row, [2, E, K, D]."""
+    valid = block.slots.valid
+    return torch.stack([block.keys.transpose(1, 2)[valid], block.values.transpose(1, 2)[valid]])
+
+
+def _unpacked(packed: Tensor, slots: Slots) -> BlockKV:
+    """The inverse of `_packed`, with left-justified rows."""
+    padded = packed.new_zeros(2, *slots.valid.shape, *packed.shape[2:])
+    padded[:, slots.valid] = packed
+    keys, values = padded.transpose(2, 3).contiguous()
+    return BlockKV(keys, values, slots)
+
+
+def _slots(rule: Retention, lengths: list[int], device: torch.device) -> Slots:
+    """Where the entries that `rule` keeps of each row stand, left-justified, [B, N]."""
+    first, last = torch.tensor([rule.counts(length) for length in lengths], device=device).unsqueeze(-1).unbind(dim=1)
+    place = torch.arange(int((first + last).max()), device=device)[None]
+    ends = torch.tensor(lengths, device=device)[:, None]
+    valid = place < first + last
+    positions = torch.where(place < first, place, ends - last + place - first)
+    return Slots(positions.masked_fill(~valid, 0), valid)

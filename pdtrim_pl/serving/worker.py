@@ -1,0 +1,194 @@
+"""What runs in a worker process: load one stage's checkpoint, meet the other worker, serve until the parent is gone.
+
+Shapes: B batch, P prompt tokens, R response tokens, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.serving import messages as say
+from pdtrim_pl.serving.transport import (
+    Handover,
+    Link,
+    LinkError,
+    open_link,
+    receive_handover,
+    send_handover,
+    settle,
+    wire_dtype,
+)
+from pdtrim_pl.staged.model import StagedCausalLM, decode_stream
+
+# The parent kills a worker whose partner is gone, long before this; it only bounds what nobody watches.
+LINK_TIMEOUT = timedelta(hours=1)
+
+
+def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
+    """A worker process's whole life.
+
+    Args:
+        spec: which stage to serve, and where.
+        parent: receives commands and sends reports; the worker leaves when it closes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair, which then stops its workers
+    os.dup2(sys.stderr.fileno(), 1)  # standard output is for the generated text alone
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    try:
+        staged, policy = _load(spec)
+        link = open_link(spec.stage, torch.device(spec.device), spec.backend, spec.meeting_point, LINK_TIMEOUT)
+        worker = PrefillWorker if spec.stage == "prefill" else DecodeWorker
+        parent.send(say.Ready())
+        worker(staged, policy, link, torch.device(spec.device), parent).serve()
+        dist.destroy_process_group()
+    except Exception as error:  # the end of the process: whatever it was, the parent must hear of it
+        with contextlib.suppress(ConnectionError):  # the parent may be gone itself
+            parent.send(_last_words(error))
+        sys.exit(1)
+
+
+class StageWorker:
+    """What both workers are: a stage, its end of the wire, and a parent that asks."""
+
+    def __init__(
+        self, staged: StagedCausalLM, policy: KVRetentionPolicy, link: Link, device: torch.device, parent: Connection
+    ) -> None:
+        self.staged, self.plan, self.policy = staged, staged.plan, policy
+        self.link, self.device, self.parent = link, device, parent
+
+    @torch.inference_mode()
+    def serve(self) -> None:
+        """Obey the parent until it is gone."""
+        while True:
+            try:
+                command: say.Command = self.parent.recv()
+            except EOFError:
+                return
+            self.obey(command)
+
+    def obey(self, command: say.Command) -> None:
+        """Do what one command says."""
+        raise NotImplementedError
+
+    def ids(self, rows: say.Rows) -> Tensor:
+        """Token ids or a mask on the worker's device, [rows, T]."""
+        return torch.tensor(rows, device=self.device)
+
+
+class PrefillWorker(StageWorker):
+    """Encodes prompts and hands them over."""
+
+    def obey(self, command: say.Command) -> None:
+        assert isinstance(command, say.Encode)
+        started = time.perf_counter()
+        prompt_ids, valid = self.ids(command.prompt_ids), self.ids(command.prompt_mask).bool()
+        handled = prompt_ids.shape[1] - (self.plan.boundary == "decode")
+        out = self.staged.prefill(prompt_ids[:, :handled], valid[:, :handled])
+        tokens, logits = prompt_ids[:, -1], None
+        if self.plan.boundary == "prefill":
+            logits = self.staged.logits(out.hidden[:, -1])
+            tokens = command.sampling.picker()(logits)
+        handover = Handover(out.cache.retained(self.policy), tokens, logits if command.with_logits else None)
+        settle(self.device)
+        seconds = time.perf_counter() - started
+        traffic = send_handover(self.link, handover, self.plan, self.policy)
+        self.parent.send(say.Encoded(traffic.kv_bytes, traffic.header_bytes, seconds))
+
+
+class DecodeWorker(StageWorker):
+    """Generates, or runs given responses, from what prefill hands over."""
+
+    def obey(self, command: say.Command) -> None:
+        if isinstance(command, say.Cancel):
+            return  # it crossed the last token of the request it meant
+        handover, traffic = receive_handover(self.link, self.plan, self.policy, self.device)
+        started = time.perf_counter()
+        if isinstance(command, say.Continue):
+            steps = self._generate(handover, command)
+        else:
+            assert isinstance(command, say.Force)
+            steps = self._force(handover, command)
+        self.parent.send(say.Decoded(traffic.seconds, time.perf_counter() - started, steps))
+
+    def _generate(self, handover: Handover, command: say.Continue) -> int:
+        chosen = self.plan.boundary == "prefill"
+        stream = decode_stream(
+            self.staged,
+            handover.cache,
+            first=handover.tokens if chosen else None,
+            last_prompt=handover.tokens,
+            max_new_tokens=command.max_new_tokens,
+            pick=command.sampling.picker(start=int(chosen)),
+        )
+        produced = 0
+        for token in until_stopped(stream, command.stop_ids):
+            produced += 1
+            self.parent.send(say.Tokens(token.tolist()))
+            if self.parent.poll():
+                break  # the parent says nothing during a request but Cancel
+        return produced - chosen
+
+    def _force(self, handover: Handover, command: say.Force) -> int:
+        response, valid = self.ids(command.response_ids), self.ids(command.response_mask).bool()
+        fed, fed_valid = response[:, :-1], valid[:, :-1]
+        parts = []
+        if self.plan.boundary == "decode":
+            fed = torch.cat([handover.tokens[:, None], fed], dim=1)
+            fed_valid = torch.cat([torch.ones_like(valid[:, :1]), fed_valid], dim=1)
+        else:
+            assert handover.logits is not None
+            parts.append(handover.logits[:, None])
+        if fed.shape[1]:
+            out = self.staged.decode(fed, handover.cache, fed_valid, keep_cache=False)
+            parts.append(self.staged.logits(out.hidden).float())
+        self.parent.send(say.Logits(torch.cat(parts, dim=1).cpu().numpy()))
+        return int(fed.shape[1])
+
+
+def until_stopped(stream: Iterator[Tensor], stop_ids: Collection[int]) -> Iterator[Tensor]:
+    """Tokens [B] of a stream until every row has produced one of `stop_ids`; a row that has repeats it."""
+    last: Tensor | None = None
+    for token in stream:
+        stops = torch.tensor(sorted(stop_ids), device=token.device, dtype=token.dtype)
+        last = token if last is None else torch.where(torch.isin(last, stops), last, token)
+        yield last
+        if bool(torch.isin(last, stops).all()):
+            return
+
+
+def _last_words(error: Exception) -> say.Failed:
+    if isinstance(error, ValueError):
+        return say.Failed("setting", str(error))
+    return say.Failed("link" if isinstance(error, LinkError) else "fault", f"{type(error).__name__}: {error}")
+
+
+def _load(spec: say.WorkerSpec) -> tuple[StagedCausalLM, KVRetentionPolicy]:
+    # Imported here: the process has already put its output and signals in order by then.
+    from transformers.utils.logging import disable_progress_bar
+
+    from pdtrim_pl.export.load import load_stage
+
+    disable_progress_bar()
+    staged = load_stage(
+        spec.export, spec.stage, device=spec.device, attn_implementation=spec.attn_implementation
+    ).eval()
+    policy = staged.policy
+    assert policy is not None
+    if staged.model.dtype != wire_dtype(policy):
+        raise ValueError(
+            f"`kv.dtype` of {spec.export / 'kv_policy.json'} is {policy.kv.dtype!r}, and the {spec.stage} checkpoint "
+            f"is in {staged.model.dtype}. Export the pair again."
+        )
+    return staged, policy

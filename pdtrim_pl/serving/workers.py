@@ -1,0 +1,136 @@
+"""The two worker processes as their parent sees them: started, watched, and gone at the end, however it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from pdtrim_pl.plan import STAGES, Stage
+from pdtrim_pl.serving import messages as say
+from pdtrim_pl.serving.worker import run_worker
+
+GRACE_SECONDS = 5.0
+
+
+class WorkerPair:
+    """A prefill and a decode worker on this host.
+
+    Args:
+        export: the exported pair.
+        devices: of the prefill and of the decode worker.
+        attn_implementation: None takes what the model needs.
+    """
+
+    def __init__(self, export: Path, devices: tuple[str, str], attn_implementation: say.Attention | None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="pdtrim-serving-")
+        self._processes: dict[Stage, SpawnProcess] = {}
+        self._connections: dict[Stage, Connection] = {}
+        # NCCL wants a GPU for each process; two workers on one GPU, or on none, send through the CPU.
+        nccl = all(device.startswith("cuda") for device in devices) and devices[0] != devices[1]
+        spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads and CUDA in pieces
+        for stage, device in zip(STAGES, devices, strict=True):
+            spec = say.WorkerSpec(
+                stage, export, device, "nccl" if nccl else "gloo", Path(self._folder.name) / "meet", attn_implementation
+            )
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=run_worker, args=(spec, theirs), name=f"pdtrim {stage}", daemon=True)
+            process.start()
+            theirs.close()  # so that a worker's end closes with the worker
+            self._processes[stage], self._connections[stage] = process, ours
+
+    @property
+    def alive(self) -> bool:
+        """Whether any worker process still exists."""
+        return any(process.is_alive() for process in self._processes.values())
+
+    def tell(self, stage: Stage, command: say.Command) -> None:
+        """Send a command to a worker."""
+        try:
+            self._connections[stage].send(command)
+        except ConnectionError:
+            self._give_up(stage, None)
+
+    def reports(self, timeout: float | None = None) -> Iterator[tuple[Stage, say.Report]]:
+        """What the workers report, as it comes, for as long as the caller asks.
+
+        Args:
+            timeout: seconds to wait for everything the caller takes; None waits for ever, but never for the dead.
+
+        Raises:
+            ValueError: a worker met a user's mistake.
+            RuntimeError: a worker failed or died, or the time is over. Both workers are gone then.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        stages = {self._connections[stage]: stage for stage in STAGES}
+        while True:
+            ready = wait(list(stages), None if end is None else max(end - time.monotonic(), 0.0))
+            if not ready:
+                self.kill()
+                raise RuntimeError(f"The workers said nothing for {timeout:.0f} s and were ended.")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                stage = stages[connection]
+                report = self._read(stage)
+                if report is None or isinstance(report, say.Failed):
+                    self._give_up(stage, report)
+                else:
+                    yield stage, report
+
+    def kill(self) -> None:
+        """End both workers. They hold nothing that a farewell would save, and ending can be asked for again."""
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.join()
+        for connection in self._connections.values():
+            connection.close()
+        self._folder.cleanup()
+
+    def _read(self, stage: Stage) -> say.Report | None:
+        """The worker's next report; None where it has died."""
+        try:
+            report: say.Report = self._connections[stage].recv()
+        except (EOFError, ConnectionError):
+            return None
+        return report
+
+    def _give_up(self, stage: Stage, failure: say.Failed | None) -> None:
+        """End both workers and raise one error that names the cause.
+
+        When one worker goes, the other soon reports a broken link: that is a consequence, so look for the cause.
+        """
+        if failure is not None and failure.kind == "link":
+            other: Stage = "decode" if stage == "prefill" else "prefill"
+            cause = self._last_words(other)
+            if cause is None and not self._processes[other].is_alive():
+                stage, failure = other, None
+            elif cause is not None and cause.kind != "link":
+                stage, failure = other, cause
+        self._processes[stage].join(GRACE_SECONDS if failure is None else 0.0)
+        code = self._processes[stage].exitcode
+        self.kill()
+        if failure is None:
+            raise RuntimeError(
+                f"The {stage} worker died without a word (exit code {code}). Exit code -9 often means that memory ran "
+                "out."
+            )
+        if failure.kind == "setting":
+            raise ValueError(f"The {stage} worker refused: {failure.message}")
+        raise RuntimeError(f"The {stage} worker failed: {failure.message}")
+
+    def _last_words(self, stage: Stage) -> say.Failed | None:
+        """The failure a worker reports within the time of grace, past whatever else it still had to say."""
+        end = time.monotonic() + GRACE_SECONDS
+        while self._connections[stage].poll(max(end - time.monotonic(), 0.0)):
+            report = self._read(stage)
+            if report is None:
+                self._processes[stage].join(1.0)
+                return None
+            if isinstance(report, say.Failed):
+                return report
+        return None

@@ -1,0 +1,19 @@
+"""The contract of one request: prefill, boundary, transfer, decode. One implementation for every user of it."""
+
+from pdtrim_pl.staged.architectures import ARCHITECTURES, Architecture, architecture_of
+from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
+from pdtrim_pl.staged.gate import Gate
+from pdtrim_pl.staged.model import Request, StagedCausalLM, StagedOutput
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "BlockKV",
+    "Gate",
+    "KVCache",
+    "Request",
+    "Slots",
+    "StagedCausalLM",
+    "StagedOutput",
+    "architecture_of",
+]

@@ -1,0 +1,249 @@
+"""Where each model family keeps its blocks, and how a block makes keys and values. The only place that knows families.
+
+Shapes: B batch, T tokens, H hidden, K key/value heads, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+
+RoPE = tuple[Tensor, Tensor]
+
+
+class Architecture(ABC):
+    """What the contract of one request needs to know about a model family.
+
+    A new family is a subclass that names `kv_modules` and writes `keys_values`; the rest has the defaults of the
+    Llama line.
+    """
+
+    attention_name: ClassVar[str] = "self_attn"
+    """Attribute of a block that holds its attention module."""
+    cache_argument: ClassVar[str] = "past_key_values"
+    """Name under which the model passes its cache to a block."""
+    kv_modules: ClassVar[tuple[str, ...]]
+    """Submodules of a block that a KV-only block needs, in the block's own naming."""
+    mask_by_kind: ClassVar[bool] = False
+    """Whether the model takes a dictionary of masks by `layer_types`."""
+
+    def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
+        """The list of decoder blocks the model loops over."""
+        blocks = model.base_model.get_submodule("layers")
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    @abstractmethod
+    def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
+        """Project keys and values, and nothing else, from the hidden state that reaches a block.
+
+        Args:
+            block: the decoder block.
+            hidden: hidden state that reaches the block, [B, T, H].
+            rope: cosine and sine at the tokens' true positions, each [B, T, rotary dimensions].
+
+        Returns:
+            Keys with RoPE applied and values, each [B, K, T, D].
+        """
+
+    def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        """The model's own head on final hidden states, [..., H] -> [..., V]."""
+        head = model.get_output_embeddings()
+        assert head is not None
+        logits: Tensor = head(hidden)
+        return logits
+
+    def window(self, config: PreTrainedConfig, position: int) -> int | None:
+        """Sliding window of the block at `position` of this model, in tokens; None where it sees everything."""
+        kind = config.layer_types[position]
+        return config.sliding_window if kind == "sliding_attention" else None
+
+    def supports_sdpa(self, config: PreTrainedConfig) -> bool:
+        """Whether PyTorch's fused attention computes this model (not with soft-capped attention scores)."""
+        return True
+
+
+class LlamaLine(Architecture):
+    """Llama: input norm, separate projections, full RoPE, no windows."""
+
+    kv_modules: ClassVar[tuple[str, ...]] = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")
+
+    def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
+        attention = block.get_submodule("self_attn")
+        hidden = self.normed(block, hidden)
+        keys, values = block.get_submodule("self_attn.k_proj")(hidden), block.get_submodule("self_attn.v_proj")(hidden)
+        keys, values = (_by_head(x, _size(attention, "head_dim")) for x in self.flat_norm(attention, keys, values))
+        return _rotate(self.head_norm(attention, keys).transpose(1, 2), rope), values.transpose(1, 2)
+
+    def normed(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What the projections read, [B, T, H]."""
+        normed: Tensor = block.get_submodule("input_layernorm")(hidden)
+        return normed
+
+    def flat_norm(self, attention: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A norm over all heads of the keys at once, [B, T, K*D]."""
+        return keys, values
+
+    def head_norm(self, attention: nn.Module, keys: Tensor) -> Tensor:
+        """A norm over each head of the keys, [B, T, K, D]."""
+        return keys
+
+    def window(self, config: PreTrainedConfig, position: int) -> int | None:
+        return None
+
+
+class Mistral(LlamaLine):
+    """Mistral: one sliding window for every block, or none."""
+
+    def window(self, config: PreTrainedConfig, position: int) -> int | None:
+        window: int | None = config.sliding_window
+        return window
+
+
+class Qwen2(LlamaLine):
+    """Qwen2: a window for the blocks that `layer_types` says."""
+
+    mask_by_kind = True
+    window = Architecture.window
+
+
+class Qwen3(Qwen2):
+    """Qwen3 and Gemma 3: as Qwen2, and each key head is normed."""
+
+    kv_modules = (*LlamaLine.kv_modules, "self_attn.k_norm")
+
+    def head_norm(self, attention: nn.Module, keys: Tensor) -> Tensor:
+        normed: Tensor = attention.get_submodule("k_norm")(keys)
+        return normed
+
+
+def _softcapped(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    cap = config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class Gemma2(Qwen2):
+    """Gemma 2: windows by `layer_types`, soft-capped scores and logits."""
+
+    def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        return _softcapped(model.config, super().logits(model, hidden))
+
+    def supports_sdpa(self, config: PreTrainedConfig) -> bool:
+        return config.attn_logit_softcapping is None
+
+
+class Gemma3(Qwen3):
+    """Gemma 3 (text): normed key heads, windows by `layer_types`, soft-capped logits where configured."""
+
+    def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        return _softcapped(model.config, super().logits(model, hidden))
+
+
+class Olmo2(LlamaLine):
+    """OLMo 2: no input norm, and one norm over all key heads."""
+
+    kv_modules = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+
+    def normed(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def flat_norm(self, attention: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return attention.get_submodule("k_norm")(keys), values
+
+
+class Phi3(Mistral):
+    """Phi-3: one fused projection for queries, keys and values; partial RoPE in some sizes."""
+
+    kv_modules = ("input_layernorm", "self_attn.qkv_proj")
+
+    def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
+        attention = block.get_submodule("self_attn")
+        size = _size(attention, "head_dim")
+        width = _size(attention, "num_key_value_heads") * size
+        rows = block.get_parameter("self_attn.qkv_proj.weight")[-2 * width :]
+        keys, values = F.linear(self.normed(block, hidden), rows).split(width, dim=-1)
+        keys, values = _by_head(keys, size), _by_head(values, size)
+        return _rotate(keys.transpose(1, 2), rope), values.transpose(1, 2)
+
+
+class GPTNeoX(LlamaLine):
+    """GPT-NeoX: queries, keys and values interleaved by head in one projection, partial RoPE."""
+
+    attention_name = "attention"
+    cache_argument = "layer_past"
+    kv_modules = ("input_layernorm", "attention.query_key_value")
+
+    def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
+        size = _size(block.get_submodule("attention"), "head_size")
+        fused = block.get_submodule("attention.query_key_value")(self.normed(block, hidden))
+        _, keys, values = _by_head(fused, 3 * size).transpose(1, 2).chunk(3, dim=-1)
+        return _rotate(keys, rope), values
+
+
+class Granite(LlamaLine):
+    """Granite: the Llama line with scaled logits."""
+
+    def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        return super().logits(model, hidden) / model.config.logits_scaling
+
+
+_LLAMA = LlamaLine()
+ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
+    {
+        "llama": _LLAMA,
+        "mistral": Mistral(),
+        "qwen2": Qwen2(),
+        "qwen3": Qwen3(),
+        "gemma2": Gemma2(),
+        "gemma3_text": Gemma3(),
+        "phi3": Phi3(),
+        "gpt_neox": GPTNeoX(),
+        "olmo2": Olmo2(),
+        "granite": Granite(),
+        "starcoder2": Mistral(),
+    }
+)
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """The adapter of a model family.
+
+    Raises:
+        ValueError: no adapter; says what one must supply.
+    """
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None:
+        raise ValueError(
+            f"`model` is of type {config.model_type!r}, which has no adapter. Supported: {', '.join(ARCHITECTURES)}. "
+            "For another decoder-only model pass `architecture=` to StagedCausalLM: a subclass of "
+            "pdtrim_pl.staged.Architecture that supplies `blocks` (the ModuleList of decoder blocks), "
+            "`attention_name`, `cache_argument`, `kv_modules` and `keys_values` (keys after RoPE and values of one "
+            "block), `logits` (the head) and `window` (a block's sliding window)."
+        )
+    return found
+
+
+def _size(module: nn.Module, name: str) -> int:
+    """A number that an attention module keeps as an attribute."""
+    size = getattr(module, name)
+    assert isinstance(size, int)
+    return size
+
+
+def _by_head(x: Tensor, size: int) -> Tensor:
+    return x.view(*x.shape[:-1], -1, size)
+
+
+def _rotate(keys: Tensor, rope: RoPE) -> Tensor:
+    """Rotary embedding of keys [B, K, T, D] on the first rotary dimensions (arXiv 2104.09864), half-split layout."""
+    cos, sin = (part.unsqueeze(1) for part in rope)
+    turned, kept = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
+    left, right = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-right, left], dim=-1) * sin
+    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned

@@ -1,0 +1,376 @@
+"""A Hugging Face causal language model under a stage plan and a KV retention policy.
+
+Shapes: B batch, P prompt tokens, R response tokens, T new tokens, H hidden, V vocabulary.
+Prompts are padded on the left, responses on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pdtrim_pl.plan import STAGES, Boundary, ModelRef, Stage, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy, KVShape
+from pdtrim_pl.staged.architectures import Architecture, architecture_of
+from pdtrim_pl.staged.cache import KVCache, Slots
+from pdtrim_pl.staged.gate import Gate, Observer, StagePass
+
+PickToken = Callable[[Tensor], Tensor]
+"""From logits [B, V] to token ids [B]."""
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of each row, [B, V] -> [B]."""
+    return logits.argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What each stage is fed for a prompt and a known response: token ids and validity, each [B, T] of that stage."""
+
+    tokens: Mapping[Stage, Tensor]
+    valid: Mapping[Stage, Tensor]
+
+    @classmethod
+    def of(
+        cls, prompt_ids: Tensor, response_ids: Tensor, prompt_mask: Tensor | None, response_mask: Tensor | None,
+        boundary: Boundary,
+    ) -> Request:  # fmt: skip
+        """Split a request at the boundary; a row's last response token is never fed, or fed as padding."""
+        # Token i counts where token i + 1 is real: what a row is fed must not depend on the length of the others.
+        prompt, fed = _as_bool(prompt_ids, prompt_mask), _as_bool(response_ids, response_mask)[:, 1:]
+        response_ids = response_ids[:, :-1]
+        if boundary == "decode":
+            fed = torch.cat([prompt[:, -1:], fed], dim=1)
+            response_ids = torch.cat([prompt_ids[:, -1:], response_ids], dim=1)
+            prompt_ids, prompt = _never_empty(prompt_ids[:, :-1], prompt[:, :-1])
+        return cls({"prefill": prompt_ids, "decode": response_ids}, {"prefill": prompt, "decode": fed})
+
+
+@dataclass(frozen=True)
+class StagedOutput:
+    """Final hidden states [B, R, H]; entry i predicts response token i. Turn them into logits chunk by chunk."""
+
+    hidden: Tensor
+    cache: KVCache
+    """The prompt's cache as it was sent."""
+
+
+class StagedCausalLM(nn.Module):
+    """One set of weights, two stages. The plan and the policy say what each stage runs and what crosses between them.
+
+    Blocks are never deleted here: every block sits behind a gate that runs it, skips it or projects its KV.
+
+    Args:
+        model: a decoder-only Hugging Face model; its block list is replaced by gates, in place.
+        plan: what each stage runs. The full plan by default.
+        policy: what crosses the boundary. Everything by default.
+        originals: original indices of the blocks that `model` holds, where it holds only some of them.
+        architecture: adapter of the model's family, where the package has none.
+
+    Raises:
+        ValueError: no adapter for the family, or an attention implementation that cannot take the contract's masks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: StagePlan | None = None,
+        policy: KVRetentionPolicy | None = None,
+        *,
+        originals: Sequence[int] | None = None,
+        architecture: Architecture | None = None,
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture or architecture_of(model.config)
+        blocks = self.architecture.blocks(model)
+        self.originals = tuple(originals if originals is not None else range(len(blocks)))
+        assert len(self.originals) == len(blocks)
+        _check_attention(model, self.architecture)
+        for position, (index, block) in enumerate(zip(self.originals, blocks, strict=True)):
+            blocks[position] = Gate(block, index, self.architecture.window(model.config, position), self.architecture)
+        self.model = model
+        self.gradient_checkpointing = False
+        self.plan = StagePlan.full(reference_to(model)) if originals is None or plan is None else plan
+        self.policy: KVRetentionPolicy | None = None
+        self.apply_plan(plan or self.plan)
+        self.apply_policy(policy)
+
+    # Structure
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        """Original block index -> its gate."""
+        gates = self.architecture.blocks(self.model)
+        return {index: gate for index, gate in zip(self.originals, gates, strict=True) if isinstance(gate, Gate)}
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """Shape of one block's KV per position, in the model's own element type."""
+        return kv_shape_of(self.model)
+
+    def apply_plan(self, plan: StagePlan) -> None:
+        """Run under `plan` from now on; creates the untied weights it names and narrows the policy to its D.
+
+        Raises:
+            ValueError: the plan is for a model with another number of blocks.
+        """
+        whole = self.originals == tuple(range(len(self.originals)))
+        known = self.plan.model.num_blocks
+        if plan.model.num_blocks != known or (whole and known < len(self.originals)):
+            raise ValueError(
+                f"The stage plan is for a model of {plan.model.num_blocks} blocks, and `model` has "
+                f"{len(self.originals)}. Use the plan of this model, or name the plan's model in `model`."
+            )
+        self.plan = plan
+        gates = self.gates
+        for stage in STAGES:
+            for index in plan.untied[stage]:
+                if index in gates:
+                    gates[index].untie(stage)
+        if self.policy is not None:
+            self.apply_policy(self.policy.restricted_to(plan))
+
+    def apply_policy(self, policy: KVRetentionPolicy | None) -> None:
+        """Send what `policy` says from now on; None sends everything."""
+        if policy is not None:
+            policy.check(self.plan)
+        self.policy = policy
+
+    def freeze_unused(self) -> None:
+        """Let only weights that some stage of the plan uses take gradients."""
+        for index, gate in self.gates.items():
+            users = {id(gate.weights(stage)) for stage in STAGES if index in self.plan.blocks(stage)}
+            if index in self.plan.kv_only:
+                users.add(id(gate.weights("prefill")))
+            for weights in (gate.block, *gate.untied.values()):
+                weights.requires_grad_(id(weights) in users)
+
+    # The contract
+
+    def prefill(
+        self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, plan: StagePlan | None = None,
+        observer: Observer | None = None,
+    ) -> StagedOutput:  # fmt: skip
+        """The prefill node's work on the positions it handles: hidden states [B, P, H] and KV for every block of D.
+
+        Under `boundary: decode` pass the prompt without its last token; an empty prompt is allowed.
+
+        Args:
+            prompt_ids: token ids, [B, P], padded on the left.
+            prompt_mask: True on real tokens, [B, P]; all real by default.
+            plan: run under another plan than `self.plan`.
+            observer: called after every block that ran.
+        """
+        prompt_ids, valid = _never_empty(prompt_ids, _as_bool(prompt_ids, prompt_mask))
+        positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
+        current = self._pass("prefill", Slots(positions, valid), None, plan, observer, keep=True)
+        hidden = self._run(prompt_ids, current)
+        return StagedOutput(hidden, KVCache(current.cached, valid.sum(dim=1)))
+
+    def decode(
+        self, token_ids: Tensor, cache: KVCache, mask: Tensor | None = None, *, plan: StagePlan | None = None,
+        observer: Observer | None = None, keep_cache: bool = True,
+    ) -> StagedOutput:  # fmt: skip
+        """The decode node's work on one or more tokens at their true positions, against `cache`.
+
+        Args:
+            token_ids: token ids, [B, T], padded on the right.
+            cache: what prefill sent, with what decode added since.
+            mask: True on real tokens, [B, T]; all real by default.
+            plan: run under another plan than `self.plan`.
+            observer: called after every block that ran.
+            keep_cache: whether the returned cache holds the new tokens too (no use in a teacher-forced pass).
+
+        Returns:
+            Hidden states [B, T, H] and the cache after these tokens.
+        """
+        valid = _as_bool(token_ids, mask)
+        positions = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
+        current = self._pass("decode", Slots(positions, valid), cache, plan, observer, keep=keep_cache)
+        hidden = self._run(token_ids, current)
+        grown = KVCache(current.cached, cache.lengths + valid.sum(dim=1)) if keep_cache else cache
+        return StagedOutput(hidden, grown)
+
+    def forward(
+        self, prompt_ids: Tensor, response_ids: Tensor, prompt_mask: Tensor | None = None,
+        response_mask: Tensor | None = None, *, plan: StagePlan | None = None,
+        policy: KVRetentionPolicy | None = None, observers: dict[Stage, Observer] | None = None,
+    ) -> StagedOutput:  # fmt: skip
+        """The teacher-forced pass: prefill the prompt, apply the policy, decode every response token in parallel.
+
+        Args:
+            prompt_ids: [B, P], padded on the left.
+            response_ids: [B, R], padded on the right.
+            prompt_mask: True on real tokens, [B, P].
+            response_mask: True on real tokens, [B, R].
+            plan: run under another plan than `self.plan`; `policy` then counts as given, None sending everything.
+            policy: with `plan`, the policy to run under.
+            observers: per stage, called after every block that ran.
+
+        Returns:
+            Hidden states [B, R, H] that predict each response token, and the cache as sent.
+        """
+        if plan is None:
+            plan, policy = self.plan, self.policy
+        self._check_length(prompt_ids.shape[1] + response_ids.shape[1])
+        watch = observers or {}
+        request = Request.of(prompt_ids, response_ids, prompt_mask, response_mask, plan.boundary)
+        handled, fed = request.tokens["prefill"], request.tokens["decode"]
+        valid = request.valid
+        encoded = self.prefill(handled, valid["prefill"], plan=plan, observer=watch.get("prefill"))
+        sent = encoded.cache.retained(policy)
+        parts = [encoded.hidden[:, -1:]] if plan.boundary == "prefill" else []
+        if fed.shape[1]:
+            out = self.decode(fed, sent, valid["decode"], plan=plan, observer=watch.get("decode"), keep_cache=False)
+            parts.append(out.hidden)
+        return StagedOutput(torch.cat(parts, dim=1), sent)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's head on final hidden states, [..., H] -> [..., V]."""
+        return self.architecture.logits(self.model, hidden)
+
+    @torch.no_grad()
+    def stream(
+        self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, max_new_tokens: int, pick: PickToken = greedy
+    ) -> Iterator[Tensor]:
+        """Generate token by token; yields ids [B] as they come. Greedy by default."""
+        self._check_length(prompt_ids.shape[1] + max_new_tokens)
+        valid = _as_bool(prompt_ids, prompt_mask)
+        handed = prompt_ids.shape[1] - (self.plan.boundary == "decode")
+        encoded = self.prefill(prompt_ids[:, :handed], valid[:, :handed])
+        first = pick(self.logits(encoded.hidden[:, -1])) if self.plan.boundary == "prefill" else None
+        cache = encoded.cache.retained(self.policy)
+        yield from decode_stream(
+            self, cache, first=first, last_prompt=prompt_ids[:, -1], max_new_tokens=max_new_tokens, pick=pick
+        )
+
+    def generate(
+        self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, max_new_tokens: int,
+        stop_ids: Collection[int] = (), pick: PickToken = greedy,
+    ) -> Tensor:  # fmt: skip
+        """Generate a batch of responses, [B, up to max_new_tokens].
+
+        A row that has produced one of `stop_ids` repeats it until every row is done.
+        """
+        stops = torch.tensor(sorted(stop_ids), device=prompt_ids.device, dtype=prompt_ids.dtype)
+        tokens: list[Tensor] = []
+        done = torch.zeros(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
+        for token in self.stream(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens, pick=pick):
+            tokens.append(torch.where(done, tokens[-1], token) if tokens else token)
+            done = done | torch.isin(tokens[-1], stops)
+            if bool(done.all()):
+                break
+        return torch.stack(tokens, dim=1)
+
+    # Mechanics
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StagedCausalLM:
+        """Move and cast weights, but never cast buffers: RoPE frequencies in bf16 are wrong at far positions."""
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in list(self.named_buffers()):
+            if buffer.dtype != exact[name].dtype:
+                owner, _, leaf = name.rpartition(".")
+                self.get_submodule(owner)._buffers[leaf] = exact[name].to(buffer.device)
+        return self
+
+    def _pass(
+        self, stage: Stage, tokens: Slots, past: KVCache | None, plan: StagePlan | None, observer: Observer | None,
+        *, keep: bool,
+    ) -> StagePass:  # fmt: skip
+        additive = self.model.config._attn_implementation == "eager"
+        recompute = self.gradient_checkpointing and self.training
+        return StagePass(stage, plan or self.plan, tokens, past, additive, recompute, keep, observer)
+
+    def _run(self, token_ids: Tensor, current: StagePass) -> Tensor:
+        placeholder = current.tokens.valid[:, None, None]  # any 4D mask: every gate puts its own in its place
+        masks = {"full_attention": placeholder, "sliding_attention": placeholder}
+        by_kind = self.architecture.mask_by_kind
+        out = self.model.base_model(
+            input_ids=token_ids,
+            position_ids=current.tokens.positions,
+            attention_mask=masks if by_kind else placeholder,
+            past_key_values=current,
+            use_cache=True,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def _check_length(self, tokens: int) -> None:
+        context = self.model.config.max_position_embeddings
+        if tokens > context:
+            raise ValueError(
+                f"Prompt and response take {tokens} tokens, and the context of `model` is {context}. Shorten the "
+                "prompt, or lower `max_new_tokens` (`lengths.max_length` of the data)."
+            )
+
+
+def decode_stream(
+    staged: StagedCausalLM, cache: KVCache, *, first: Tensor | None, last_prompt: Tensor, max_new_tokens: int,
+    pick: PickToken = greedy,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The decode node's loop: yields ids [B] until `max_new_tokens` are out.
+
+    Args:
+        staged: the decode stage.
+        cache: what prefill sent.
+        first: the response's first token where prefill predicted it (`boundary: prefill`), [B]; else None.
+        last_prompt: the prompt's last token, decode's first input under `boundary: decode`, [B].
+        max_new_tokens: number of tokens to yield.
+        pick: from logits to a token.
+    """
+    token, produced = last_prompt, 0
+    if first is not None and max_new_tokens > 0:
+        token, produced = first, 1
+        yield token
+    while produced < max_new_tokens:
+        with torch.no_grad():
+            out = staged.decode(token[:, None], cache)
+            cache, token = out.cache, pick(staged.logits(out.hidden[:, -1]))
+        produced += 1
+        yield token
+
+
+def reference_to(model: PreTrainedModel, name_or_path: str | None = None) -> ModelRef:
+    """How plans name this model."""
+    config = model.config
+    return ModelRef(name_or_path or str(model.name_or_path), config.model_type, config.num_hidden_layers)
+
+
+def kv_shape_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> KVShape:
+    """Heads, head size and element type of a model's KV cache."""
+    config = model.config.to_dict()
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    return KVShape(kv_heads, size, str(dtype or model.dtype).removeprefix("torch."))
+
+
+def _never_empty(ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """A prompt of no tokens becomes one of one padding token, for models cannot run on nothing."""
+    if ids.shape[1]:
+        return ids, valid
+    return ids.new_zeros(len(ids), 1), valid.new_zeros(len(ids), 1)
+
+
+def _as_bool(ids: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _check_attention(model: PreTrainedModel, architecture: Architecture) -> None:
+    chosen = model.config._attn_implementation
+    if chosen not in ("sdpa", "eager"):
+        raise ValueError(
+            f"`attn_implementation` is {chosen!r}, which takes no mask of the contract's kind (cached entries at "
+            "chosen positions). Load the model with `attn_implementation: sdpa` or `eager`."
+        )
+    if chosen == "sdpa" and not architecture.supports_sdpa(model.config):
+        raise ValueError(
+            f"`attn_implementation: sdpa` cannot compute {model.config.model_type} with soft-capped attention scores. "
+            "Load the model with `attn_implementation: eager`."
+        )

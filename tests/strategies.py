@@ -1,0 +1,84 @@
+"""Hypothesis strategies for plans and policies, shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from pdtrim_pl.plan import STAGES, Boundary, ModelRef, Relation, Removal, Stage, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention
+
+RELATIONS: tuple[Relation, ...] = ("nested", "unified", "prefill_only", "free")
+BOUNDARIES: tuple[Boundary, ...] = ("prefill", "decode")
+TINY_KV = KVShape(num_key_value_heads=2, head_dim=8, dtype="float32")
+_Runs = dict[int, tuple[int, ...]]
+
+
+@st.composite
+def plans(
+    draw: st.DrawFn, num_blocks: int, relations: Sequence[Relation] = RELATIONS, *, model: ModelRef | None = None
+) -> StagePlan:
+    """Any plan of a model of `num_blocks` blocks: relation, boundary, merged and untied blocks, history."""
+    relation = draw(st.sampled_from(relations))
+    every = tuple(range(num_blocks))
+    decode = every if relation == "prefill_only" else draw(_some_of(every))
+    if relation == "unified":
+        prefill = decode
+    elif relation == "nested":
+        more = draw(st.sets(st.sampled_from(every)))
+        prefill = tuple(sorted({*decode, *more}))
+    else:
+        prefill = draw(_some_of(every))
+    kept: dict[Stage, tuple[int, ...]] = {"prefill": prefill, "decode": decode}
+    return StagePlan(
+        model=model or ModelRef("tiny", "llama", num_blocks),
+        prefill=prefill,
+        decode=decode,
+        relation=relation,
+        boundary=draw(st.sampled_from(BOUNDARIES)),
+        merged={stage: draw(_merges(num_blocks, kept[stage])) for stage in STAGES},
+        untied={stage: tuple(sorted(draw(st.sets(st.sampled_from(kept[stage]))))) for stage in STAGES},
+        history=tuple(draw(st.lists(_removals(num_blocks), max_size=4))),
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn, plan: StagePlan, *, kv: KVShape = TINY_KV) -> KVRetentionPolicy:
+    """Any policy for `plan`; some blocks have no rule of their own."""
+    rules = draw(st.dictionaries(st.sampled_from(plan.decode), retentions()))
+    return KVRetentionPolicy(plan.boundary, kv, rules)
+
+
+def retentions() -> st.SearchStrategy[Retention]:
+    """Any rule, with counts and shares."""
+    shares = st.floats(min_value=0.0, max_value=1.0, exclude_min=True)
+    amounts = st.integers(min_value=0, max_value=20) | shares
+    pairs = st.tuples(amounts, amounts).filter(any)
+    return st.just(Retention()) | pairs.map(lambda pair: Retention("first_last", *pair))
+
+
+def _some_of(blocks: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.sets(st.sampled_from(blocks), min_size=1).map(lambda chosen: tuple(sorted(chosen)))
+
+
+@st.composite
+def _merges(draw: st.DrawFn, num_blocks: int, kept: tuple[int, ...]) -> _Runs:
+    """Some kept blocks stand for themselves and the removed ones that follow them."""
+    runs: _Runs = {}
+    for block, end in zip(kept, (*kept[1:], num_blocks), strict=True):
+        if end - block > 1 and draw(st.booleans()):
+            runs[block] = tuple(range(block, end))
+    return runs
+
+
+def _removals(num_blocks: int) -> st.SearchStrategy[Removal]:
+    return st.builds(
+        Removal,
+        round=st.integers(min_value=0, max_value=5),
+        stage=st.sampled_from(STAGES),
+        action=st.sampled_from(["drop", "merge"]),
+        block=st.integers(min_value=0, max_value=num_blocks - 1),
+        criterion=st.sampled_from(["cosine", "greedy_kl", "manual"]),
+        score=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    )

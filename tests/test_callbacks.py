@@ -1,0 +1,262 @@
+"""Block drops, KV retention and their schedules in real fits of a tiny model; a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from callbacks import BlockDrop, ExportPair, KVRetention, PlanLogger, RepeatedDrop
+from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, sidecar
+from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
+from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
+from pdtrim_pl.export import load_stage
+from pdtrim_pl.losses import KL
+from pdtrim_pl.module import PDTrimModule, Structure
+from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.search import Guards, choose_drops
+from pdtrim_pl.selectors import MassSelector
+
+
+class FirstCandidate(Criterion):
+    """An example of a criterion of one's own: always the first block that may go."""
+
+    name = "first"
+
+    def score(self, context: Any, plan: StagePlan, target: Any, candidates: Any) -> dict[int, float]:
+        return {block: float(block) for block in candidates}
+
+
+def data_for(model: Path) -> PromptResponseDataModule:
+    parts = Parts(validation=4, calibration=4, max_train=12)
+    return PromptResponseDataModule(
+        str(model), lengths=Lengths(max_length=24, min_prompt=8, max_prompt=16), parts=parts, batch_size=4
+    )
+
+
+def module_for(model: Path, **kwargs: Any) -> PDTrimModule:
+    return PDTrimModule(str(model), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3), **kwargs)
+
+
+def trainer_for(folder: Path, callbacks: list[Callback], **kwargs: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 3, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0,
+    }  # fmt: skip
+    saver = ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    return Trainer(
+        default_root_dir=folder, callbacks=[*callbacks, saver], plugins=[PlanCheckpointIO()], **{**settings, **kwargs}
+    )
+
+
+def schedule() -> list[Callback]:
+    return [
+        BlockDrop("decode", GreedyKL(), {0: 1, 1: 1}, Guards(0, 1)),
+        BlockDrop("prefill", CosineRedundancy(), {2: 1}, Guards(0, 1)),
+        KVRetention(MassSelector(threshold=0.0, first=2, last=0.25)),
+        PlanLogger(),
+    ]
+
+
+def fit(folder: Path, model: Path, callbacks: list[Callback], **kwargs: Any) -> tuple[Trainer, PDTrimModule]:
+    seed_everything(0, verbose=False)
+    ckpt_path = kwargs.pop("ckpt_path", None)
+    module, trainer = module_for(model), trainer_for(folder, callbacks, **kwargs)
+    trainer.fit(module, datamodule=data_for(model), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PDTrimModule]:
+    folder = tmp_path_factory.mktemp("whole")
+    _, module = fit(folder, tiny_llama_dir, [*schedule(), ExportPair(folder / "export", "float32", new_tokens=2)])
+    return folder, module
+
+
+def test_blocks_leave_on_schedule_and_the_policy_follows_the_last_round(whole_run: tuple[Path, PDTrimModule]) -> None:
+    folder, module = whole_run
+    blocks = []
+    for epoch in range(3):
+        state = CheckpointState.beside(folder / "checkpoints" / f"epoch={epoch}.ckpt")
+        assert state is not None
+        blocks.append((len(state.plan.prefill), len(state.plan.decode), state.policy is not None))
+    assert blocks == [(4, 3, False), (4, 2, False), (3, 2, True)]
+    assert [(r.stage, r.round, r.criterion) for r in module.plan.history] == [
+        ("decode", 0, "greedy_kl"), ("decode", 1, "greedy_kl"), ("prefill", 0, "cosine"),
+    ]  # fmt: skip
+    assert module.policy is not None
+    assert set(module.policy.rules) == set(module.plan.decode), "a threshold of 0 trims every block"
+
+
+def test_the_record_holds_what_the_report_shows(whole_run: tuple[Path, PDTrimModule]) -> None:
+    record = whole_run[1].record
+    assert [step for step, _ in record.losses] == list(range(1, 10))
+    assert [step for step, _ in record.removals] == [0, 3, 6]
+    assert len(record.validations) == 3
+    assert set(record.redundancy["prefill"]) == {0, 1, 2, 3}
+    assert set(record.attention_mass) == set(whole_run[1].plan.decode)
+
+
+def test_the_teacher_is_frozen_and_never_saved(whole_run: tuple[Path, PDTrimModule]) -> None:
+    folder, module = whole_run
+    checkpoint = torch.load(folder / "checkpoints" / "epoch=2.ckpt", weights_only=True)
+    assert not any(name.startswith("teacher") for name in checkpoint["state_dict"])
+    assert not module.teacher.training
+    assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+
+
+def test_a_block_that_left_both_stages_keeps_its_weights(whole_run: tuple[Path, PDTrimModule]) -> None:
+    _, module = whole_run
+    gone = set(module.plan.removed("prefill")) & set(module.plan.removed("decode"))
+    assert gone
+    for block in gone:
+        assert not any(parameter.requires_grad for parameter in module.student.gates[block].parameters())
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_continued_in_the_middle_of_its_schedule_equals_the_uninterrupted_one(
+    whole_run: tuple[Path, PDTrimModule], tiny_llama_dir: Path, tmp_path: Path, epoch: int
+) -> None:
+    folder, whole = whole_run
+    ckpt_path = folder / "checkpoints" / f"epoch={epoch}.ckpt"
+    _, module = fit(tmp_path, tiny_llama_dir, schedule(), ckpt_path=ckpt_path)
+    assert module.plan == whole.plan
+    assert module.policy == whole.policy
+    assert module.record.losses == whole.record.losses
+    for name, weight in module.student.state_dict().items():
+        assert torch.equal(weight, whole.student.state_dict()[name]), name
+
+
+def test_the_export_holds_the_trained_student(whole_run: tuple[Path, PDTrimModule]) -> None:
+    folder, module = whole_run
+    decode = load_stage(folder / "export", "decode")
+    assert decode.originals == module.plan.decode
+    trained = module.student.gates[module.plan.decode[-1]].block.state_dict()
+    for name, weight in decode.gates[module.plan.decode[-1]].block.state_dict().items():
+        assert torch.equal(weight, trained[name]), name
+    assert {"report.html", "README.md", "stage_plan.json", "kv_policy.json"} <= {
+        path.name for path in (folder / "export").iterdir()
+    }
+
+
+def test_an_export_target_that_is_taken_fails_before_the_first_step(
+    whole_run: tuple[Path, PDTrimModule], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    taken = whole_run[0] / "export"
+    with pytest.raises(ValueError, match=r"exists.*overwrite"):
+        fit(tmp_path, tiny_llama_dir, [ExportPair(taken)])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_damaged_checkpoint_is_named(
+    whole_run: tuple[Path, PDTrimModule], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    torn = tmp_path / "torn.ckpt"
+    whole = (whole_run[0] / "checkpoints" / "epoch=1.ckpt").read_bytes()
+    torn.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"torn.ckpt cannot be read"):
+        fit(tmp_path, tiny_llama_dir, schedule(), ckpt_path=torn)
+
+
+def test_a_checkpoint_of_another_format_is_refused(
+    whole_run: tuple[Path, PDTrimModule], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(whole_run[0] / "checkpoints" / "epoch=1.ckpt", weights_only=True)
+    checkpoint["pdtrim"]["format"] = "pdtrim.checkpoint/9"
+    torch.save(checkpoint, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match=r"`format` 'pdtrim.checkpoint/9'"):
+        fit(tmp_path, tiny_llama_dir, schedule(), ckpt_path=tmp_path / "foreign.ckpt")
+
+
+def test_files_beside_a_checkpoint_go_with_it(whole_run: tuple[Path, PDTrimModule], tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    writer = PlanCheckpointIO()
+    writer.save_checkpoint(torch.load(whole_run[0] / "checkpoints" / "epoch=2.ckpt", weights_only=True), path)
+    files = [sidecar(path, name) for name in ("stage_plan.json", "kv_policy.json", "config.yaml")]
+    assert all(file.is_file() for file in files)
+    writer.remove_checkpoint(path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_repeated_drop_ends_exactly_at_its_target() -> None:
+    assert RepeatedDrop(blocks=2, every=3, until=5, start=1).by_epoch() == {1: 2, 4: 2, 7: 1}
+    with pytest.raises(ValueError, match=r"`schedule` needs `blocks`"):
+        RepeatedDrop(blocks=0, every=1, until=1)
+
+
+def test_a_schedule_from_a_saved_configuration_has_its_epochs_back_as_numbers() -> None:
+    drop = BlockDrop("decode", CosineRedundancy(), {"0": 2, "3": 1})  # type: ignore[dict-item]
+    assert drop.schedule == {0: 2, 3: 1}
+    assert drop.last_round == 3
+
+
+@pytest.mark.parametrize("schedule", [{}, {-1: 2}, {0: 0}])
+def test_a_schedule_that_cannot_be_is_refused(schedule: dict[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"`schedule` of the decode drops is"):
+        BlockDrop("decode", CosineRedundancy(), schedule)
+
+
+def test_a_round_after_the_last_epoch_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"round at epoch 3, and `trainer.max_epochs` is 3"):
+        fit(tmp_path, tiny_llama_dir, [BlockDrop("decode", FirstCandidate(), {3: 1})])
+
+
+def test_two_callbacks_for_one_stage_are_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    twins: list[Callback] = [BlockDrop("decode", FirstCandidate(), {0: 1}), BlockDrop("decode", GreedyKL(), {0: 1})]
+    with pytest.raises(RuntimeError, match=r"BlockDrop\[decode\]|Found more than one stateful callback"):
+        fit(tmp_path, tiny_llama_dir, twins)
+
+
+def test_retention_before_a_drop_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"must stand after every BlockDrop"):
+        fit(tmp_path, tiny_llama_dir, [KVRetention(MassSelector()), BlockDrop("decode", FirstCandidate(), {0: 1})])
+
+
+def test_retention_ahead_of_the_last_round_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    late = BlockDrop("decode", FirstCandidate(), {2: 1})
+    with pytest.raises(MisconfigurationException, match=r"`epoch` of the KV retention is 1, before the last drop"):
+        fit(tmp_path, tiny_llama_dir, [late, KVRetention(MassSelector(), epoch=1)])
+
+
+def test_a_stage_that_does_not_fit_the_relation_fails_before_the_first_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    module = module_for(tiny_llama_dir, structure=Structure("unified"))
+    trainer = trainer_for(tmp_path, [BlockDrop("decode", FirstCandidate(), {1: 1})])
+    with pytest.raises(ValueError, match=r"`stage: decode` does not fit `relation: unified`"):
+        trainer.fit(module, datamodule=data_for(tiny_llama_dir))
+    assert trainer.global_step == 0
+
+
+def test_a_round_that_asks_for_too_much_says_what_is_left() -> None:
+    from tiny_models import tiny_model
+
+    from pdtrim_pl.staged import StagedCausalLM
+
+    student = StagedCausalLM(tiny_model("llama"))
+    context = ScoringContext(student, student, [])
+    with pytest.raises(ValueError, match=r"Only 2 of the 3 blocks of round 0 can leave `decode`.*`schedule`"):
+        choose_drops(FirstCandidate(), context, student.plan, "decode", 3)
+    with pytest.raises(ValueError, match=r"Only 1 of the 2 blocks"):
+        choose_drops(FirstCandidate(), context, student.plan, "decode", 2, guards=Guards(max_removed=1))
+
+
+def test_a_plan_file_starts_a_run(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    module = module_for(tiny_llama_dir)
+    module.configure_model()
+    module.plan.drop("decode", 2).save(tmp_path / "plan.json")
+    again = module_for(tiny_llama_dir, structure=Structure(plan=tmp_path / "plan.json"), losses=[KL()])
+    again.configure_model()
+    assert again.plan.decode == (0, 1, 3)
+
+
+def test_a_plan_of_another_model_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    from pdtrim_pl.plan import ModelRef
+
+    StagePlan.full(ModelRef("other", "llama", 9)).save(tmp_path / "plan.json")
+    module = module_for(tiny_llama_dir, structure=Structure(plan=tmp_path / "plan.json"))
+    with pytest.raises(ValueError, match=r"for a model of 9 blocks, and `model` has 4"):
+        module.configure_model()

@@ -1,0 +1,377 @@
+"""The two-process runtime: what crosses the wire, that it computes what one process computes, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import plans, policies
+from tiny_models import tiny_model
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from pdtrim_pl.export.pair import export_pair
+from pdtrim_pl.plan import Boundary, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention, handled_positions
+from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of, text_pieces
+from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
+from pdtrim_pl.serving.sampling import Sampling
+from pdtrim_pl.serving.transport import Handover, Link, receive_handover, send_handover, wire_dtype
+from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
+from pdtrim_pl.staged.model import reference_to
+
+CPU = torch.device("cpu")
+ON_CPU = ("cpu", "cpu")
+TOLERANCE = 1e-4
+FREE = {"prefill": (0, 2, 3), "decode": (0, 1, 3), "relation": "free", "untied": {"decode": (3,)}}
+NESTED = {"prefill": (0, 1, 3), "decode": (0, 3), "relation": "nested", "untied": {"prefill": (0,)}}
+ALL_DECODE = {"prefill": (1, 3), "decode": (0, 1, 2, 3), "relation": "prefill_only"}
+RULES = {0: Retention("first_last", 2, 0.2), 3: Retention("first_last", 1, 30)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads make matrices of this size slower; the workers read the environment."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Whatever a test does to a runtime, no worker outlives it."""
+    yield
+    assert not multiprocessing.active_children()
+
+
+@pytest.fixture(scope="module")
+def wire() -> Iterator[Callable[[Handover, StagePlan, KVRetentionPolicy], tuple]]:
+    """A real gloo connection between two threads: sends a handover and returns what arrived and both sides' counts."""
+    store = dist.HashStore()
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        opened = [threads.submit(dist.ProcessGroupGloo, store, rank, 2, timedelta(seconds=30)) for rank in (0, 1)]
+        ends: list[Any] = [end.result() for end in opened]
+        prefill, decode = Link(ends[0], "prefill", CPU), Link(ends[1], "decode", CPU)
+
+        def across(handover: Handover, plan: StagePlan, policy: KVRetentionPolicy) -> tuple:
+            sending = threads.submit(send_handover, prefill, handover, plan, policy)
+            arrived, received = receive_handover(decode, plan, policy, CPU)
+            return arrived, sending.result(), received
+
+        yield across
+
+
+def random_cache(plan: StagePlan, kv: KVShape, lengths: list[int], dtype: torch.dtype) -> KVCache:
+    """A prompt's cache as prefill makes it, padded on the left."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    lengths_tensor, wide = torch.tensor(lengths), max(*lengths, 1)
+    valid = torch.arange(wide)[None] >= wide - lengths_tensor[:, None]
+    slots = Slots((valid.cumsum(dim=1) - 1).clamp(min=0), valid)
+    shape = (len(lengths), kv.num_key_value_heads, wide, kv.head_dim)
+
+    def block() -> BlockKV:
+        keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        return BlockKV(keys, values, slots)
+
+    return KVCache({index: block() for index in plan.decode}, lengths_tensor)
+
+
+def entries(block: BlockKV, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, keys and values of one row's real entries, in order."""
+    valid = block.slots.valid[row]
+    return block.slots.positions[row][valid], block.keys[row][:, valid], block.values[row][:, valid]
+
+
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    plan=plans(4),
+    prompts=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    with_logits=st.booleans(),
+)
+def test_the_wire_carries_exactly_what_the_policy_keeps_and_counts(
+    wire: Callable, data: st.DataObject, plan: StagePlan, prompts: list[int], dtype: str, with_logits: bool
+) -> None:
+    policy = data.draw(policies(plan, kv=KVShape(2, 8, dtype)))
+    full = random_cache(plan, policy.kv, [handled_positions(p, plan.boundary) for p in prompts], wire_dtype(policy))
+    kept = full.retained(policy)
+    tokens = torch.arange(len(prompts)) + 5
+    logits = torch.randn(len(prompts), 7) if with_logits else None
+    arrived, sent, received = wire(Handover(kept, tokens, logits), plan, policy)
+    assert sent.kv_bytes == received.kv_bytes == sum(policy.sent_bytes(plan, p) for p in prompts)
+    assert sent.header_bytes == received.header_bytes == 16 + 16 * len(prompts) + 28 * len(prompts) * with_logits
+    assert arrived.tokens.equal(tokens)
+    assert arrived.cache.lengths.equal(kept.lengths)
+    assert arrived.logits is None if logits is None else arrived.logits.equal(logits)
+    for index in plan.decode:
+        for row in range(len(prompts)):
+            for found, expected in zip(
+                entries(arrived.cache.blocks[index], row), entries(kept.blocks[index], row), strict=True
+            ):
+                assert found.equal(expected)
+
+
+def padded(lengths: list[int], *, seed: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Random token ids and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    wide, sizes = max(lengths), torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, 64, (len(lengths), wide), generator=generator)
+    return ids, torch.arange(wide)[None] >= wide - sizes if left else torch.arange(wide)[None] < sizes
+
+
+def student(
+    family: str, boundary: Boundary, plan: dict[str, Any], rules: dict[int, Retention], **config: int
+) -> StagedCausalLM:
+    """A tiny student whose untied weights differ from the shared ones."""
+    model = tiny_model(family, **config)
+    staged = StagedCausalLM(model, StagePlan(reference_to(model, family), boundary=boundary, **plan))
+    staged.apply_policy(KVRetentionPolicy(boundary, staged.kv_shape, rules))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for gate in staged.gates.values():
+            for parameter in gate.untied.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return staged
+
+
+@pytest.mark.parametrize(
+    ("family", "boundary", "plan"),
+    [
+        ("phi3", "prefill", FREE),
+        ("gemma3_text", "decode", FREE),
+        ("gpt_neox", "decode", ALL_DECODE),
+    ],
+)
+def test_two_processes_compute_what_one_does(
+    tmp_path: Path, family: str, boundary: Boundary, plan: dict[str, Any]
+) -> None:
+    staged = student(family, boundary, plan, RULES)
+    export = export_pair(staged, tmp_path / "export", tokenizer=None)
+    with torch.no_grad(), DisaggregatedRuntime(export, devices=ON_CPU, start_timeout=120) as runtime:
+        for seed, (prompts, responses) in enumerate([([9, 1, 5], [4, 6, 1]), ([1], [3]), ([12, 12], [1, 1])]):
+            prompt_ids, prompt_mask = padded(prompts, seed=seed, left=True)
+            response_ids, response_mask = padded(responses, seed=seed + 9, left=False)
+            found = runtime.forced_logits(prompt_ids, response_ids, prompt_mask, response_mask)
+            expected = staged.logits(staged(prompt_ids, response_ids, prompt_mask, response_mask).hidden)
+            torch.testing.assert_close(found[response_mask], expected[response_mask], atol=TOLERANCE, rtol=0.0)
+            assert_counts(runtime, staged, prompts, sum(responses))
+
+            once = staged.generate(prompt_ids, prompt_mask, max_new_tokens=8)
+            assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8).equal(once)
+            stops = [int(once[0, 2])]
+            expected_ids = staged.generate(prompt_ids, prompt_mask, max_new_tokens=8, stop_ids=stops)
+            assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8, stop_ids=stops).equal(expected_ids)
+            assert_counts(runtime, staged, prompts, expected_ids.numel())
+
+            drawn = staged.generate(prompt_ids, prompt_mask, max_new_tokens=8, pick=Sampling(1.5, 20, seed=4).picker())
+            sampling: dict[str, Any] = {"temperature": 1.5, "top_k": 20, "seed": 4}
+            assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8, **sampling).equal(drawn)
+
+            alone = prompt_ids[0][prompt_mask[0]]
+            row = staged.generate(alone[None], max_new_tokens=30)[0].tolist()
+            stream = runtime.stream(alone, max_new_tokens=30)
+            assert [next(stream), next(stream)] == row[:2]
+            with pytest.raises(RuntimeError, match="one request at a time"):
+                list(runtime.stream(alone, max_new_tokens=1))
+            stream.close()
+            assert runtime.stats is not None
+            assert runtime.stats.new_tokens == 2
+            assert list(runtime.stream(alone.tolist(), max_new_tokens=30)) == row
+
+
+def assert_counts(runtime: DisaggregatedRuntime, staged: StagedCausalLM, prompts: list[int], new: int) -> None:
+    """The bytes counted on the wire are those that the policy announces."""
+    stats, policy = runtime.stats, staged.policy
+    assert stats is not None
+    assert policy is not None
+    assert (stats.prompt_tokens, stats.new_tokens) == (sum(prompts), new)
+    assert stats.kv_bytes == sum(policy.sent_bytes(staged.plan, length) for length in prompts)
+    assert stats.full_bytes == sum(policy.full_bytes(staged.plan, length) for length in prompts)
+
+
+@pytest.fixture(scope="module")
+def text_pair(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> tuple[Path, StagedCausalLM]:
+    """An export with a tokenizer, and its student. Its generation config ends at tokens 2 and 7."""
+    staged = student("llama", "prefill", NESTED, RULES, vocab_size=259, seed=3)
+    staged.model.generation_config.eos_token_id = [2, 7]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    return export_pair(staged, tmp_path_factory.mktemp("text") / "export", tokenizer=tokenizer), staged
+
+
+def test_generate_prints_the_text_alone_and_figures_apart(
+    text_pair: tuple[Path, StagedCausalLM], capfd: pytest.CaptureFixture[str]
+) -> None:
+    export, staged = text_pair
+    tokenizer: Any = AutoTokenizer.from_pretrained(export / "decode")
+    prompt_ids = tokenizer("Grüße", return_tensors="pt").input_ids
+    ids = staged.generate(prompt_ids, max_new_tokens=40, stop_ids=(2, 7))[0].tolist()
+    out, err = io.StringIO(), io.StringIO()
+    generate_text(export, "Grüße", max_new_tokens=40, device="cpu", out=out, err=err)
+    assert out.getvalue() == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert f"prompt   {prompt_ids.shape[1]} tokens\nnew      {len(ids)} tokens\nKV sent  " in err.getvalue()
+    assert capfd.readouterr().out == ""
+
+
+def test_a_chat_prompt_is_one_user_turn_and_the_generation_config_says_where_to_stop(
+    text_pair: tuple[Path, StagedCausalLM],
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(text_pair[0] / "prefill")
+    ids = encode_prompt(tokenizer, "Hi", chat=True)
+    assert tokenizer.decode(ids) == "<bos>user\nHi<eos>\n<bos>assistant\n"
+    assert encode_prompt(tokenizer, "Hi", chat=False) == tokenizer("Hi")["input_ids"]
+    assert stop_ids_of(text_pair[0], tokenizer) == (2, 7)
+    assert stop_ids_of(text_pair[0] / "elsewhere", tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_generate_refuses_what_it_cannot_serve(text_pair: tuple[Path, StagedCausalLM], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(text_pair[0], bare)
+    (bare / "prefill" / "tokenizer_config.json").unlink()
+    plain = tmp_path / "plain"
+    shutil.copytree(text_pair[0], plain)
+    (plain / "prefill" / "chat_template.jinja").unlink()
+
+    def refused(match: str, export: Path = text_pair[0], prompt: str = "Hi", **settings: Any) -> None:
+        out = io.StringIO()
+        with pytest.raises(ValueError, match=match):
+            generate_text(export, prompt, out=out, err=out, **settings)
+        assert out.getvalue() == ""
+
+    refused("`prompt` is empty", prompt="")
+    refused("`prompt` has 129 tokens, and the model's context is 128", prompt="x" * 129)
+    refused("lower `max_new_tokens` to at most 126", max_new_tokens=127)
+    refused("`max_new_tokens` is 0", max_new_tokens=0)
+    refused("`export` is .*not an exported pair: it has no stage_plan.json", export=tmp_path)
+    refused("`export` has no tokenizer", export=bare)
+    refused("leave out `--chat`", export=plain, chat=True)
+    refused("`temperature` is -1", temperature=-1.0, max_new_tokens=9)
+    refused("`device` is 'abacus'", device="abacus", max_new_tokens=9)
+
+
+def test_a_request_that_cannot_be_served_is_refused_before_it_reaches_a_worker(
+    text_pair: tuple[Path, StagedCausalLM],
+) -> None:
+    runtime = DisaggregatedRuntime(text_pair[0], devices=ON_CPU)
+    ids, mask = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[1, 1], [1, 0]])
+    with pytest.raises(ValueError, match="`prompt_mask` has padding elsewhere than on the left"):
+        runtime.generate(ids, mask, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"`prompt_mask` must .* leave every row a token"):
+        runtime.generate(ids, torch.zeros_like(ids), max_new_tokens=1)
+    with pytest.raises(ValueError, match="`response_mask` has padding elsewhere than on the right"):
+        runtime.forced_logits(ids, ids, response_mask=mask.flip(1))
+    with pytest.raises(ValueError, match=r"`prompt_ids` has 259, outside this model's vocabulary 0\.\.258"):
+        list(runtime.stream([259], max_new_tokens=1))
+    with pytest.raises(ValueError, match="`prompt_ids` must be whole numbers"):
+        list(runtime.stream([], max_new_tokens=1))
+    with pytest.raises(RuntimeError, match="use the runtime in a `with` block"):
+        list(runtime.stream([5], max_new_tokens=1))
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_worker_that_dies_ends_the_request_with_one_error(text_pair: tuple[Path, StagedCausalLM], stage: str) -> None:
+    def use_up(stream: Iterator[int]) -> None:
+        while True:
+            list(stream)
+            stream = runtime.stream([5, 6, 7], max_new_tokens=6)
+
+    with DisaggregatedRuntime(text_pair[0], devices=ON_CPU, start_timeout=120) as runtime:
+        stream = runtime.stream([5, 6, 7], max_new_tokens=6)
+        next(stream)
+        (process,) = (child for child in multiprocessing.active_children() if child.name == f"pdtrim {stage}")
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)  # so that the other worker waits for it when it dies
+        Timer(0.5, os.kill, (process.pid, signal.SIGKILL)).start()
+        with pytest.raises(RuntimeError, match=rf"The {stage} worker died without a word \(exit code -9\)"):
+            use_up(stream)
+        assert not multiprocessing.active_children()
+        with pytest.raises(RuntimeError, match="The workers are not running"):
+            next(runtime.stream([5], max_new_tokens=1))
+
+
+def test_a_damaged_checkpoint_is_named_when_the_workers_start(
+    text_pair: tuple[Path, StagedCausalLM], tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(text_pair[0], damaged)
+    weights = damaged / "decode" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with (
+        pytest.raises(ValueError, match=r"The decode worker refused: .*model\.safetensors cannot be used"),
+        DisaggregatedRuntime(damaged, devices=ON_CPU, start_timeout=120),
+    ):
+        pass
+
+
+def utf8(ids: list[int]) -> str:
+    """A tokenizer whose ids are bytes."""
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+@given(st.text() | st.binary())
+def test_streamed_pieces_join_to_the_whole_text(source: str | bytes) -> None:
+    ids = list(source.encode() if isinstance(source, str) else source)
+    assert "".join(text_pieces(ids, utf8)) == utf8(ids)
+
+
+@given(st.text().filter(lambda text: "\ufffd" not in text))
+def test_no_piece_holds_part_of_a_character(text: str) -> None:
+    assert all("\ufffd" not in piece for piece in text_pieces(text.encode(), utf8))
+
+
+def test_draws_follow_the_softmax_of_the_top_k_and_their_seed() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(dim=-1)
+    pick = Sampling(temperature=0.5, top_k=3, seed=1).picker()
+    drawn = torch.cat([pick(logits) for _ in range(4000)])
+    expected = torch.cat([(logits[0, :3] / 0.5).softmax(dim=-1), torch.zeros(1)])
+    torch.testing.assert_close(drawn.bincount(minlength=4) / len(drawn), expected, atol=0.03, rtol=0.0)
+    late = Sampling(temperature=0.5, top_k=3, seed=1).picker(start=3990)
+    assert torch.cat([late(logits) for _ in range(10)]).equal(drawn[3990:])
+
+
+@given(st.integers(0, 2**40))
+def test_the_top_1_is_greedy(seed: int) -> None:
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed))
+    assert Sampling(3.0, 1, seed).picker()(logits).equal(Sampling().picker()(logits))
+
+
+def test_sampling_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="`temperature` is nan"):
+        Sampling(temperature=float("nan"))
+    with pytest.raises(ValueError, match="`top_k` is 0"):
+        Sampling(top_k=0)
+    with pytest.raises(ValueError, match="`seed` is -1"):
+        Sampling(seed=-1)
+
+
+def test_devices_follow_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, setting, expected in [
+        (0, "auto", ON_CPU),
+        (1, "auto", ("cuda:0", "cuda:0")),
+        (4, "cuda", ("cuda:0", "cuda:1")),
+        (4, "cuda:3", ("cuda:3", "cuda:3")),
+        (4, "cpu", ON_CPU),
+    ]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert devices_of(setting) == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="`device` is 'cuda', and this machine has 0 GPUs"):
+        devices_of("cuda")
