@@ -11,11 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
+from pdtrim_pl.data import fingerprint
 from pdtrim_pl.evaluation.summary import Summary, summarise
 from pdtrim_pl.evaluation.timing import Timing, measure_timing
 from pdtrim_pl.export import check_target, export_pair
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.module import PDTrimModule, evaluating
+from pdtrim_pl.staged.model import kv_shape_of
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class ExportPair(Callback):
         trainer.strategy.barrier("export")
 
     def _export(self, trainer: Trainer, module: PDTrimModule) -> None:
+        self._note(trainer, module)
         summary = self._summary(trainer, module) if self.measure else None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         log.info("Writing the pair and comparing it with the student.")
@@ -79,13 +82,22 @@ class ExportPair(Callback):
             summary.at(target).render_text(Console())
         log.info("Exported to %s.", target)
 
+    def _note(self, trainer: Trainer, module: PDTrimModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module.record.notes |= {
+            "precision": str(trainer.precision), "strategy": type(trainer.strategy).__name__,
+            "processes": trainer.world_size, "optimizer steps": module.global_step, "configuration": module.run_config,
+        }  # fmt: skip
+        if data is not None:
+            module.record.notes["calibration sha256"] = fingerprint(data.calibration_dataloader())
+
     def _summary(self, trainer: Trainer, module: PDTrimModule) -> Summary:
         log.info("Measuring the teacher, the teacher's weights after the drops, and the student.")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         with evaluating(module) as (student, teacher):
             return summarise(
                 student, teacher, data.val_dataloader(), timing=self._timing(module), device=module.device,
-                kv_prompt_tokens=self.prompt_tokens, export=self.output,
+                kv_prompt_tokens=self.prompt_tokens, kv_shape=kv_shape_of(student.model, self.dtype), export=self.output,
             )  # fmt: skip
 
     def _timing(self, module: PDTrimModule) -> Timing:

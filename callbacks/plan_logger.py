@@ -56,7 +56,7 @@ class PlanLogger(Callback):
         )  # fmt: skip
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics

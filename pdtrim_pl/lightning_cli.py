@@ -34,13 +34,18 @@ class PDTrimCLI(LightningCLI):
             PDTrimModule,
             PromptResponseDataModule,
             save_config_callback=SaveResolvedConfig,
-            save_config_kwargs={"overwrite": True},
+            # Not `config.yaml`: without a logger it lands in `default_root_dir`, where a user may keep one.
+            save_config_kwargs={"overwrite": True, "config_filename": "resolved_config.yaml"},
             parser_kwargs={"parser_mode": "omegaconf", "prog": "pdtrim"},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             args=list(args) if args is not None else None,
             run=run,
         )
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """The base class reads the whole checkpoint here, for hyperparameters that ours do not hold."""
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

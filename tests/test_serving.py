@@ -321,6 +321,14 @@ def test_a_damaged_checkpoint_is_named_when_the_workers_start(
         pass
 
 
+def test_workers_that_take_too_long_to_start_are_ended(text_pair: tuple[Path, StagedCausalLM]) -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"did not start within 0\.01 s .* Raise `start_timeout`"),
+        DisaggregatedRuntime(text_pair[0], devices=ON_CPU, start_timeout=0.01),
+    ):
+        pass
+
+
 def utf8(ids: list[int]) -> str:
     """A tokenizer whose ids are bytes."""
     return bytes(ids).decode("utf-8", errors="replace")

@@ -1,7 +1,7 @@
 """From a source of text to batches of prompts and responses."""
 
 from pdtrim_pl.data.checks import check_context, check_vocabulary
-from pdtrim_pl.data.collate import Batch, Collator
+from pdtrim_pl.data.collate import Batch, Collator, fingerprint
 from pdtrim_pl.data.datamodule import PromptResponseDataModule
 from pdtrim_pl.data.examples import Example, TokenExamples
 from pdtrim_pl.data.settings import Lengths, Parts
@@ -18,4 +18,5 @@ __all__ = [
     "TokenExamples",
     "check_context",
     "check_vocabulary",
+    "fingerprint",
 ]

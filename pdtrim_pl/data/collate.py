@@ -3,7 +3,8 @@
 Shapes: B batch, P longest prompt of the batch, R longest response of the batch, in tokens.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,16 @@ class Batch(NamedTuple):
     """int64 [B, R]."""
     response_mask: Tensor
     """bool [B, R], true at real tokens."""
+
+
+def fingerprint(batches: Iterable[Batch]) -> str:
+    """SHA-256 of the real tokens of a data part, in order, so that two runs can be told to have seen the same."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for ids, mask in ((batch.prompt_ids, batch.prompt_mask), (batch.response_ids, batch.response_mask)):
+            for row, real in zip(ids, mask, strict=True):
+                digest.update(row[real].cpu().numpy().tobytes() + b"|")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

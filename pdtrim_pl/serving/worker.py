@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -49,7 +50,7 @@ def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
     try:
         staged, policy = _load(spec)
         link = open_link(spec.stage, torch.device(spec.device), spec.backend, spec.meeting_point, LINK_TIMEOUT)
-        worker = PrefillWorker if spec.stage == "prefill" else DecodeWorker
+        worker: type[StageWorker] = PrefillWorker if spec.stage == "prefill" else DecodeWorker
         parent.send(say.Ready())
         worker(staged, policy, link, torch.device(spec.device), parent).serve()
         dist.destroy_process_group()
@@ -59,7 +60,7 @@ def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
         sys.exit(1)
 
 
-class StageWorker:
+class StageWorker(ABC):
     """What both workers are: a stage, its end of the wire, and a parent that asks."""
 
     def __init__(
@@ -78,9 +79,9 @@ class StageWorker:
                 return
             self.obey(command)
 
+    @abstractmethod
     def obey(self, command: say.Command) -> None:
         """Do what one command says."""
-        raise NotImplementedError
 
     def ids(self, rows: say.Rows) -> Tensor:
         """Token ids or a mask on the worker's device, [rows, T]."""

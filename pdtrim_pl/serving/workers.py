@@ -59,7 +59,7 @@ class WorkerPair:
         """What the workers report, as it comes, for as long as the caller asks.
 
         Args:
-            timeout: seconds to wait for everything the caller takes; None waits for ever, but never for the dead.
+            timeout: seconds the workers may take to start; None waits for ever, but never for the dead.
 
         Raises:
             ValueError: a worker met a user's mistake.
@@ -71,7 +71,10 @@ class WorkerPair:
             ready = wait(list(stages), None if end is None else max(end - time.monotonic(), 0.0))
             if not ready:
                 self.kill()
-                raise RuntimeError(f"The workers said nothing for {timeout:.0f} s and were ended.")
+                raise RuntimeError(
+                    f"The workers did not start within {timeout:g} s and were ended. Raise `start_timeout` if loading "
+                    "takes longer."
+                )
             for connection in ready:
                 assert isinstance(connection, Connection)
                 stage = stages[connection]

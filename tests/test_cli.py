@@ -1,0 +1,193 @@
+"""The command line: every shipped YAML builds, commands work on a tiny model, bad input ends in one clear line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from callbacks import BlockDrop, RepeatedDrop
+from pdtrim_pl.checkpoint import CheckpointState, sidecar
+from pdtrim_pl.cli import main
+from pdtrim_pl.export import load_plan_and_policy
+from pdtrim_pl.lightning_cli import PDTrimCLI
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ONE_DEVICE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
+
+
+@pytest.fixture
+def config(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A complete configuration for the tiny model, with every kind of callback."""
+    settings: dict[str, Any] = {
+        "seed_everything": 1,
+        "model": {"model": str(tiny_llama_dir), "losses": [{"class_path": "pdtrim_pl.losses.KL"}]},
+        "data": {
+            "tokenizer": "${model.model}",
+            "lengths": {"max_length": 24, "min_prompt": 8, "max_prompt": 16},
+            "parts": {"validation": 4, "calibration": 4, "test": 3, "max_train": 8},
+            "batch_size": 4,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 2,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": str(tmp_path),
+            "logger": False,
+            "callbacks": [
+                {
+                    "class_path": "callbacks.BlockDrop",
+                    "init_args": {
+                        "stage": "decode",
+                        "criterion": {"class_path": "pdtrim_pl.criteria.GreedyKL", "init_args": {"pool": 2}},
+                        "schedule": {"blocks": 1, "every": 1, "until": 2},
+                        "guards": {"protect_first": 0},
+                    },
+                },
+                {
+                    "class_path": "callbacks.BlockDrop",
+                    "init_args": {
+                        "stage": "prefill",
+                        "criterion": {"class_path": "pdtrim_pl.criteria.CosineRedundancy"},
+                        "schedule": {1: 1},
+                    },
+                },
+                {
+                    "class_path": "callbacks.KVRetention",
+                    "init_args": {"selector": {"class_path": "pdtrim_pl.selectors.MassSelector"}},
+                },
+                {"class_path": "callbacks.PlanLogger"},
+                {"class_path": "callbacks.PlanProgressBar"},
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": str(tmp_path / "ckpt"), "save_last": True},
+                },
+            ],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_builds(path: Path) -> None:
+    cli = PDTrimCLI(["--config", str(path), *ONE_DEVICE], run=False)
+    assert cli.datamodule.tokenizer_name == cli.model.model_name, "the tokenizer is interpolated from the model"
+    assert any(isinstance(callback, BlockDrop) for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_tells_its_launch_command(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"--config configs/{path.name}" in line for line in header)
+
+
+def test_a_saved_configuration_builds_the_same_schedule_again(config: Path, tmp_path: Path) -> None:
+    cli = PDTrimCLI(["--config", str(config)], run=False)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(cli.parser.dump(cli.config, skip_none=False))
+    again = PDTrimCLI(["--config", str(saved)], run=False)
+    for before, after in zip(cli.trainer.callbacks, again.trainer.callbacks, strict=True):
+        if isinstance(before, BlockDrop):
+            assert isinstance(after, BlockDrop)
+            assert before.schedule == after.schedule
+            assert before.guards == after.guards
+    assert RepeatedDrop(1, 1, 2).by_epoch() in [c.schedule for c in again.trainer.callbacks if isinstance(c, BlockDrop)]
+
+
+def test_fit_validate_test_predict_and_export_work_one_after_the_other(config: Path, tmp_path: Path) -> None:
+    assert main(["fit", "--config", str(config)]) == 0
+    last = tmp_path / "ckpt" / "last.ckpt"
+    state = CheckpointState.beside(last)
+    assert state is not None
+    assert (len(state.plan.prefill), len(state.plan.decode)) == (3, 2)
+    assert "callbacks.BlockDrop" in sidecar(last, "config.yaml").read_text(), "the resolved YAML lies beside it"
+
+    for command in ("validate", "test"):
+        assert main([command, "--config", str(config), "--ckpt_path", str(last)]) == 0
+    written = tmp_path / "predictions.jsonl"
+    writer = {"class_path": "callbacks.PredictionWriter", "init_args": {"output": str(written)}}
+    predict = ["predict", "--config", str(config), "--ckpt_path", str(last), f"--trainer.callbacks={[writer]}"]
+    assert main(predict) == 0
+    assert len(written.read_text().splitlines()) == 3
+
+    assert main(["export", "--ckpt_path", str(last), "--output", str(tmp_path / "pair"), "--dtype", "float32"]) == 0
+    plan, policy = load_plan_and_policy(tmp_path / "pair")
+    assert plan == state.plan
+    assert policy.kv.dtype == "float32"
+
+
+def test_an_override_on_the_command_line_wins(config: Path) -> None:
+    cli = PDTrimCLI(["--config", str(config), "--trainer.max_epochs", "7", "--data.batch_size=2"], run=False)
+    assert cli.trainer.max_epochs == 7
+    assert cli.datamodule.batch_size == 2
+
+
+def test_print_config_shows_the_whole_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert done.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["lengths"]["max_length"] == 24
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model.boundary=prefill"], "model.boundary"),
+        (["--model.structure.relation=loose"], "model.structure.relation"),
+        (["--trainer.epochs=3"], "trainer.epochs"),
+        (["--data.batch_size=many"], "data.batch_size"),
+    ],
+)
+def test_unknown_and_mistyped_keys_are_refused(
+    config: Path, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(config), *extra])
+    assert done.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trim"]) == 2
+    assert "unknown command 'trim'" in capsys.readouterr().err
+
+
+def test_what_a_user_got_wrong_ends_in_one_line_without_a_traceback(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", str(config), "--model.model", str(tmp_path / "nowhere")]) == 1
+    error = capsys.readouterr().err
+    assert "pdtrim: error: There is no model" in error
+    assert "Traceback" not in error
+
+
+def test_exporting_a_checkpoint_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--ckpt_path", str(tmp_path / "no.ckpt"), "--output", str(tmp_path / "pair")]) == 1
+    assert "There is no checkpoint at `ckpt_path`" in capsys.readouterr().err
+
+
+def test_help_comes_without_heavy_imports() -> None:
+    code = (
+        "import sys; from pdtrim_pl.cli import main; main(['--help']); main(['--version']);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "usage: pdtrim COMMAND" in done.stdout
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pdtrim_pl", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("pdtrim_pl ")
