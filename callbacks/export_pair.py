@@ -97,7 +97,8 @@ class ExportPair(Callback):
         with evaluating(module) as (student, teacher):
             return summarise(
                 student, teacher, data.val_dataloader(), timing=self._timing(module), device=module.device,
-                kv_prompt_tokens=self.prompt_tokens, kv_shape=kv_shape_of(student.model, self.dtype), export=self.output,
+                kv_prompt_tokens=self.prompt_tokens, kv_shape=kv_shape_of(student.model, self.dtype),
+                export=self.output,
             )  # fmt: skip
 
     def _timing(self, module: PDTrimModule) -> Timing:

@@ -1,4 +1,4 @@
-"""Block drops, KV retention and their schedules in real fits of a tiny model; a resumed run equals an uninterrupted one."""
+"""Drops, retention and schedules in real fits of a tiny model; a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -223,7 +223,9 @@ def test_retention_ahead_of_the_last_round_is_refused(tiny_llama_dir: Path, tmp_
         fit(tmp_path, tiny_llama_dir, [late, KVRetention(MassSelector(), epoch=1)])
 
 
-def test_a_stage_that_does_not_fit_the_relation_fails_before_the_first_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_stage_that_does_not_fit_the_relation_fails_before_the_first_step(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     module = module_for(tiny_llama_dir, structure=Structure("unified"))
     trainer = trainer_for(tmp_path, [BlockDrop("decode", FirstCandidate(), {1: 1})])
     with pytest.raises(ValueError, match=r"`stage: decode` does not fit `relation: unified`"):

@@ -6,6 +6,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -173,11 +174,11 @@ def _notes(record: RunRecord) -> str:
     heading = "Notes of the run"
     if not record.notes:
         return section(heading, missing("The run left no notes."))
-    rows = [
-        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-        for name, value in record.notes.items()
-    ]
-    return section(heading, table(("note", "value"), rows, text=True))
+    said = {n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in record.notes.items()}
+    long = {name: text for name, text in said.items() if "\n" in text}
+    rows = [(name, text) for name, text in said.items() if name not in long]
+    parts = [f"<h3>{escape(name)}</h3>\n<pre>{escape(text)}</pre>" for name, text in long.items()]
+    return section(heading, table(("note", "value"), rows, text=True), *parts)
 
 
 def _list(numbers: list[int] | tuple[int, ...]) -> str:

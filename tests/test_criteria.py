@@ -1,0 +1,115 @@
+"""Criteria and the evaluator: the fast evaluation equals the naive one, and choices are the best ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import plans
+from tiny_models import tiny_model
+
+from pdtrim_pl.criteria import CosineRedundancy, GreedyKL, ScoringContext
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.search import Guards, choose_drops
+from pdtrim_pl.staged import StagedCausalLM
+
+
+def batches(seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for rows, prompt, response in ((3, 9, 6), (2, 5, 8)):
+        ids = torch.randint(3, 64, (rows, prompt + response), generator=generator)
+        prompt_mask, response_mask = torch.ones(rows, prompt).bool(), torch.ones(rows, response).bool()
+        prompt_mask[0, :2] = False
+        response_mask[1, -3:] = False
+        out.append(Batch(ids[:, :prompt], prompt_mask, ids[:, prompt:], response_mask))
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[StagedCausalLM, StagedCausalLM]:
+    student = StagedCausalLM(tiny_model("llama", blocks=5))
+    with torch.no_grad():  # a student that is no longer its teacher
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return student.eval(), StagedCausalLM(tiny_model("llama", blocks=5)).eval()
+
+
+def same_plans(data: st.DataObject, student: StagedCausalLM) -> list[StagePlan]:
+    """Random plans without weights of their own, at one boundary, as a search would ask for them."""
+    from dataclasses import replace
+
+    drawn = data.draw(st.lists(plans(5, model=student.plan.model), min_size=1, max_size=4))
+    return [replace(plan, boundary=drawn[0].boundary, merged={}, untied={}) for plan in drawn]
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
+    pair: tuple[StagedCausalLM, StagedCausalLM], data: st.DataObject
+) -> None:
+    student, teacher = pair
+    asked = same_plans(data, student)
+    fast, bare = Evaluator(student, teacher, batches()), Evaluator(student, teacher, batches(), cache_bytes=0)
+    assert fast.keeps_prompts
+    assert not bare.keeps_prompts
+    for plan in asked:
+        naive = measure_quality(student, teacher, batches(), plan=plan).kl
+        assert fast.energy(plan) == pytest.approx(naive, abs=1e-6)
+        assert bare.energy(plan) == pytest.approx(naive, abs=1e-6)
+
+
+def test_prompts_run_once_while_only_decode_changes(
+    pair: tuple[StagedCausalLM, StagedCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair
+    evaluator = Evaluator(student, teacher, batches())
+    calls = []
+    run = student.prefill
+    monkeypatch.setattr(student, "prefill", lambda *args, **kwargs: (calls.append(1), run(*args, **kwargs))[1])
+    full = student.plan
+    for plan in (full, full.drop("decode", 1), full.drop("decode", 2), full.drop("decode", 2).drop("decode", 3)):
+        evaluator.energy(plan)
+    assert len(calls) == len(batches())
+    evaluator.energy(full.drop("both", 1))
+    assert len(calls) == 2 * len(batches())
+
+
+def test_greedy_takes_the_drop_of_least_energy_each_time(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    student, teacher = pair
+    context = ScoringContext(student, teacher, batches())
+    plan = choose_drops(GreedyKL(), context, student.plan, "decode", 2, guards=Guards(0, 0))
+    expected = student.plan
+    for _ in range(2):
+        trials = {block: expected.drop("decode", block) for block in expected.decode}
+        energies = {b: measure_quality(student, teacher, batches(), plan=t).kl for b, t in trials.items()}
+        expected = trials[min(energies, key=lambda block: energies[block])]
+    assert plan.decode == expected.decode
+    assert [entry.criterion for entry in plan.history] == ["greedy_kl"] * 2
+
+
+def test_a_pool_scores_only_the_most_redundant(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    student, teacher = pair
+    context = ScoringContext(student, teacher, batches())
+    every = CosineRedundancy().score(context, student.plan, "decode", range(5))
+    scored = GreedyKL(pool=2).score(context, student.plan, "decode", range(5))
+    assert set(scored) == set(sorted(every, key=lambda block: every[block])[:2])
+    with pytest.raises(ValueError, match=r"`pool` is 0"):
+        GreedyKL(pool=0)
+
+
+def test_cosine_of_a_drop_from_both_stages_is_the_mean_over_both(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    student, teacher = pair
+    context = ScoringContext(student, teacher, batches())
+    redundancy = context.redundancy
+    both = CosineRedundancy().score(context, student.plan, "both", [2])[2]
+    assert both == pytest.approx(1 - (redundancy["prefill"][2] + redundancy["decode"][2]) / 2)
+
+
+def test_an_empty_calibration_set_is_refused(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    with pytest.raises(ValueError, match=r"calibration set has no response token"):
+        Evaluator(*pair, [])

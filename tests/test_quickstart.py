@@ -1,0 +1,62 @@
+"""The quickstart, shortened, on the real model: one command from nothing to text out of the exported pair."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdtrim_pl.export import load_plan_and_policy, validate_file
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    "--data.parts.max_train=8", "--data.parts.validation=2", "--data.parts.calibration=2", "--data.batch_size=4",
+    "--data.lengths.max_length=48", "--data.lengths.min_prompt=16", "--data.lengths.max_prompt=32",
+]  # fmt: skip
+
+
+def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [sys.executable, "-m", "pdtrim_pl", *args], cwd=cwd, env=environment, capture_output=True, text=True,
+        check=False, timeout=900,
+    )  # fmt: skip
+
+
+@pytest.mark.real_model
+def test_the_python_of_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["logits"].shape == (2, 16, 49152)
+    assert names["tokens"].shape == (2, 16)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_quickstart_exports_a_pair_that_talks_and_can_be_run_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = run("fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *SHORT, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for row in ("blocks in prefill", "blocks in decode", "response perplexity", "top-1 agreement", "prefill ms/token",
+                "decode ms/token", "KV bytes", "Export:"):  # fmt: skip
+        assert row in done.stdout
+    assert "validation: perplexity" in done.stderr, "progress is told when the output is no terminal"
+
+    export = tmp_path / "runs" / "quickstart" / "export"
+    plan, policy = load_plan_and_policy(export)
+    assert (len(plan.prefill), len(plan.decode)) == (27, 25)
+    assert policy.reduction(plan, [256])[0]["ratio"] >= 2.5
+    for name in ("stage_plan.json", "kv_policy.json"):
+        validate_file(export / name)
+
+    said = run("generate", "--export", str(export), "--prompt", "The", "--max_new_tokens", "8", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip()
+    assert "KV sent" in said.stderr
+    assert "KV sent" not in said.stdout
