@@ -21,6 +21,7 @@ Action = Literal["drop", "merge"]
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PLAN_FORMAT = "pdtrim.stage_plan/1"
+PLAN_FILE = "stage_plan.json"
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 

@@ -18,6 +18,7 @@ from pdtrim_pl.plan import Boundary, StagePlan, check_format, read_json
 
 Keep = Literal["all", "first_last"]
 POLICY_FORMAT = "pdtrim.kv_policy/1"
+POLICY_FILE = "kv_policy.json"
 BYTES_PER_ELEMENT: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 REPORTED_PROMPTS = (128, 1024, 8192)
 

@@ -10,8 +10,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-PLAN_FILE = "stage_plan.json"
-POLICY_FILE = "kv_policy.json"
 KV_ONLY_FILE = "kv_only.safetensors"
 _DAMAGE = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pdtrim_pl.export.checkpoints import cast, per_block_settings, resized_config
-from pdtrim_pl.export.files import KV_ONLY_FILE, PLAN_FILE, blaming, read_tensors
-from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.export.files import KV_ONLY_FILE, blaming, read_tensors
+from pdtrim_pl.plan import PLAN_FILE, StagePlan
 from pdtrim_pl.staged import Architecture, StagedCausalLM
 
 KV_ONLY_FORMAT = "pdtrim.kv_only/1"

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pdtrim_pl.export.files import KV_ONLY_FILE, PLAN_FILE, POLICY_FILE, blaming
+from pdtrim_pl.export.files import KV_ONLY_FILE, blaming
 from pdtrim_pl.export.kv_only import insert_kv_only
 from pdtrim_pl.export.schemas import validate_file
-from pdtrim_pl.plan import PLAN_FORMAT, STAGES, Stage, StagePlan
-from pdtrim_pl.policy import POLICY_FORMAT, KVRetentionPolicy
+from pdtrim_pl.plan import PLAN_FILE, PLAN_FORMAT, STAGES, Stage, StagePlan
+from pdtrim_pl.policy import POLICY_FILE, POLICY_FORMAT, KVRetentionPolicy
 from pdtrim_pl.staged import Architecture, StagedCausalLM, architecture_of
 
 

@@ -12,11 +12,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pdtrim_pl.export.checkpoints import write_checkpoint
-from pdtrim_pl.export.files import PLAN_FILE, POLICY_FILE
 from pdtrim_pl.export.kv_only import write_kv_only
 from pdtrim_pl.export.verify import verify_pair
-from pdtrim_pl.plan import STAGES
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.plan import PLAN_FILE, STAGES
+from pdtrim_pl.policy import POLICY_FILE, KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
 

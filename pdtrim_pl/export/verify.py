@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_pl.export.checkpoints import assembled, cast, stage_tensors, stock_tensors
-from pdtrim_pl.export.files import PLAN_FILE
 from pdtrim_pl.export.kv_only import kv_only_tensors
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
-from pdtrim_pl.plan import Stage
+from pdtrim_pl.plan import PLAN_FILE, Stage
 from pdtrim_pl.staged import KVCache, StagedCausalLM
 
 TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdtrim_pl.plan import STAGES, StagePlan, read_json
-from pdtrim_pl.policy import KVRetentionPolicy
-
-PLAN_FILE = "stage_plan.json"
-POLICY_FILE = "kv_policy.json"
+from pdtrim_pl.plan import PLAN_FILE, STAGES, StagePlan, read_json
+from pdtrim_pl.policy import POLICY_FILE, KVRetentionPolicy
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
@@ -31,7 +30,8 @@ from pdtrim_pl.serving.transport import (
     settle,
     wire_dtype,
 )
-from pdtrim_pl.staged.model import StagedCausalLM, decode_stream
+from pdtrim_pl.staged.generation import decode_stream, until_stopped
+from pdtrim_pl.staged.model import StagedCausalLM
 
 # The parent kills a worker whose partner is gone, long before this; it only bounds what nobody watches.
 LINK_TIMEOUT = timedelta(hours=1)
@@ -156,17 +156,6 @@ class DecodeWorker(StageWorker):
             parts.append(self.staged.logits(out.hidden).float())
         self.parent.send(say.Logits(torch.cat(parts, dim=1).cpu().numpy()))
         return int(fed.shape[1])
-
-
-def until_stopped(stream: Iterator[Tensor], stop_ids: Collection[int]) -> Iterator[Tensor]:
-    """Tokens [B] of a stream until every row has produced one of `stop_ids`; a row that has repeats it."""
-    last: Tensor | None = None
-    for token in stream:
-        stops = torch.tensor(sorted(stop_ids), device=token.device, dtype=token.dtype)
-        last = token if last is None else torch.where(torch.isin(last, stops), last, token)
-        yield last
-        if bool(torch.isin(last, stops).all()):
-            return
 
 
 def _last_words(error: Exception) -> say.Failed:

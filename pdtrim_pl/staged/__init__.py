@@ -3,7 +3,8 @@
 from pdtrim_pl.staged.architectures import ARCHITECTURES, Architecture, architecture_of
 from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
 from pdtrim_pl.staged.gate import Gate
-from pdtrim_pl.staged.model import Request, StagedCausalLM, StagedOutput
+from pdtrim_pl.staged.model import StagedCausalLM, StagedOutput
+from pdtrim_pl.staged.request import Request
 
 __all__ = [
     "ARCHITECTURES",

@@ -6,49 +6,20 @@ Prompts are padded on the left, responses on the right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pdtrim_pl.plan import STAGES, Boundary, ModelRef, Stage, StagePlan
+from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
 from pdtrim_pl.staged.architectures import Architecture, architecture_of
 from pdtrim_pl.staged.cache import KVCache, Slots
 from pdtrim_pl.staged.gate import Gate, Observer, StagePass
-
-PickToken = Callable[[Tensor], Tensor]
-"""From logits [B, V] to token ids [B]."""
-
-
-def greedy(logits: Tensor) -> Tensor:
-    """The most likely token of each row, [B, V] -> [B]."""
-    return logits.argmax(dim=-1)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What each stage is fed for a prompt and a known response: token ids and validity, each [B, T] of that stage."""
-
-    tokens: Mapping[Stage, Tensor]
-    valid: Mapping[Stage, Tensor]
-
-    @classmethod
-    def of(
-        cls, prompt_ids: Tensor, response_ids: Tensor, prompt_mask: Tensor | None, response_mask: Tensor | None,
-        boundary: Boundary,
-    ) -> Request:  # fmt: skip
-        """Split a request at the boundary; a row's last response token is never fed, or fed as padding."""
-        # Token i counts where token i + 1 is real: what a row is fed must not depend on the length of the others.
-        prompt, fed = _as_bool(prompt_ids, prompt_mask), _as_bool(response_ids, response_mask)[:, 1:]
-        response_ids = response_ids[:, :-1]
-        if boundary == "decode":
-            fed = torch.cat([prompt[:, -1:], fed], dim=1)
-            response_ids = torch.cat([prompt_ids[:, -1:], response_ids], dim=1)
-            prompt_ids, prompt = _never_empty(prompt_ids[:, :-1], prompt[:, :-1])
-        return cls({"prefill": prompt_ids, "decode": response_ids}, {"prefill": prompt, "decode": fed})
+from pdtrim_pl.staged.generation import PickToken, decode_stream, greedy, until_stopped
+from pdtrim_pl.staged.request import Request, as_bool, never_empty
 
 
 @dataclass(frozen=True)
@@ -166,7 +137,7 @@ class StagedCausalLM(nn.Module):
             plan: run under another plan than `self.plan`.
             observer: called after every block that ran.
         """
-        prompt_ids, valid = _never_empty(prompt_ids, _as_bool(prompt_ids, prompt_mask))
+        prompt_ids, valid = never_empty(prompt_ids, as_bool(prompt_ids, prompt_mask))
         positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
         current = self._pass("prefill", Slots(positions, valid), None, plan, observer, keep=True)
         hidden = self._run(prompt_ids, current)
@@ -189,7 +160,7 @@ class StagedCausalLM(nn.Module):
         Returns:
             Hidden states [B, T, H] and the cache after these tokens.
         """
-        valid = _as_bool(token_ids, mask)
+        valid = as_bool(token_ids, mask)
         positions = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
         current = self._pass("decode", Slots(positions, valid), cache, plan, observer, keep=keep_cache)
         hidden = self._run(token_ids, current)
@@ -240,7 +211,7 @@ class StagedCausalLM(nn.Module):
     ) -> Iterator[Tensor]:
         """Generate token by token; yields ids [B] as they come. Greedy by default."""
         self._check_length(prompt_ids.shape[1] + max_new_tokens)
-        valid = _as_bool(prompt_ids, prompt_mask)
+        valid = as_bool(prompt_ids, prompt_mask)
         handed = prompt_ids.shape[1] - (self.plan.boundary == "decode")
         encoded = self.prefill(prompt_ids[:, :handed], valid[:, :handed])
         first = pick(self.logits(encoded.hidden[:, -1])) if self.plan.boundary == "prefill" else None
@@ -257,15 +228,8 @@ class StagedCausalLM(nn.Module):
 
         A row that has produced one of `stop_ids` repeats it until every row is done.
         """
-        stops = torch.tensor(sorted(stop_ids), device=prompt_ids.device, dtype=prompt_ids.dtype)
-        tokens: list[Tensor] = []
-        done = torch.zeros(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
-        for token in self.stream(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens, pick=pick):
-            tokens.append(torch.where(done, tokens[-1], token) if tokens else token)
-            done = done | torch.isin(tokens[-1], stops)
-            if bool(done.all()):
-                break
-        return torch.stack(tokens, dim=1)
+        stream = self.stream(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens, pick=pick)
+        return torch.stack(list(until_stopped(stream, stop_ids)), dim=1)
 
     # Mechanics
 
@@ -310,32 +274,6 @@ class StagedCausalLM(nn.Module):
             )
 
 
-def decode_stream(
-    staged: StagedCausalLM, cache: KVCache, *, first: Tensor | None, last_prompt: Tensor, max_new_tokens: int,
-    pick: PickToken = greedy,
-) -> Iterator[Tensor]:  # fmt: skip
-    """The decode node's loop: yields ids [B] until `max_new_tokens` are out.
-
-    Args:
-        staged: the decode stage.
-        cache: what prefill sent.
-        first: the response's first token where prefill predicted it (`boundary: prefill`), [B]; else None.
-        last_prompt: the prompt's last token, decode's first input under `boundary: decode`, [B].
-        max_new_tokens: number of tokens to yield.
-        pick: from logits to a token.
-    """
-    token, produced = last_prompt, 0
-    if first is not None and max_new_tokens > 0:
-        token, produced = first, 1
-        yield token
-    while produced < max_new_tokens:
-        with torch.no_grad():
-            out = staged.decode(token[:, None], cache)
-            cache, token = out.cache, pick(staged.logits(out.hidden[:, -1]))
-        produced += 1
-        yield token
-
-
 def reference_to(model: PreTrainedModel, name_or_path: str | None = None) -> ModelRef:
     """How plans name this model."""
     config = model.config
@@ -349,17 +287,6 @@ def kv_shape_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> KVS
     kv_heads = config.get("num_key_value_heads") or heads
     size = config.get("head_dim") or config["hidden_size"] // heads
     return KVShape(kv_heads, size, str(dtype or model.dtype).removeprefix("torch."))
-
-
-def _never_empty(ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """A prompt of no tokens becomes one of one padding token, for models cannot run on nothing."""
-    if ids.shape[1]:
-        return ids, valid
-    return ids.new_zeros(len(ids), 1), valid.new_zeros(len(ids), 1)
-
-
-def _as_bool(ids: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _check_attention(model: PreTrainedModel, architecture: Architecture) -> None:
