@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,15 @@ from hypothesis import strategies as st
 from strategies import plans
 from tiny_models import tiny_model
 
-from pdtrim_pl.criteria import CosineRedundancy, GreedyKL, ScoringContext
+from pdtrim_pl.criteria import (
+    CosineRedundancy,
+    GreedyKL,
+    LastN,
+    Random,
+    ResponsePerplexity,
+    ScoringContext,
+    Taylor,
+)
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.quality import measure_quality
@@ -47,20 +58,31 @@ def same_plans(data: st.DataObject, student: StagedCausalLM) -> list[StagePlan]:
     return [replace(plan, boundary=drawn[0].boundary, merged={}, untied={}) for plan in drawn]
 
 
-@settings(max_examples=15)
-@given(st.data())
+@settings(max_examples=25)
+@given(st.data(), st.sampled_from([None, 30_000, 60_000]))
 def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
-    pair: tuple[StagedCausalLM, StagedCausalLM], data: st.DataObject
+    pair: tuple[StagedCausalLM, StagedCausalLM], data: st.DataObject, cache_bytes: int | None
 ) -> None:
     student, teacher = pair
-    asked = same_plans(data, student)
-    fast, bare = Evaluator(student, teacher, batches()), Evaluator(student, teacher, batches(), cache_bytes=0)
-    assert fast.keeps_prompts
-    assert not bare.keeps_prompts
-    for plan in asked:
+    base, *asked = same_plans(data, student)
+    memory = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
+    fast, bare = Evaluator(student, teacher, batches(), **memory), Evaluator(student, teacher, batches(), cache_bytes=0)
+    assert fast.stride is not None
+    assert bare.stride is None
+    fast.rebase(base)
+    bare.rebase(base)
+    for plan in (base, *asked):
         naive = measure_quality(student, teacher, batches(), plan=plan).kl
         assert fast.energy(plan) == pytest.approx(naive, abs=1e-6)
         assert bare.energy(plan) == pytest.approx(naive, abs=1e-6)
+        assert fast.energy_below(plan, naive + 1e-3) == pytest.approx(naive, abs=1e-6)
+        assert fast.energy_below(plan, naive - 1e-3) is None
+
+
+def test_little_memory_keeps_fewer_places_to_start_from(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    strides = [Evaluator(*pair, batches(), cache_bytes=size).stride for size in (30_000, 60_000, 10**9)]
+    assert None not in strides
+    assert strides[0] > strides[1] > strides[2] == 1  # type: ignore[operator]
 
 
 def test_prompts_run_once_while_only_decode_changes(
@@ -72,11 +94,22 @@ def test_prompts_run_once_while_only_decode_changes(
     run = student.prefill
     monkeypatch.setattr(student, "prefill", lambda *args, **kwargs: (calls.append(1), run(*args, **kwargs))[1])
     full = student.plan
-    for plan in (full, full.drop("decode", 1), full.drop("decode", 2), full.drop("decode", 2).drop("decode", 3)):
+    evaluator.rebase(full)
+    for plan in (full.drop("decode", 1), full.drop("decode", 2), full.drop("decode", 2).drop("decode", 3)):
         evaluator.energy(plan)
     assert len(calls) == len(batches())
     evaluator.energy(full.drop("both", 1))
     assert len(calls) == 2 * len(batches())
+
+
+def test_a_neighbour_costs_only_the_blocks_from_where_it_differs(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    student, teacher = pair
+    evaluator = Evaluator(student, teacher, batches())
+    evaluator.rebase(student.plan)
+    before = evaluator.block_tokens
+    evaluator.energy(student.plan.drop("decode", 3))
+    fed = sum(int(batch.response_mask[:, 1:].sum()) for batch in batches())
+    assert evaluator.block_tokens - before == fed * 1, "decode without block 3, from block 3 on: block 4 alone"
 
 
 def test_greedy_takes_the_drop_of_least_energy_each_time(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
@@ -108,6 +141,52 @@ def test_cosine_of_a_drop_from_both_stages_is_the_mean_over_both(pair: tuple[Sta
     redundancy = context.redundancy
     both = CosineRedundancy().score(context, student.plan, "both", [2])[2]
     assert both == pytest.approx(1 - (redundancy["prefill"][2] + redundancy["decode"][2]) / 2)
+
+
+def test_perplexity_is_the_nll_without_the_block(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    student, teacher = pair
+    context = ScoringContext(student, teacher, batches())
+    scores = ResponsePerplexity().score(context, student.plan, "decode", [1, 3])
+    for block, score in scores.items():
+        plan = student.plan.drop("decode", block)
+        assert score == pytest.approx(measure_quality(student, teacher, batches(), plan=plan).nll, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", ["prefill", "decode", "both"])
+def test_taylor_is_the_first_order_change_of_the_loss(pair: tuple[StagedCausalLM, StagedCausalLM], target: str) -> None:
+    """Against a finite difference: scale what the block adds by 1 - e in the named stages."""
+    student, teacher = pair
+    free = StagePlan.full(student.plan.model, "free")
+    batch, step = batches()[0], 1e-3
+    context = ScoringContext(student, teacher, [batch])
+    score = Taylor().score(context, free, target, [2])[2]  # type: ignore[arg-type]
+    losses = []
+    for scale in (1 + step, 1 - step):
+        handle = _scaled(student, 2, scale, target)
+        losses.append(measure_quality(student, teacher, [batch], plan=free).nll)
+        handle()
+    assert score == pytest.approx(abs(losses[0] - losses[1]) / (2 * step), rel=0.05, abs=1e-4)
+
+
+def _scaled(student: StagedCausalLM, block: int, scale: float, target: str) -> Callable[[], None]:
+    """Make a gate add `scale` times what its block adds, in the target's stages; returns how to undo it."""
+
+    def hook(_: object, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
+        stage = kwargs["past_key_values"].stage
+        return args[0] + scale * (out - args[0]) if target in (stage, "both") else out
+
+    return student.gates[block].register_forward_hook(hook, with_kwargs=True).remove
+
+
+def test_choices_without_data_are_what_they_say(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    student, teacher = pair
+    context = ScoringContext(student, teacher, batches())
+    assert choose_drops(LastN(), context, student.plan, "decode", 2).decode == (0, 1, 4)
+    once, again, other = (
+        choose_drops(Random(seed), context, student.plan, "decode", 2, guards=Guards(0, 0)) for seed in (3, 3, 4)
+    )
+    assert once == again
+    assert once.decode != other.decode
 
 
 def test_an_empty_calibration_set_is_refused(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:

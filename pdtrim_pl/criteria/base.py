@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +19,9 @@ from pdtrim_pl.staged import StagedCausalLM
 Progress = Callable[[int, int], None]
 """Called with the number of scored candidates and of all candidates."""
 
+Agree = Callable[[Any], Any]
+"""From this rank's value to the one that all ranks use."""
+
 
 @dataclass(frozen=True)
 class ScoringContext:
@@ -29,11 +32,16 @@ class ScoringContext:
     batches: Sequence[Batch]
     device: torch.device | str = "cpu"
     progress: Progress = lambda done, total: None
+    agree: Agree = lambda value: value
+    """Rank 0's value on every rank: rounding may differ between ranks, and what they choose must not."""
 
     @cached_property
     def redundancy(self) -> dict[Stage, dict[int, float]]:
         """Mean cosine between block input and output, per stage, under the student's plan when first asked for."""
-        return block_redundancy(self.student, self.batches, device=self.device)
+        redundancy: dict[Stage, dict[int, float]] = self.agree(
+            block_redundancy(self.student, self.batches, device=self.device)
+        )
+        return redundancy
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.criteria.cosine import CosineRedundancy
@@ -32,8 +33,11 @@ class GreedyKL(Criterion):
     ) -> dict[int, float]:
         influence = CosineRedundancy().score(context, plan, target, candidates)
         pool = sorted(candidates, key=lambda block: (influence[block], block))[: self.pool]
-        energies = {}
+        context.evaluator.rebase(plan)
+        energies: dict[int, float] = {}
         for done, block in enumerate(pool):
             context.progress(done, len(pool))
-            energies[block] = context.evaluator.energy(plan.drop(target, block))
+            energy = context.evaluator.energy_below(plan.drop(target, block), min(energies.values(), default=inf))
+            if energy is not None:  # else it is certain that another one hurts less
+                energies[block] = energy
         return energies

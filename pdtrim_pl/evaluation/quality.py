@@ -56,8 +56,9 @@ class Quality:
 
 @torch.no_grad()
 def score_tokens(
-    student: Tensor, teacher: Tensor, targets: Tensor, student_head: Head, teacher_head: Head, chunk_tokens: int = 128
-) -> TokenScores:
+    student: Tensor, teacher: Tensor, targets: Tensor, student_head: Head, teacher_head: Head,
+    chunk_tokens: int = 128, min_chunks: int = 0,
+) -> TokenScores:  # fmt: skip
     """Compare final hidden states of student and teacher, [N, H] each, token by token.
 
     Args:
@@ -67,9 +68,10 @@ def score_tokens(
         student_head: from hidden states to logits.
         teacher_head: from hidden states to logits.
         chunk_tokens: tokens whose logits are alive at a time.
+        min_chunks: call the heads at least so often, for heads that all ranks must gather together.
     """
     parts: list[tuple[Tensor, ...]] = []
-    for part in chunks(len(targets), chunk_tokens):
+    for part in chunks(len(targets), chunk_tokens, min_chunks):
         ours = F.log_softmax(student_head(student[part]).float(), dim=-1)
         theirs = F.log_softmax(teacher_head(teacher[part]).float(), dim=-1)
         nlls = (-x.gather(1, targets[part, None])[:, 0] for x in (ours, theirs))

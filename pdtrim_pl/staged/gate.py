@@ -6,7 +6,7 @@ Shapes: B batch, T new tokens, N cached entries, H hidden, K key/value heads, D 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,18 @@ from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, atten
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a block's original index, its input and its output, each [B, T, H]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Resume:
+    """Where a pass may start because an earlier one, with the same blocks before it, has been there."""
+
+    block: int
+    """Original index of the first block to look at."""
+    hidden: Tensor
+    """Hidden state that reaches it, [B, T, H]."""
+    cached: Mapping[int, BlockKV]
+    """Entries after this pass of the blocks before it, where later passes need them."""
 
 
 @dataclass
@@ -39,6 +51,7 @@ class StagePass:
     keep: bool = True
     """Whether later passes need this pass's keys and values."""
     observer: Observer | None = None
+    resume: Resume | None = None
     cached: dict[int, BlockKV] = field(default_factory=dict)
     """Filled by the gates: entries of every block after this pass."""
     _slots: dict[int | None, Slots] = field(default_factory=dict)
@@ -49,6 +62,8 @@ class StagePass:
         self.projects = frozenset(self.plan.kv_only) if self.stage == "prefill" else frozenset[int]()
         self.sends = frozenset(self.plan.decode)
         self.all_valid = bool(self.tokens.valid.all())
+        if self.resume is not None:
+            self.cached.update({i: kv for i, kv in self.resume.cached.items() if i < self.resume.block})
 
     def slots(self, past: BlockKV | None) -> Slots:
         """Slots of a block's entries after this pass, shared between blocks that share a past."""
@@ -113,6 +128,11 @@ class Gate(nn.Module):
     def forward(self, hidden: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         """Run, project or skip; hidden state in and out, [B, T, H]."""
         current: StagePass = kwargs[self.architecture.cache_argument]
+        if current.resume is not None:
+            if self.index < current.resume.block:
+                return hidden
+            if self.index == current.resume.block:
+                hidden = current.resume.hidden
         block = self.weights(current.stage)
         if self.index in current.projects:
             keys, values = self.architecture.keys_values(block, hidden, kwargs["position_embeddings"])

@@ -17,7 +17,7 @@ from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
 from pdtrim_pl.staged.architectures import Architecture, architecture_of
 from pdtrim_pl.staged.cache import KVCache, Slots
-from pdtrim_pl.staged.gate import Gate, Observer, StagePass
+from pdtrim_pl.staged.gate import Gate, Observer, Resume, StagePass
 from pdtrim_pl.staged.generation import PickToken, decode_stream, greedy, until_stopped
 from pdtrim_pl.staged.request import Request, as_bool, never_empty
 
@@ -115,17 +115,19 @@ class StagedCausalLM(nn.Module):
     def freeze_unused(self) -> None:
         """Let only weights that some stage of the plan uses take gradients."""
         for index, gate in self.gates.items():
-            users = {id(gate.weights(stage)) for stage in STAGES if index in self.plan.blocks(stage)}
+            users = [gate.weights(stage) for stage in STAGES if index in self.plan.blocks(stage)]
             if index in self.plan.kv_only:
-                users.add(id(gate.weights("prefill")))
-            for weights in (gate.block, *gate.untied.values()):
-                weights.requires_grad_(id(weights) in users)
+                block = gate.weights("prefill")
+                users += [block.get_submodule(name) for name in self.architecture.kv_modules]
+            used = {id(parameter) for user in users for parameter in user.parameters()}
+            for parameter in gate.parameters():
+                parameter.requires_grad_(id(parameter) in used)
 
     # The contract
 
     def prefill(
         self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, plan: StagePlan | None = None,
-        observer: Observer | None = None,
+        observer: Observer | None = None, resume: Resume | None = None,
     ) -> StagedOutput:  # fmt: skip
         """The prefill node's work on the positions it handles: hidden states [B, P, H] and KV for every block of D.
 
@@ -136,16 +138,17 @@ class StagedCausalLM(nn.Module):
             prompt_mask: True on real tokens, [B, P]; all real by default.
             plan: run under another plan than `self.plan`.
             observer: called after every block that ran.
+            resume: start at a block that an earlier pass over the same tokens has reached.
         """
         prompt_ids, valid = never_empty(prompt_ids, as_bool(prompt_ids, prompt_mask))
         positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
-        current = self._pass("prefill", Slots(positions, valid), None, plan, observer, keep=True)
+        current = self._pass("prefill", Slots(positions, valid), None, plan, observer, resume, keep=True)
         hidden = self._run(prompt_ids, current)
         return StagedOutput(hidden, KVCache(current.cached, valid.sum(dim=1)))
 
     def decode(
         self, token_ids: Tensor, cache: KVCache, mask: Tensor | None = None, *, plan: StagePlan | None = None,
-        observer: Observer | None = None, keep_cache: bool = True,
+        observer: Observer | None = None, keep_cache: bool = True, resume: Resume | None = None,
     ) -> StagedOutput:  # fmt: skip
         """The decode node's work on one or more tokens at their true positions, against `cache`.
 
@@ -156,13 +159,14 @@ class StagedCausalLM(nn.Module):
             plan: run under another plan than `self.plan`.
             observer: called after every block that ran.
             keep_cache: whether the returned cache holds the new tokens too (no use in a teacher-forced pass).
+            resume: start at a block that an earlier pass over the same tokens has reached.
 
         Returns:
             Hidden states [B, T, H] and the cache after these tokens.
         """
         valid = as_bool(token_ids, mask)
         positions = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
-        current = self._pass("decode", Slots(positions, valid), cache, plan, observer, keep=keep_cache)
+        current = self._pass("decode", Slots(positions, valid), cache, plan, observer, resume, keep=keep_cache)
         hidden = self._run(token_ids, current)
         grown = KVCache(current.cached, cache.lengths + valid.sum(dim=1)) if keep_cache else cache
         return StagedOutput(hidden, grown)
@@ -245,11 +249,11 @@ class StagedCausalLM(nn.Module):
 
     def _pass(
         self, stage: Stage, tokens: Slots, past: KVCache | None, plan: StagePlan | None, observer: Observer | None,
-        *, keep: bool,
+        resume: Resume | None, *, keep: bool,
     ) -> StagePass:  # fmt: skip
         additive = self.model.config._attn_implementation == "eager"
         recompute = self.gradient_checkpointing and self.training
-        return StagePass(stage, plan or self.plan, tokens, past, additive, recompute, keep, observer)
+        return StagePass(stage, plan or self.plan, tokens, past, additive, recompute, keep, observer, resume)
 
     def _run(self, token_ids: Tensor, current: StagePass) -> Tensor:
         placeholder = current.tokens.valid[:, None, None]  # any 4D mask: every gate puts its own in its place
