@@ -108,11 +108,16 @@ class StagePlan:
         Under `nested` a prefill drop takes a block that decode has already lost while one is left, so that the
         number of decode blocks stays what its own schedule says; when none is left, a block leaves both stages.
         """
+        free = self.drop_candidates(target, protect_first, protect_last)
+        if self.relation == "nested" and target == "prefill":
+            free = tuple(block for block in free if block not in self.decode) or free
+        return free
+
+    def drop_candidates(self, target: Target, protect_first: int = 1, protect_last: int = 1) -> tuple[int, ...]:
+        """Every block that `drop` accepts for `target` and the guards allow."""
         self._check_target(target)
         last = self.model.num_blocks - protect_last
-        free = [block for block in range(protect_first, last) if block in self._stage_set(target)]
-        if self.relation == "nested" and target == "prefill":
-            free = [block for block in free if block not in self.decode] or free
+        free = (block for block in range(protect_first, last) if block in self._stage_set(target))
         return tuple(block for block in free if self._leaves_every_stage_a_block(target, block))
 
     def drop(

@@ -1,5 +1,8 @@
-"""Which removals: candidates, guards, and the choice among them."""
+"""Which removals: candidates, guards, greedy and one-shot choice, annealing, journal."""
 
-from pdtrim_pl.search.choose import Guards, choose_drops
+from pdtrim_pl.search.annealing import Annealing, RoundSearch, anneal
+from pdtrim_pl.search.choose import choose_drops
+from pdtrim_pl.search.guards import Guards
+from pdtrim_pl.search.journal import Journal
 
-__all__ = ["Guards", "choose_drops"]
+__all__ = ["Annealing", "Guards", "Journal", "RoundSearch", "anneal", "choose_drops"]

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.plan import STAGES, StagePlan, Target
+from pdtrim_pl.search.guards import Guards
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Guards:
-    """What no round may do."""
-
-    protect_first: int = 1
-    """So many of the first blocks are never dropped."""
-    protect_last: int = 1
-    """So many of the last blocks are never dropped."""
-    max_removed: int | None = None
-    """At most so many blocks may be gone from a stage; None sets no cap."""
-
-    def __post_init__(self) -> None:
-        if self.protect_first < 0 or self.protect_last < 0 or (self.max_removed is not None and self.max_removed < 0):
-            raise ValueError(f"`guards` must not be negative, got {self}.")
 
 
 def choose_drops(
@@ -46,7 +30,7 @@ def choose_drops(
                 f"{_why(plan, guards)}. Lower the counts in `schedule`, or loosen `guards`."
             )
         if criterion.rescores or not all(block in scores for block in candidates):
-            scores = criterion.score(context, plan, target, candidates)
+            scores = context.agree(criterion.score(context, plan, target, candidates))
         best = min((block for block in candidates if block in scores), key=lambda block: (scores[block], block))
         plan = plan.drop(target, best, round=round, criterion=criterion.name, score=scores[best])
     warn_if_deep(plan)
