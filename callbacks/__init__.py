@@ -3,16 +3,20 @@
 from callbacks.block_drop import BlockDrop, RepeatedDrop
 from callbacks.export_pair import ExportPair
 from callbacks.kv_retention import KVRetention
+from callbacks.loss_guard import LossGuard
 from callbacks.plan_logger import PlanLogger
 from callbacks.plan_progress_bar import PlanProgressBar
 from callbacks.prediction_writer import PredictionWriter
+from callbacks.preemption import Preemption
 
 __all__ = [
     "BlockDrop",
     "ExportPair",
     "KVRetention",
+    "LossGuard",
     "PlanLogger",
     "PlanProgressBar",
     "PredictionWriter",
+    "Preemption",
     "RepeatedDrop",
 ]

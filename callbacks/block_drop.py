@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from pdtrim_pl.criteria import Criterion, ScoringContext
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.plan import Target
-from pdtrim_pl.search import Guards, choose_drops
+from pdtrim_pl.plan import Stage, StagePlan, Target
+from pdtrim_pl.search import Annealing, Guards, Journal, RoundSearch, anneal, choose_drops
+from pdtrim_pl.strategies import agreed, check_drops
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RepeatedDrop:
-    """`blocks` blocks every `every` epochs, from epoch `start`, until `until` blocks are gone."""
+    """`blocks` blocks every `every` epochs, from epoch `start`, until `until` blocks are gone from the stage."""
 
     blocks: int
     every: int
@@ -54,13 +59,20 @@ class BlockDrop(Callback):
         criterion: how harm is measured.
         schedule: {epoch: blocks}, or `blocks`, `every`, `until` and `start` of a repeated drop. Epochs count from 0.
         guards: blocks never to touch, and a cap.
+        annealing: after the criterion's choice, search its neighbours for less KL to the teacher; null does not. Known
+            states are kept in `search_journal.jsonl` beside the checkpoints, so a killed search repeats nothing.
 
     Raises:
         ValueError: a schedule with a negative epoch or a count below 1.
     """
 
     def __init__(
-        self, stage: Target, criterion: Criterion, schedule: dict[int, int] | RepeatedDrop, guards: Guards = Guards()
+        self,
+        stage: Target,
+        criterion: Criterion,
+        schedule: dict[int, int] | RepeatedDrop,
+        guards: Guards = Guards(),
+        annealing: Annealing | None = None,
     ) -> None:
         self.stage = stage
         self.criterion = criterion
@@ -69,7 +81,9 @@ class BlockDrop(Callback):
         self.schedule = {int(epoch): int(count) for epoch, count in asked.items()}
         if not self.schedule or min(self.schedule) < 0 or min(self.schedule.values()) < 1:
             raise ValueError(f"`schedule` of the {stage} drops is {schedule}: give epochs >= 0 and counts >= 1.")
+        self.until = schedule.until if isinstance(schedule, RepeatedDrop) else None
         self.guards = guards
+        self.annealing = annealing
         self.done: list[int] = []
 
     @property
@@ -84,9 +98,8 @@ class BlockDrop(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        twins = [other for other in drops_of(trainer) if other.stage == self.stage and other is not self]
-        if twins:
-            raise MisconfigurationException(f"Two BlockDrop callbacks have `stage: {self.stage}`; keep one per stage.")
+        if stage == "fit":
+            check_drops(trainer.strategy)
         if stage == "fit" and trainer.max_epochs not in (None, -1) and self.last_round >= (trainer.max_epochs or 0):
             raise MisconfigurationException(
                 f"`schedule` of the {self.stage} drops has a round at epoch {self.last_round}, and "
@@ -96,26 +109,58 @@ class BlockDrop(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PDTrimModule)
-        pl_module.plan.candidates(self.stage)  # a stage that does not fit the relation fails before the first step
+        plan = pl_module.plan
+        left = len(plan.drop_candidates(self.stage, self.guards.protect_first, self.guards.protect_last))
+        asked = sum(count for epoch, count in self.schedule.items() if epoch not in self.done)
+        if self._due(plan, asked) > left:
+            raise MisconfigurationException(
+                f"`schedule` of the {self.stage} drops asks for {asked} blocks, and only {left} may leave under "
+                f"`guards` {self.guards}. Lower the counts, or loosen `guards`."
+            )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
         if epoch in self.schedule and epoch not in self.done:
             assert isinstance(pl_module, PDTrimModule)
-            self._drop(trainer, pl_module, self.schedule[epoch], round=sorted(self.schedule).index(epoch))
+            count = self._due(pl_module.plan, self.schedule[epoch])
+            if count:
+                self._drop(trainer, pl_module, count, round=sorted(self.schedule).index(epoch))
             self.done.append(epoch)
+
+    def _due(self, plan: StagePlan, asked: int) -> int:
+        """How many blocks a round drops: `until` counts what is gone, whoever dropped it."""
+        stage: Stage = "decode" if self.stage == "decode" else "prefill"
+        return asked if self.until is None else max(0, min(asked, self.until - len(plan.removed(stage))))
 
     def _drop(self, trainer: Trainer, module: PDTrimModule, count: int, round: int) -> None:
         log.info("Round %d: choosing %d block(s) to drop from %s by %s.", round, count, self.stage, self.criterion.name)
         with evaluating(module) as (student, teacher):
-            context = ScoringContext(student, teacher, calibration_batches(trainer), module.device, _Heartbeat())
+            agree = partial(agreed, trainer.strategy)
+            context = ScoringContext(student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), agree)
             plan = choose_drops(
                 self.criterion, context, module.plan, self.stage, count, round=round, guards=self.guards
             )
             if not any(module.record.redundancy.values()):
                 module.record.redundancy = context.redundancy
-        module.apply_plan(plan)
+            if self.annealing is not None:
+                plan = self._anneal(trainer, module, context, plan, round)
+        module.apply_plan(StagePlan.from_json(agree(plan.to_json())))
+
+    def _anneal(
+        self, trainer: Trainer, module: PDTrimModule, context: ScoringContext, chosen: StagePlan, round: int
+    ) -> StagePlan:
+        assert self.annealing is not None
+        stage: Stage = "decode" if self.stage == "decode" else "prefill"
+        first = tuple(sorted(set(module.plan.blocks(stage)) - set(chosen.blocks(stage))))
+        known = f"{self.stage} round {round} {module.plan.to_json()['history']} {context.evaluator.fingerprint()}"
+        journal = Journal(
+            journal_file(trainer), hashlib.sha256(known.encode()).hexdigest(), writes=trainer.is_global_zero
+        )
+        trainer.strategy.barrier("journal")  # every rank has read before one writes
+        search = RoundSearch(context.evaluator, module.plan, self.stage, len(first), self.guards, journal=journal)
+        best, energy = anneal(search, first, self.annealing, _Heartbeat())
+        return search.final(best, energy, round)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -126,16 +171,23 @@ class BlockDrop(Callback):
         self.done = list(state_dict["done"])
 
 
+def journal_file(trainer: Trainer) -> Path:
+    """Where a search keeps what it knows: beside the checkpoints."""
+    saver = trainer.checkpoint_callback
+    folder = saver.dirpath if isinstance(saver, ModelCheckpoint) else None
+    return Path(folder or trainer.default_root_dir) / "search_journal.jsonl"
+
+
 class _Heartbeat:
     """Says how far a search is, at most every ten seconds."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, line: str) -> None:
         if time.monotonic() - self.last >= 10:
             self.last = time.monotonic()
-            log.info("Search: candidate %d of %d.", done + 1, total)
+            log.info("Search: %s.", line)
 
 
 def drops_of(trainer: Trainer) -> list[BlockDrop]:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from typing_extensions import override
 
+from callbacks.block_drop import drops_of
+from pdtrim_pl.checkpoint import check_writable
+from pdtrim_pl.context import usable_context
 from pdtrim_pl.data import fingerprint
 from pdtrim_pl.evaluation.summary import Summary, summarise
 from pdtrim_pl.evaluation.timing import Timing, measure_timing
 from pdtrim_pl.export import check_target, export_pair
 from pdtrim_pl.export.documents import write_documents
+from pdtrim_pl.export.whole import whole_copy
 from pdtrim_pl.module import PDTrimModule, evaluating
+from pdtrim_pl.pretrained import load_causal_lm
+from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
+from pdtrim_pl.strategies import gathered, shards_weights
 
 log = logging.getLogger(__name__)
 
@@ -50,32 +59,78 @@ class ExportPair(Callback):
         self.overwrite = overwrite
         self.measure = measure
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
+        self._exported = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._exported = False
         if stage == "fit":
             check_target(self.output, self.overwrite)
+            if trainer.is_global_zero:
+                check_writable(self.output.resolve().parent)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        if not self.measure:
+            return
+        context = usable_context(pl_module.student.model.config.to_dict())
+        if self.prompt_tokens + self.new_tokens > context:
+            raise MisconfigurationException(
+                f"`prompt_tokens: {self.prompt_tokens}` and `new_tokens: {self.new_tokens}` of ExportPair exceed the "
+                f"context of `model`, {context} tokens. Lower them."
+            )
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data is None or not data.val_dataloader():
+            raise MisconfigurationException(
+                "ExportPair measures quality on a validation part, and there is none. Set `data.parts.validation`, or "
+                "`measure: false`."
+            )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._export_once(trainer, pl_module)  # while the weights are still where they were trained
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PDTrimModule)
+        self._export_once(trainer, pl_module)  # a run that was continued after its last step trains no more
+
+    def _export_once(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, PDTrimModule)
         if trainer.interrupted:
             log.warning("The run was interrupted: nothing is exported. Continue it with `--ckpt_path`.")
             return
+        if self._exported:
+            return
+        self._exported = True
+        undone = [
+            (drop.stage, epoch) for drop in drops_of(trainer) for epoch in drop.schedule if epoch not in drop.done
+        ]
+        if undone:
+            log.warning(
+                "The run ended before these rounds of drops (stage, epoch): %s. Exporting the plan so far.", undone
+            )
+        sharded = shards_weights(trainer.strategy)
+        summary: Summary | None = None
+        student: StagedCausalLM | None = module.student
+        if self.measure and (sharded or trainer.is_global_zero):
+            summary = self._summary(trainer, module)
+        if sharded:
+            student = whole_copy(module.student, partial(gathered, trainer.strategy), keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            self._export(trainer, pl_module)
+            assert student is not None
+            self._write(trainer, module, student, summary)
         trainer.strategy.barrier("export")
 
-    def _export(self, trainer: Trainer, module: PDTrimModule) -> None:
+    def _write(self, trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, summary: Summary | None) -> None:
         self._note(trainer, module)
-        summary = self._summary(trainer, module) if self.measure else None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         log.info("Writing the pair and comparing it with the student.")
         target = export_pair(
-            module.student, self.output, tokenizer=None if data is None else data.tokenizer, dtype=self.dtype,
+            student, self.output, tokenizer=None if data is None else data.tokenizer, dtype=self.dtype,
             overwrite=self.overwrite,
             extras=lambda folder: write_documents(
-                folder, module.student, module.record, summary, target=self.output, dtype=self.dtype
+                folder, student, module.record, summary, target=self.output, dtype=self.dtype
             ),
         )  # fmt: skip
         if summary is not None:
@@ -95,15 +150,27 @@ class ExportPair(Callback):
         log.info("Measuring the teacher, the teacher's weights after the drops, and the student.")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         with evaluating(module) as (student, teacher):
+            base = _untrained(module)
             return summarise(
-                student, teacher, data.val_dataloader(), timing=self._timing(module), device=module.device,
-                kv_prompt_tokens=self.prompt_tokens, kv_shape=kv_shape_of(student.model, self.dtype),
-                export=self.output,
+                student, teacher, data.val_dataloader(), base=base, timing=self._timing(trainer, module, base),
+                device=module.device, kv_prompt_tokens=self.prompt_tokens,
+                kv_shape=kv_shape_of(student.model, self.dtype), export=self.output,
             )  # fmt: skip
 
-    def _timing(self, module: PDTrimModule) -> Timing:
-        # The teacher's weights under the student's plan: one model, one element type, so the ratio is of blocks alone.
+    def _timing(self, trainer: Trainer, module: PDTrimModule, base: StagedCausalLM) -> Timing | None:
+        if shards_weights(trainer.strategy):
+            log.info("No times: with sharded weights they would be those of gathering. Time the export instead.")
+            return None
+        # One model in one element type under both plans, so the ratio is of blocks alone.
         return measure_timing(
-            module.teacher, plan=module.plan, policy=module.policy, prompt_tokens=self.prompt_tokens,
+            base, plan=module.plan, policy=module.policy, prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
         )  # fmt: skip
+
+
+def _untrained(module: PDTrimModule) -> StagedCausalLM:
+    """The student as it was before training: the teacher's weights, unless the teacher is another model."""
+    if module.loading.teacher in (None, module.model_name):
+        return module.teacher
+    attention = module.loading.attn_implementation
+    return StagedCausalLM(load_causal_lm(module.model_name, attn_implementation=attention)).to(module.device).eval()

@@ -13,6 +13,7 @@ from callbacks.block_drop import BlockDrop, calibration_batches, drops_of
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.selectors import KVSelector, selection_context
+from pdtrim_pl.strategies import agreed
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class KVRetention(Callback):
             context = selection_context(
                 student, teacher, batches, shape, module.device, self.selector.first, self.selector.last
             )
-            rules = self.selector.select(context)
+            rules = agreed(trainer.strategy, self.selector.select(context))
             module.record.attention_mass = dict(context.mass)
         policy = KVRetentionPolicy(module.plan.boundary, shape, rules)
         module.apply_policy(policy)

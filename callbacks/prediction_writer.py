@@ -41,7 +41,7 @@ class PredictionWriter(BasePredictionWriter):
                 ids = {
                     "prompt": batch.prompt_ids[row][batch.prompt_mask[row]],
                     "response": batch.response_ids[row][batch.response_mask[row]],
-                    "generated": generated[batch.response_mask[row]],
+                    "generated": generated[: int(batch.response_mask[row].sum())],
                 }
                 texts = {name: tokenizer.decode(tokens, skip_special_tokens=True) for name, tokens in ids.items()}
                 file.write(json.dumps(texts, ensure_ascii=False) + "\n")

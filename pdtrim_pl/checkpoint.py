@@ -5,23 +5,30 @@ Beside `NAME.ckpt` lie `NAME.stage_plan.json`, `NAME.kv_policy.json` (where ther
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import tempfile
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
-from pdtrim_pl.plan import ModelRef, StagePlan, check_format
+from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan, check_format, write_whole
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.record import RunRecord
+from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "pdtrim.checkpoint/1"
+_UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,10 @@ class CheckpointState:
     record: RunRecord
     config: str
     """The run's resolved YAML; empty outside the command line."""
+    processes: int = 1
+    """How many processes trained: each has its own random generators and its own place in the data."""
+    untied: Mapping[Stage, tuple[int, ...]] = field(default_factory=dict)
+    """Blocks with weights of their own in a stage, also those that have left the plan since: all are in the weights."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, so that a checkpoint loads with `weights_only`."""
@@ -41,7 +52,8 @@ class CheckpointState:
         record = self.record.to_json()
         return {
             "format": CHECKPOINT_FORMAT, "plan": self.plan.to_json(), "policy": policy, "record": record,
-            "config": self.config,
+            "config": self.config, "processes": self.processes,
+            "untied": {stage: list(blocks) for stage, blocks in self.untied.items()},
         }  # fmt: skip
 
     @classmethod
@@ -54,7 +66,28 @@ class CheckpointState:
         data = checkpoint.get(cls.KEY, {})
         check_format(data, CHECKPOINT_FORMAT, "checkpoint")
         policy = None if data["policy"] is None else KVRetentionPolicy.from_json(data["policy"])
-        return cls(StagePlan.from_json(data["plan"]), policy, RunRecord.from_json(data["record"]), data["config"])
+        plan, record = StagePlan.from_json(data["plan"]), RunRecord.from_json(data["record"])
+        return cls(plan, policy, record, data["config"], data["processes"], _untied(data["untied"]))
+
+    @classmethod
+    def at(cls, checkpoint: str | os.PathLike[str] | None) -> CheckpointState | None:
+        """Read it from inside a checkpoint file, its weights left on disk; else from the files beside it.
+
+        Inside comes first: of a run that was killed between two writes, the files beside may be newer.
+
+        Raises:
+            ValueError: a file that cannot be read, or not a checkpoint of this package.
+        """
+        if checkpoint is None or not Path(checkpoint).is_file():
+            state = cls.beside(checkpoint)
+            if state is None or checkpoint is None or not Path(checkpoint).is_dir():
+                return state
+            note = ShardedCheckpoint.load(checkpoint)
+            return replace(state, processes=note.processes, untied=_untied(note.untied))
+        try:
+            return cls.of(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True))
+        except _UNREADABLE as error:
+            raise _unreadable(checkpoint, error) from error
 
     @classmethod
     def beside(cls, checkpoint: str | os.PathLike[str] | None) -> CheckpointState | None:
@@ -68,7 +101,7 @@ class CheckpointState:
     def write_beside(self, checkpoint: str | os.PathLike[str]) -> None:
         """Write the files beside a checkpoint."""
         self.plan.save(sidecar(checkpoint, "stage_plan.json"))
-        sidecar(checkpoint, "config.yaml").write_text(self.config, encoding="utf-8")
+        write_whole(sidecar(checkpoint, "config.yaml"), self.config)
         policy = sidecar(checkpoint, "kv_policy.json")
         if self.policy is None:
             policy.unlink(missing_ok=True)
@@ -88,6 +121,18 @@ class CheckpointState:
                 f"`model` is {model.name_or_path!r} ({model.model_type}, {model.num_blocks} blocks). Name the same one."
             )
 
+    def check_processes(self, processes: int) -> None:
+        """Refuse to continue a run with another number of processes.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        if self.processes != processes:
+            raise ValueError(
+                f"The checkpoint is of a run of {self.processes} process(es), and this one has {processes}: the places "
+                "in the data would not fit. Continue with the same `trainer.devices` and `trainer.num_nodes`."
+            )
+
 
 class PlanCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name and renames it, with plan, policy and YAML beside it."""
@@ -97,13 +142,18 @@ class PlanCheckpointIO(TorchCheckpointIO):
         if "://" in os.fspath(path):  # a remote file system has neither rename nor a place for the small files
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         unfinished = f"{os.fspath(path)}.unfinished"
         try:
-            super().save_checkpoint(checkpoint, unfinished, storage_options)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            _write(checkpoint, unfinished)
             if CheckpointState.KEY in checkpoint:
                 CheckpointState.of(checkpoint).write_beside(path)
             os.replace(unfinished, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise OSError(
+                f"The checkpoint {path} cannot be written ({error}); earlier ones are untouched. Free some space or "
+                "name another `dirpath`, then continue with `--ckpt_path`."
+            ) from error
         finally:
             Path(unfinished).unlink(missing_ok=True)
 
@@ -111,23 +161,81 @@ class PlanCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
             return super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"The checkpoint {path} cannot be read ({error}). It is damaged, or no checkpoint: give `ckpt_path` "
-                "the one before it."
-            ) from error
+        except _UNREADABLE as error:
+            raise _unreadable(path, error) from error
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
         super().remove_checkpoint(path)
-        for name in ("stage_plan.json", "kv_policy.json", "config.yaml"):
-            sidecar(path, name).unlink(missing_ok=True)
+        remove_beside(path)
 
 
 def sidecar(checkpoint: str | os.PathLike[str], name: str) -> Path:
     """Path of a small file beside a checkpoint: `last.ckpt` -> `last.stage_plan.json`."""
     path = Path(checkpoint)
     return path.with_name(f"{path.name.removesuffix('.ckpt')}.{name}")
+
+
+def remove_beside(checkpoint: str | os.PathLike[str]) -> None:
+    """Remove the small files beside a checkpoint that is gone."""
+    for name in ("stage_plan.json", "kv_policy.json", "config.yaml"):
+        sidecar(checkpoint, name).unlink(missing_ok=True)
+
+
+def latest_valid_checkpoint(
+    folder: str | os.PathLike[str], *, model: ModelRef | None = None, processes: int | None = None
+) -> Path | None:
+    """The newest checkpoint in a folder that a run can continue from; damaged and foreign ones are named in the log.
+
+    Args:
+        folder: where the run's `ModelCheckpoint` writes; it may be missing.
+        model: refuse checkpoints of another model.
+        processes: refuse checkpoints of runs with another number of processes.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        ValueError: there are checkpoints, and every one is damaged or foreign.
+    """
+    found = sorted(Path(folder).glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    faults = []
+    for path in found:
+        try:
+            state = CheckpointState.at(path)
+            if state is None:
+                raise ValueError(f"{sidecar(path, 'stage_plan.json').name} is missing beside it.")
+            if model is not None:
+                state.check_model(model)
+            if processes is not None:
+                state.check_processes(processes)
+        except ValueError as error:
+            log.warning("Checkpoint %s is passed over: %s", path, error)
+            faults.append(f"{path.name}: {error}")
+        else:
+            return path
+    if faults:
+        raise ValueError(
+            f"No checkpoint in {folder} can be continued from. {' '.join(faults)} Move them away to start anew."
+        )
+    return None
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Find out before the first step whether a folder can be written to; it is made if it is missing.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can be written to {folder} ({error}). Name another folder (`dirpath` of ModelCheckpoint, "
+            "`output` of ExportPair, `trainer.default_root_dir`), or free it."
+        ) from error
 
 
 def check_weights(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
@@ -147,3 +255,22 @@ def check_weights(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> N
             f"The checkpoint does not hold this student's weights: tensors {'; '.join(said)}. Name the `model` that "
             "the run was started with."
         )
+
+
+def _write(checkpoint: dict[str, Any], path: str) -> None:
+    """On disk when it returns: a rename must not become visible before the bytes that it names."""
+    with open(path, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _untied(data: Mapping[Any, Sequence[int]]) -> dict[Stage, tuple[int, ...]]:
+    return {stage: tuple(data.get(stage, ())) for stage in STAGES}
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(
+        f"The checkpoint {path} cannot be read ({error}). It is damaged, or no checkpoint: give `ckpt_path` the one "
+        "before it."
+    )

@@ -21,7 +21,9 @@ commands:
   predict    generate responses for the prompts of the test part
   export     write the prefill/decode pair of a checkpoint
   generate   stream text from an exported pair: a prefill and a decode process
+  submit     run fit as a SLURM job, restarted from its last checkpoint until it is done
 
+`pdtrim fit --dry_run --config X` counts memory per process and refuses a run that cannot fit (`--device_memory GiB`).
 `pdtrim COMMAND --help` shows a command's options. Complete configurations are in configs/.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -37,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"pdtrim_pl {__version__}")
         return 0
-    if command not in (*TRAINER_COMMANDS, "export", "generate"):
+    if command not in (*TRAINER_COMMANDS, "export", "generate", "submit"):
         print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     _log_to_stderr()
@@ -48,6 +50,15 @@ def main(args: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"pdtrim: error: {error}\n(PDTRIM_DEBUG=1 shows the traceback.)", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        print(
+            f"pdtrim: error: Another process of the run is gone ({error}). Its own output tells why; its host may be "
+            "out of memory. Continue with the same command and `--ckpt_path last`.",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _run(command: str, args: list[str]) -> int:
@@ -55,6 +66,14 @@ def _run(command: str, args: list[str]) -> int:
         return _generate(args[1:])
     if command == "export":
         return _export(args[1:])
+    if command == "submit":
+        from pdtrim_pl.slurm.submit import run
+
+        return run(args[1:])
+    if command == "fit" and "--dry_run" in args:
+        from pdtrim_pl.dry_run import run as dry_run
+
+        return dry_run(args)
     from pdtrim_pl.lightning_cli import run_cli
 
     return run_cli(args)
@@ -75,7 +94,13 @@ def _generate(args: list[str]) -> int:
     options = parser.parse_args(args)
     from pdtrim_pl.serving.generate import generate_text
 
-    generate_text(**options.as_dict(), out=sys.stdout, err=sys.stderr)
+    try:
+        generate_text(**options.as_dict(), out=sys.stdout, err=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has had enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except RuntimeError as error:  # a worker died; the message says which and of what
+        print(f"pdtrim: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -104,11 +129,21 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return tuple(kinds)
 
 
+def lost_process(error: RuntimeError) -> bool:
+    """Whether it is how gloo or NCCL tell that another process of the run has died; gloo has no class for it."""
+    return any(sign in str(error) for sign in ("closed by peer", "reset by peer", "Broken pipe", "NCCL communicator"))
+
+
+def _is_first_process() -> bool:
+    """Of the processes that Lightning, torchrun or srun start, one tells how the run goes."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name in ("pdtrim_pl", "callbacks"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if _is_first_process() else logging.WARNING)
         logger.propagate = False

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from pdtrim_pl.checkpoint import PlanCheckpointIO
+from pdtrim_pl.checkpoint import PlanCheckpointIO, latest_valid_checkpoint
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.module import PDTrimModule
 
@@ -48,13 +52,32 @@ class PDTrimCLI(LightningCLI):
         """The base class reads the whole checkpoint here, for hyperparameters that ours do not hold."""
 
     @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and kwargs.get("ckpt_path") == "last":
+            kwargs["ckpt_path"] = _newest_checkpoint(self.trainer)
+        return kwargs
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer_config = self._get(self.config_init, "trainer")
         plugins = trainer_config.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if _uses_checkpoint_io(str(trainer_config.get("strategy"))) and not _has_checkpoint_io(plugins):
-            kwargs["plugins"] = [*plugins, PlanCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+            plugins.append(PlanCheckpointIO())
+        if _is_srun_task() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            # Lightning's own handler of SIGUSR1 saves wherever each rank is, and hangs; callbacks.Preemption does not.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        kwargs["plugins"] = plugins
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:
+            if "state_key" not in str(error):
+                raise
+            raise MisconfigurationException(
+                "`trainer.callbacks` holds two callbacks that would keep their state under one name, such as two "
+                f"BlockDrop with one `stage`; keep one of them. ({error})"
+            ) from error
 
 
 def run_cli(args: Sequence[str]) -> int:
@@ -63,8 +86,28 @@ def run_cli(args: Sequence[str]) -> int:
     return 0
 
 
+def _newest_checkpoint(trainer: Trainer) -> str | Path | None:
+    """What `--ckpt_path last` continues from: the newest checkpoint that is whole; None starts a new run.
+
+    Lightning looks at `last*.ckpt` alone and takes the newest one, damaged or not.
+    """
+    folders = {
+        str(saver.dirpath)
+        for saver in trainer.checkpoint_callbacks
+        if isinstance(saver, ModelCheckpoint) and saver.dirpath
+    }
+    if not folders or any("://" in folder for folder in folders):
+        return "last"
+    found = [latest_valid_checkpoint(folder, processes=trainer.world_size) for folder in sorted(folders)]
+    return max((path for path in found if path is not None), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def _has_checkpoint_io(plugins: Sequence[Any]) -> bool:
     return any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+
+
+def _is_srun_task() -> bool:
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def _uses_checkpoint_io(strategy: str) -> bool:

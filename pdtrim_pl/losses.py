@@ -1,7 +1,8 @@
 """Distillation losses: a weighted list of small classes, chunked over tokens so that no full logits are ever held.
 
 Shapes: N response tokens of a batch (padding left out), n tokens of one chunk, H hidden, V vocabulary.
-Every loss is a mean over a row's response tokens, then over rows, so a batch split over ranks gives the same value.
+Losses on tokens are means over a row's response tokens, then over rows, so a batch split over ranks gives the same
+value. Losses on states (`hidden`, `kv`) are means over the batch of each rank.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import ClassVar, Literal
 
 import torch
@@ -45,6 +47,8 @@ class Distilled:
     teacher_blocks: Mapping[Stage, Mapping[int, Tensor]]
     token_masks: Mapping[Stage, Tensor]
     """Real tokens of each stage, [B, T]."""
+    min_chunks: int = 0
+    """Call the heads at least so often: sharded heads are gathered by all ranks together."""
 
 
 class LossTerm(ABC):
@@ -166,6 +170,12 @@ class HiddenMatch(StateLoss):
 
     def of(self, batch: Distilled) -> Tensor:
         terms = []
+        seen = {block for stage in STAGES for block in batch.student_blocks[stage]}
+        if self.blocks is not None and not self.blocks & seen:
+            raise ValueError(
+                f"`blocks` of the loss hidden is {sorted(self.blocks)}, and no stage runs any of them. Blocks that are "
+                f"run: {sorted(seen)}."
+            )
         for stage in STAGES:
             mask = batch.token_masks[stage]
             for block, out in batch.student_blocks[stage].items():
@@ -213,7 +223,7 @@ def distillation_loss(terms: Sequence[LossTerm], batch: Distilled, *, chunk_toke
     values = {term.name: term.of(batch) for term in terms if isinstance(term, StateLoss)}
     if token_terms:
         total = batch.student.new_zeros(len(token_terms), dtype=torch.float32)
-        for part in chunks(len(batch.targets), chunk_tokens):
+        for part in chunks(len(batch.targets), chunk_tokens, batch.min_chunks):
             args = (batch.student[part], batch.teacher[part], batch.targets[part], batch.weights[part])
             total = total + checkpoint(_chunk, token_terms, batch, *args, use_reentrant=False)
         values |= {term.name: value for term, value in zip(token_terms, total, strict=True)}
@@ -240,12 +250,12 @@ def token_weights(response_mask: Tensor) -> Tensor:
     """Each real response token's share of a mean over tokens, then rows: [B, R] -> [N], summing to 1."""
     counts = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
     rows = (response_mask.sum(dim=1) > 0).sum().clamp(min=1)
-    return (response_mask / counts / rows)[response_mask]
+    return (response_mask.float() / counts / rows)[response_mask]
 
 
-def chunks(length: int, size: int) -> list[slice]:
-    """Slices that cut `length` tokens into runs of at most `size`."""
-    return [slice(start, start + size) for start in range(0, length, size)]
+def chunks(length: int, size: int, at_least: int = 0) -> list[slice]:
+    """Slices that cut `length` tokens into runs of at most `size`, followed by empty ones if those are too few."""
+    return [slice(i * size, (i + 1) * size) for i in range(max(ceil(length / size), at_least))]
 
 
 def _chunk(

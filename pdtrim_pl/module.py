@@ -5,32 +5,42 @@ Shapes: B batch, P prompt tokens, R response tokens, N response tokens without p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from pdtrim_pl.checkpoint import CheckpointState, check_weights
-from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.checkpoint import CheckpointState, check_weights, check_writable
+from pdtrim_pl.context import usable_context
+from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check_vocabulary
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
+from pdtrim_pl.loop_state import resumable_loops
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, token_weights, weighted_sum
 from pdtrim_pl.plan import STAGES, Boundary, Relation, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.pretrained import load_causal_lm
+from pdtrim_pl.random_state import RandomState, random_states, restore_random_state
 from pdtrim_pl.record import RunRecord
 from pdtrim_pl.staged import Request, StagedCausalLM, StagedOutput
+from pdtrim_pl.staged.generation import stop_ids_of
 from pdtrim_pl.staged.model import reference_to
+from pdtrim_pl.strategies import check_strategy, gathered, largest, shards_weights
 
+RANDOM_STATES = "pdtrim_random"
+"""Key of the random generators of every process in a checkpoint."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -101,7 +111,9 @@ class PDTrimModule(LightningModule):
         self.chunk_tokens = chunk_tokens
         self.record = RunRecord()
         self.run_config = ""
-        self.means = nn.ModuleDict({name: MeanMetric() for name in ("nll", "teacher_nll", "kl", "agreement")})
+        self._unrecorded: tuple[int, Tensor] | None = None
+        self._random: RandomState | None = None
+        self._means: dict[str, MeanMetric] = {}
 
     # Structure
 
@@ -127,10 +139,14 @@ class PDTrimModule(LightningModule):
         self.student.apply_policy(policy)
 
     @override
+    def setup(self, stage: str) -> None:
+        check_strategy(self.trainer.strategy, stage)
+
+    @override
     def configure_model(self) -> None:
         if "student" in self._modules:
             return
-        plan, policy = self._starting_structure()
+        plan, policy, untied = self._starting_structure()
         loading = self.loading
         student = load_causal_lm(
             self.model_name, dtype=_dtype(loading.dtype), attn_implementation=loading.attn_implementation
@@ -143,21 +159,52 @@ class PDTrimModule(LightningModule):
         _check_same_vocabulary(student.config.vocab_size, teacher.config.vocab_size)
         reference = reference_to(student, self.model_name)
         plan = plan or StagePlan.full(reference, self.structure.relation, self.structure.boundary)
-        self.student = StagedCausalLM(student, plan, policy).train()
+        if plan.model.model_type == reference.model_type and plan.model.num_blocks == reference.num_blocks:
+            plan = replace(plan, model=reference)  # a plan file may name its model by another path
+        self.student = StagedCausalLM(student).train()
+        for weights in (untied, plan.untied):
+            self._untie(weights)
+        self.student.apply_plan(plan)
+        self.student.apply_policy(policy)
         self.student.gradient_checkpointing = loading.gradient_checkpointing
-        self.student.freeze_unused()
+        if self._trainer is None or not self._trainer.strategy.restore_checkpoint_after_setup:
+            # An engine, though, must be built over the same parameters in every run: `on_fit_start` freezes then.
+            self.student.freeze_unused()
         teacher_reference = reference_to(teacher, loading.teacher or self.model_name)
         self.teacher = StagedCausalLM(teacher, StagePlan.full(teacher_reference, boundary=plan.boundary))
         self.teacher.eval().requires_grad_(False)
+        self._check_data()
 
-    def _starting_structure(self) -> tuple[StagePlan | None, KVRetentionPolicy | None]:
-        """Plan and policy files of `structure`, or, when a run continues, those of its checkpoint."""
-        state = CheckpointState.beside(self._trainer.ckpt_path) if self._trainer is not None else None
+    def _check_data(self) -> None:
+        """Refuse a data module whose tokenizer or lengths do not fit the model."""
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        if isinstance(data, PromptResponseDataModule):
+            config = self.student.model.config
+            check_vocabulary(max(data.tokenizer.get_vocab().values()) + 1, config.vocab_size)
+            check_context(data.lengths.max_length, usable_context(config.to_dict()))
+
+    def _untie(self, blocks: Mapping[Stage, Sequence[int]]) -> None:
+        """Give blocks weights of their own in a stage, from whole weights where they are sharded."""
+        for stage, indices in blocks.items():
+            for index in indices:
+                if index in self.student.gates:
+                    gate = self.student.gates[index]
+                    with self._gathered(gate.block.parameters()):
+                        gate.untie(stage)
+
+    def _gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+        return nullcontext() if self._trainer is None else gathered(self._trainer.strategy, parameters)
+
+    def _starting_structure(
+        self,
+    ) -> tuple[StagePlan | None, KVRetentionPolicy | None, Mapping[Stage, Sequence[int]]]:
+        """Plan and policy files of `structure`, or, when a run continues, those of its checkpoint; untied blocks."""
+        state = CheckpointState.at(self._trainer.ckpt_path) if self._trainer is not None else None
         if state is not None:
-            return state.plan, state.policy
+            return state.plan, state.policy, state.untied
         plan = StagePlan.load(self.structure.plan) if self.structure.plan else None
         policy = KVRetentionPolicy.load(self.structure.policy, plan) if self.structure.policy else None
-        return plan, policy
+        return plan, policy, {}
 
     @override
     def train(self, mode: bool = True) -> PDTrimModule:
@@ -183,14 +230,23 @@ class PDTrimModule(LightningModule):
         loss = weighted_sum(self.losses, values)
         self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(batch[0]))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
+        self._unrecorded = (self.global_step + 1, loss.detach())
         return loss
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.record.add_loss(self.global_step, float(outputs["loss"]))
+        self._record_loss()
+
+    def _record_loss(self) -> None:
+        """Callbacks save before our `on_train_batch_end`, so a save records the step's loss itself."""
+        if self._unrecorded is not None:
+            step, loss = self._unrecorded
+            self.record.add_loss(step, float(self.trainer.strategy.reduce(loss, reduce_op="mean")))
+            self._unrecorded = None
 
     def distilled(self, batch: Batch) -> Distilled:
         """Run student and teacher on one batch and gather what losses look at."""
+        batch = self._in_step(batch)
         watched = any(term.watches_blocks for term in self.losses)
         ours, theirs = _BlockOutputs(), _BlockOutputs()
         with torch.no_grad():
@@ -212,9 +268,44 @@ class PDTrimModule(LightningModule):
             student_blocks=ours.outputs,
             teacher_blocks=theirs.outputs,
             token_masks=request.valid,
+            min_chunks=self._min_chunks(batch),
         )
 
+    @property
+    def _shards(self) -> bool:
+        return self._trainer is not None and shards_weights(self._trainer.strategy)
+
+    def _in_step(self, batch: Batch) -> Batch:
+        """Where ranks gather weights together, a batch that would skip the decode pass gets a padding token."""
+        if not self._shards or batch.response_ids.shape[1] > 1:
+            return batch
+        ids, mask = nn.functional.pad(batch.response_ids, (0, 1)), nn.functional.pad(batch.response_mask, (0, 1))
+        return batch._replace(response_ids=ids, response_mask=mask)
+
+    def _min_chunks(self, batch: Batch) -> int:
+        """How often every rank must call the heads."""
+        if not self._shards:
+            return 0
+        return largest(self.trainer.strategy, ceil(int(batch.response_mask.sum()) / self.chunk_tokens), self.device)
+
     # Evaluation
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._means = self._fresh_means()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._means = self._fresh_means()
+
+    def _fresh_means(self) -> dict[str, MeanMetric]:
+        # Not submodules, for `precision: bf16-true` would cast their sums.
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        names = ("nll", "teacher_nll", "kl", "agreement")
+        means = {name: MeanMetric() for name in names}
+        for mean in means.values():
+            mean.set_dtype(exact).to(self.device)
+        return means
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -236,27 +327,24 @@ class PDTrimModule(LightningModule):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Greedy responses as long as the batch's own, [B, R]."""
-        return self.student.generate(batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1])
+        """Greedy responses, [B, at most R]; a row that has ended repeats its stop token."""
+        return self.student.generate(
+            batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1],
+            stop_ids=stop_ids_of(self.student.model),
+        )  # fmt: skip
 
     def _measure(self, batch: Batch) -> None:
+        batch = self._in_step(batch)
         targets = batch.response_ids[batch.response_mask]
         scores = score_tokens(
             final_hidden(self.student, batch), final_hidden(self.teacher, batch), targets,
-            self.student.logits, self.teacher.logits, self.chunk_tokens,
+            self.student.logits, self.teacher.logits, self.chunk_tokens, self._min_chunks(batch),
         )  # fmt: skip
-        for name, metric in self._means():
-            metric.update(getattr(scores, name))
-
-    def _means(self) -> Iterator[tuple[str, MeanMetric]]:
-        for name, metric in self.means.items():
-            assert isinstance(metric, MeanMetric)
-            yield name, metric
+        for name, column in vars(scores).items():
+            self._means[name].update(column)
 
     def _log_quality(self, prefix: str) -> dict[str, float]:
-        means = {name: float(metric.compute()) for name, metric in self._means()}
-        for _, metric in self._means():
-            metric.reset()
+        means = {name: float(metric.compute()) for name, metric in self._means.items()}
         values = {
             "ppl": float(torch.tensor(means["nll"]).exp()),
             "teacher_ppl": float(torch.tensor(means["teacher_nll"]).exp()),
@@ -277,8 +365,12 @@ class PDTrimModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = CheckpointState(self.plan, self.policy, self.record, self.run_config)
+        self._record_loss()
+        processes = self.trainer.world_size
+        state = CheckpointState(self.plan, self.policy, self.record, self.run_config, processes, self.student.untied)
         checkpoint[CheckpointState.KEY] = state.to_json()
+        checkpoint[RANDOM_STATES] = random_states(self.device)
+        checkpoint["loops"] = resumable_loops(checkpoint["loops"], self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -288,7 +380,31 @@ class PDTrimModule(LightningModule):
         self.student.apply_policy(state.policy)
         self.student.freeze_unused()
         self.record = state.record
-        check_weights(checkpoint["state_dict"], self.state_dict())
+        if "state_dict" in checkpoint:  # an engine has loaded its shards itself, and checked them
+            check_weights(checkpoint["state_dict"], self.state_dict())
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            state.check_processes(self.trainer.world_size)
+            self._random = checkpoint[RANDOM_STATES][self.global_rank]
+
+    @override
+    def on_fit_start(self) -> None:
+        self.student.freeze_unused()
+        if self.trainer.is_global_zero:
+            for saver in self.trainer.checkpoint_callbacks:
+                if isinstance(saver, ModelCheckpoint) and saver.dirpath and "://" not in str(saver.dirpath):
+                    check_writable(saver.dirpath)
+
+    @override
+    def on_train_start(self) -> None:
+        if self._random is not None:
+            restore_random_state(self._random, self.device)
+
+    @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # In the middle of an epoch, once more: a loader draws from a generator when its iteration starts.
+        if self._random is not None and batch_idx > 0:
+            restore_random_state(self._random, self.device)
+        self._random = None
 
 
 @contextmanager

@@ -155,29 +155,47 @@ class StagePlan:
         )
 
     def merge(
-        self, stage: Stage, run: Iterable[int], into: int, *, untied: bool = True, round: int = 0,
+        self, target: Target, run: Iterable[int], into: int, *, untied: bool = True, round: int = 0,
         criterion: str = "manual", score: float | None = None,
     ) -> StagePlan:  # fmt: skip
-        """A new plan in which block `into` stands for the neighbouring blocks `run` in one stage.
+        """A new plan in which block `into` stands for the neighbouring blocks `run`.
+
+        The merge is made in the stages that a drop of the absorbed blocks would take them out of, so under `nested` a
+        prefill merge of blocks that decode still runs is made in both.
 
         Args:
-            stage: the stage whose blocks are merged.
-            run: original indices of neighbours in that stage, `into` among them.
+            target: the stage(s) whose blocks are merged.
+            run: original indices of neighbours in those stages, `into` among them.
             into: the block that stays, at its own index.
-            untied: give the merged block weights of its own in this stage.
+            untied: give the merged block weights of its own in each of those stages.
+            round: of the history.
+            criterion: of the history.
+            score: of the history.
+
+        Raises:
+            ValueError: blocks that are not neighbours in each of those stages.
         """
-        members = tuple(sorted(run))
+        members = tuple(sorted(set(run)))
+        absorbed = [block for block in members if block != into]
+        stages = {stage for block in absorbed or members for stage in self.stages_losing(target, block)}
+        for stage in STAGES:
+            blocks = self.blocks(stage)
+            places = [blocks.index(block) for block in members if block in blocks]
+            neighbours = places == list(range(places[0], places[0] + len(members))) if places else False
+            if stage in stages and (not neighbours or into not in members or not absorbed):
+                raise ValueError(
+                    f"Cannot merge {list(members)} into {into} in `{stage}`: give at least two neighbours of that "
+                    f"stage, {into} among them. Blocks left: {list(blocks)}."
+                )
         plan = self
-        for block in members:
-            if block != into:
-                plan = plan.drop(stage, block, round=round, criterion=criterion, score=score)
-        absorbed = tuple(sorted({b for m in members for b in self.merged[stage].get(m, (m,))}))
-        new = len(plan.history) - len(self.history)
-        entries = tuple(replace(entry, action="merge") for entry in plan.history[-new:]) if new else ()
+        for block in absorbed:
+            plan = plan.drop(target, block, round=round, criterion=criterion, score=score)
+        entries = tuple(replace(entry, action="merge") for entry in plan.history[len(self.history) :])
+        runs = {s: tuple(sorted({b for m in members for b in self.merged[s].get(m, (m,))})) for s in stages}
         return replace(
             plan,
-            merged={**plan.merged, stage: {**plan.merged[stage], into: absorbed}},
-            untied={**plan.untied, stage: tuple(sorted({*plan.untied[stage], *([into] if untied else [])}))},
+            merged={s: {**plan.merged[s], **({into: runs[s]} if s in stages else {})} for s in STAGES},
+            untied={s: tuple(sorted({*plan.untied[s], *([into] if untied and s in stages else [])})) for s in STAGES},
             history=self.history + entries,
         )
 
@@ -212,7 +230,7 @@ class StagePlan:
                 decode=tuple(data["decode"]["blocks"]),
                 relation=data["relation"],
                 boundary=data["boundary"],
-                merged={s: {int(k): tuple(v) for k, v in data["merged"].get(s, {}).items()} for s in STAGES},
+                merged={s: {_block(k): tuple(v) for k, v in data["merged"].get(s, {}).items()} for s in STAGES},
                 untied={s: tuple(data.get("untied", {}).get(s, ())) for s in STAGES},
                 history=tuple(Removal(**entry) for entry in data.get("history", ())),
             )
@@ -227,12 +245,16 @@ class StagePlan:
 
     def save(self, path: Path) -> None:
         """Write the plan as indented JSON."""
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> StagePlan:
         """Read a plan file; a ValueError names the file."""
-        return cls.from_json(read_json(path, "stage plan"))
+        data = read_json(path, "stage plan")
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def _stage_set(self, target: Target) -> tuple[int, ...]:
         if target == "both":
@@ -284,6 +306,9 @@ class StagePlan:
         blocks = self.blocks(stage)
         if not blocks:
             yield f"`{stage}` has no blocks"
+        if not all(type(block) is int for block in blocks):
+            yield f"`{stage}.blocks` must be whole numbers, got {list(blocks)}"
+            return
         if list(blocks) != sorted(set(blocks)):
             yield f"`{stage}.blocks` must be rising and without repeats, got {list(blocks)}"
         outside = [block for block in blocks if not 0 <= block < self.model.num_blocks]
@@ -304,6 +329,12 @@ class StagePlan:
             taken |= set(run)
 
 
+def _block(key: str) -> int:
+    if not key.isdecimal():
+        raise ValueError(f"`merged` has the key {key!r}, which is no block number.")
+    return int(key)
+
+
 def check_format(data: Mapping[str, Any], expected: str, what: str) -> None:
     """Refuse JSON that is not of the format and version this package writes.
 
@@ -316,6 +347,13 @@ def check_format(data: Mapping[str, Any], expected: str, what: str) -> None:
             f"This {what} has `format` {found!r}, and this version of pdtrim_pl reads {expected!r}. "
             "Write it again with the version that is installed, or install the version that wrote it."
         )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a kill leaves the old one or the new one, never a part."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from pdtrim_pl.plan import Boundary, StagePlan, check_format, read_json
+from pdtrim_pl.plan import Boundary, StagePlan, check_format, read_json, write_whole
 
 Keep = Literal["all", "first_last"]
 POLICY_FORMAT = "pdtrim.kv_policy/1"
@@ -185,14 +185,18 @@ class KVRetentionPolicy:
 
     def save(self, path: Path, plan: StagePlan) -> None:
         """Write the policy as indented JSON."""
-        path.write_text(json.dumps(self.to_json(plan), indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_json(plan), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path, plan: StagePlan | None = None) -> KVRetentionPolicy:
         """Read a policy file and, where a plan is given, check that they fit."""
-        policy = cls.from_json(read_json(path, "KV policy"))
-        if plan is not None:
-            policy.check(plan)
+        data = read_json(path, "KV policy")
+        try:
+            policy = cls.from_json(data)
+            if plan is not None:
+                policy.check(plan)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         return policy
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 from pdtrim_pl.plan import STAGES, Removal, Stage
@@ -31,8 +32,8 @@ class RunRecord:
     """Seeds, data fingerprints, versions: plain JSON values."""
 
     def add_loss(self, step: int, loss: float) -> None:
-        """Keep one training loss."""
-        if step % self.loss_stride:
+        """Keep one training loss; one that is not finite would end in JSON and pictures that nobody can read."""
+        if step % self.loss_stride or not isfinite(loss):
             return
         self.losses.append((step, loss))
         if len(self.losses) > MAX_LOSS_POINTS:

@@ -19,7 +19,7 @@ from pdtrim_pl.export import load_stage
 from pdtrim_pl.losses import KL
 from pdtrim_pl.module import PDTrimModule, Structure
 from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.search import Guards, choose_drops
+from pdtrim_pl.search import Annealing, Guards, choose_drops
 from pdtrim_pl.selectors import MassSelector
 
 
@@ -206,10 +206,57 @@ def test_a_round_after_the_last_epoch_is_refused(tiny_llama_dir: Path, tmp_path:
         fit(tmp_path, tiny_llama_dir, [BlockDrop("decode", FirstCandidate(), {3: 1})])
 
 
-def test_two_callbacks_for_one_stage_are_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    twins: list[Callback] = [BlockDrop("decode", FirstCandidate(), {0: 1}), BlockDrop("decode", GreedyKL(), {0: 1})]
-    with pytest.raises(RuntimeError, match=r"BlockDrop\[decode\]|Found more than one stateful callback"):
-        fit(tmp_path, tiny_llama_dir, twins)
+def test_annealing_searches_from_the_choice_and_a_second_run_reads_its_journal(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    runs = []
+    for _ in range(2):
+        drop = BlockDrop("decode", FirstCandidate(), {0: 2}, Guards(0, 0), Annealing(20, temperature=0.5))
+        _, module = fit(tmp_path, tiny_llama_dir, [drop], max_epochs=1)
+        runs.append(module)
+        lines = (tmp_path / "checkpoints" / "search_journal.jsonl").read_text().splitlines()
+    assert runs[0].plan == runs[1].plan
+    assert {entry.criterion for entry in runs[0].plan.history} == {"annealing"}
+    assert len(set(lines)) == len(lines), "the second run evaluated nothing again"
+
+
+def test_until_counts_what_is_gone_whoever_dropped_it(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    drops: list[Callback] = [
+        BlockDrop("prefill", FirstCandidate(), {0: 1}, Guards(0, 0)),
+        BlockDrop("decode", FirstCandidate(), RepeatedDrop(blocks=1, every=1, until=2), Guards(0, 0)),
+    ]
+    _, module = fit(tmp_path, tiny_llama_dir, drops)
+    assert (len(module.plan.prefill), len(module.plan.decode)) == (3, 2)
+
+
+def test_a_schedule_that_asks_for_too_much_fails_before_the_first_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"asks for 5 blocks, and only 2 may leave under `guards`"):
+        fit(tmp_path, tiny_llama_dir, [BlockDrop("decode", FirstCandidate(), {0: 1, 1: 4})])
+
+
+@pytest.mark.parametrize(
+    ("parts", "tokens", "message"),
+    [
+        (Parts(validation=0, calibration=4), 8, r"there is none. Set `data.parts.validation`"),
+        (Parts(validation=4, calibration=4), 600, r"`prompt_tokens: 600` .* exceed the context"),
+    ],
+)
+def test_an_export_that_cannot_measure_fails_before_the_first_step(
+    parts: Parts, tokens: int, message: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    data = PromptResponseDataModule(str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=parts)
+    trainer = trainer_for(tmp_path, [ExportPair(tmp_path / "export", prompt_tokens=tokens)])
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(module_for(tiny_llama_dir), datamodule=data)
+    assert trainer.global_step == 0
+
+
+def test_a_run_that_ends_before_its_rounds_says_so(
+    tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exporter = ExportPair(tmp_path / "export", measure=False)
+    fit(tmp_path, tiny_llama_dir, [BlockDrop("decode", FirstCandidate(), {2: 1}), exporter], max_steps=2)
+    assert "ended before these rounds of drops (stage, epoch): [('decode', 2)]" in caplog.text
 
 
 def test_retention_before_a_drop_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:

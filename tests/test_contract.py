@@ -236,7 +236,8 @@ def test_a_loss_that_only_decode_sees_moves_the_prefill_weights_through_the_cach
     batch = Batch.random([6, 4], [3, 3], seed=0)
     forced(staged, batch)[:, 1:].square().mean().backward()
     for index in every:
-        gradients = [p.grad for p in staged.gates[index].weights("prefill").parameters() if p.grad is not None]
+        weights = staged.gates[index].weights("prefill", staged.plan)
+        gradients = [p.grad for p in weights.parameters() if p.grad is not None]
         assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0, f"block {index} got no gradient"
 
 

@@ -10,10 +10,14 @@ from lightning.pytorch import Trainer
 from tiny_models import tiny_model
 
 from callbacks import BlockDrop, PlanProgressBar
+from pdtrim_pl.context import usable_context
 from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
+from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.losses import KL, HiddenMatch
-from pdtrim_pl.module import Loading, PDTrimModule
+from pdtrim_pl.module import Loading, PDTrimModule, Structure
+from pdtrim_pl.plan import ModelRef, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy, KVShape
 from pdtrim_pl.search import Guards
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -37,6 +41,10 @@ def test_every_precision_trains_and_validates(
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     first, *_, last = [loss for _, loss in module.record.losses]
+    if precision != "bf16-mixed":
+        quality = measure_quality(module.student.eval(), module.teacher, data.val_dataloader())
+        assert module.record.validations[-1][1]["ppl"] == pytest.approx(quality.perplexity, rel=1e-5)
+        assert module.record.validations[-1][1]["kl"] == pytest.approx(quality.kl, rel=1e-5)
     assert last < first, module.record.losses
     assert module.student.model.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     buffers = dict(module.student.named_buffers())
@@ -57,6 +65,66 @@ def test_a_teacher_of_another_vocabulary_is_refused(tiny_llama_dir: Path, tmp_pa
     module = PDTrimModule(str(tiny_llama_dir), loading=Loading(teacher=str(tmp_path / "other")))
     with pytest.raises(ValueError, match=r"`loading.teacher` has a vocabulary of 64 tokens and `model` one of 259"):
         module.configure_model()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "other")
+    data = PromptResponseDataModule(str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=Parts(4, 4))
+    trainer = Trainer(logger=False, accelerator="cpu", devices=1, enable_checkpointing=False, max_epochs=1)
+    with pytest.raises(ValueError, match=r"vocabulary"):
+        trainer.fit(PDTrimModule(str(tmp_path / "other")), datamodule=data)
+
+
+def test_a_plan_of_another_kind_of_model_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    StagePlan.full(ModelRef("other", "qwen2", 4)).save(tmp_path / "plan.json")
+    module = PDTrimModule(str(tiny_llama_dir), structure=Structure(plan=tmp_path / "plan.json"))
+    with pytest.raises(ValueError, match=r"for a model of type 'qwen2'"):
+        module.configure_model()
+
+
+def test_a_plan_file_may_name_its_model_by_another_path(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    StagePlan.full(ModelRef("somewhere/else", "llama", 4)).drop("decode", 2).save(tmp_path / "plan.json")
+    module = PDTrimModule(str(tiny_llama_dir), structure=Structure(plan=tmp_path / "plan.json"))
+    module.configure_model()
+    assert module.plan.model.name_or_path == str(tiny_llama_dir)
+
+
+def test_a_plan_change_takes_its_untied_weights_out_of_use() -> None:
+    model, ids = tiny_model("llama"), torch.arange(3, 13)[None]
+    expected = model(ids).logits
+    staged = StagedCausalLM(model)
+    full = staged.plan
+    staged.apply_plan(StagePlan(full.model, full.prefill, full.decode, untied={"decode": (2,)}))
+    with torch.no_grad():
+        for parameter in staged.gates[2].untied["decode"].parameters():
+            parameter.mul_(3)
+    assert not torch.allclose(staged.logits(staged(ids[:, :5], ids[:, 5:]).hidden), expected[:, 4:9], atol=1e-3)
+    staged.apply_plan(full)
+    torch.testing.assert_close(staged.logits(staged(ids[:, :5], ids[:, 5:]).hidden), expected[:, 4:9])
+
+
+def test_rows_that_fill_the_context_from_both_sides_are_no_fault() -> None:
+    staged = StagedCausalLM(tiny_model("llama", max_position_embeddings=16))
+    prompt_mask = torch.tensor([[True] * 12, [False] * 8 + [True] * 4])
+    response_mask = torch.tensor([[True] * 4 + [False] * 8, [True] * 12])
+    ids = torch.full((2, 12), 5)
+    assert staged(ids, ids, prompt_mask, response_mask).hidden.shape[1] == 12
+    with pytest.raises(ValueError, match=r"take 24 tokens, and the context of `model` is 16"):
+        staged(ids, ids)
+
+
+def test_a_policy_of_another_kv_shape_is_refused() -> None:
+    staged = StagedCausalLM(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"`kv` of the policy is 64 heads of 64, and `model` has 2 of 8"):
+        staged.apply_policy(KVRetentionPolicy("prefill", KVShape(64, 64)))
+
+
+def test_a_longrope_model_serves_its_original_context_only() -> None:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    assert usable_context({"max_position_embeddings": 131072, "rope_parameters": rope}) == 4096
+    assert usable_context({"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "default"}}) == 131072
+    with pytest.raises(ValueError, match=r"`max_position_embeddings` None"):
+        usable_context({})
 
 
 def test_attention_without_masks_of_the_contracts_kind_is_refused() -> None:

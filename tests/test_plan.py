@@ -89,6 +89,23 @@ def test_a_dropped_block_takes_its_merge_and_its_own_weights_with_it() -> None:
     assert plan.untied["decode"] == ()
 
 
+def test_under_unified_a_merge_is_made_in_both_stages() -> None:
+    plan = StagePlan.full(MODEL, "unified").merge("both", (3, 4), into=4, untied=False)
+    assert plan.merged["prefill"] == plan.merged["decode"] == {4: (3, 4)}
+    assert plan.untied == {"prefill": (), "decode": ()}
+
+
+def test_under_nested_a_prefill_merge_is_made_in_both_stages() -> None:
+    plan = FULL.merge("prefill", (3, 4), into=3)
+    assert plan.merged["prefill"] == plan.merged["decode"] == {3: (3, 4)}
+
+
+@pytest.mark.parametrize(("run", "into"), [((1, 5), 1), ((2, 3), 4), ((2,), 2)])
+def test_only_neighbours_can_be_merged(run: tuple[int, ...], into: int) -> None:
+    with pytest.raises(ValueError, match=r"Cannot merge .* in `decode`: give at least two neighbours"):
+        FULL.merge("decode", run, into=into)
+
+
 def test_dropping_the_last_block_of_a_stage_is_refused() -> None:
     plan = StagePlan(MODEL, (0, 1), (1,))
     with pytest.raises(ValueError, match=r"would leave the `decode` stage without blocks.*`schedule`"):
@@ -120,6 +137,7 @@ def test_all_faults_of_a_plan_are_told_at_once() -> None:
         ({"prefill": (0, 1), "decode": (0,), "relation": "prefill_only"}, "wants every block in decode"),
         ({"prefill": (0, 1), "decode": (0,), "relation": "loose"}, "`relation` is 'loose'"),
         ({"prefill": (0, 1), "decode": (0,), "boundary": "middle"}, "`boundary` is 'middle'"),
+        ({"prefill": (0.0, 1.0), "decode": (0,)}, r"must be whole numbers"),
         ({"prefill": (0, 1), "decode": (0,), "untied": {"decode": (1,)}}, "`untied.decode` names \\[1\\]"),
         ({"prefill": (0, 1), "decode": (0,), "untied": {"both": (1,)}}, "unknown stage\\(s\\) \\['both'\\]"),
         ({"prefill": (0, 1), "decode": (0, 1), "merged": {"decode": {0: (0, 1)}}}, "which the stage still runs"),
@@ -134,7 +152,9 @@ def test_a_plan_that_cannot_be_run_is_refused(kwargs: dict[str, object], message
 def test_a_plan_file_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text('{"format": "pdtrim.stage_plan/9"}')
-    with pytest.raises(ValueError, match=r"`format` 'pdtrim.stage_plan/9', and this version of pdtrim_pl reads"):
+    with pytest.raises(
+        ValueError, match=r"plan.json: .*`format` 'pdtrim.stage_plan/9', and this version of pdtrim_pl reads"
+    ):
         StagePlan.load(path)
 
 

@@ -6,21 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.evaluation.evaluator import Agree, Evaluator
 from pdtrim_pl.evaluation.redundancy import block_redundancy
 from pdtrim_pl.plan import Stage, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
 
-Progress = Callable[[int, int], None]
-"""Called with the number of scored candidates and of all candidates."""
-
-Agree = Callable[[Any], Any]
-"""From this rank's value to the one that all ranks use."""
+Progress = Callable[[str], None]
+"""Called with a line that says how far a search is."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class ScoringContext:
     teacher: StagedCausalLM
     batches: Sequence[Batch]
     device: torch.device | str = "cpu"
-    progress: Progress = lambda done, total: None
+    progress: Progress = lambda line: None
     agree: Agree = lambda value: value
     """Rank 0's value on every rank: rounding may differ between ranks, and what they choose must not."""
 
@@ -46,7 +43,7 @@ class ScoringContext:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Energy of any plan: mean KL to the teacher over the calibration responses, under the contract."""
-        return Evaluator(self.student, self.teacher, self.batches, device=self.device)
+        return Evaluator(self.student, self.teacher, self.batches, device=self.device, agree=self.agree)
 
 
 class Criterion(ABC):

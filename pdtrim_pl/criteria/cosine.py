@@ -9,7 +9,11 @@ from pdtrim_pl.plan import StagePlan, Target
 
 
 class CosineRedundancy(Criterion):
-    """Harm = 1 - cos(block input, block output), the mean over the tokens of the stages that would lose the block."""
+    """Harm = 1 - cos(block input, block output), the mean of the stages that would lose the block.
+
+    Raises:
+        ValueError: such a stage was fed no calibration token.
+    """
 
     name = "cosine"
 
@@ -18,6 +22,12 @@ class CosineRedundancy(Criterion):
     ) -> dict[int, float]:
         influence = {}
         for block in candidates:
+            fed = [stage for stage in plan.stages_losing(target, block) if not context.redundancy[stage]]
+            if fed:
+                raise ValueError(
+                    f"No calibration token reaches {' and '.join(fed)}: every response has one token, which prefill "
+                    "predicts. Use longer responses (`lengths` of the data)."
+                )
             cosines = [context.redundancy[stage][block] for stage in plan.stages_losing(target, block)]
             influence[block] = 1.0 - sum(cosines) / len(cosines)
         return influence

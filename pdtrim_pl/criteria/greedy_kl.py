@@ -36,7 +36,7 @@ class GreedyKL(Criterion):
         context.evaluator.rebase(plan)
         energies: dict[int, float] = {}
         for done, block in enumerate(pool):
-            context.progress(done, len(pool))
+            context.progress(f"candidate {done + 1} of {len(pool)}")
             energy = context.evaluator.energy_below(plan.drop(target, block), min(energies.values(), default=inf))
             if energy is not None:  # else it is certain that another one hurts less
                 energies[block] = energy

@@ -20,6 +20,6 @@ class ResponsePerplexity(Criterion):
         context.evaluator.rebase(plan)
         losses = {}
         for done, block in enumerate(candidates):
-            context.progress(done, len(candidates))
+            context.progress(f"candidate {done + 1} of {len(candidates)}")
             losses[block] = context.evaluator.measure(plan.drop(target, block)).nll
         return losses

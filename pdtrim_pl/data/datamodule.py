@@ -147,6 +147,7 @@ class PromptResponseDataModule(LightningDataModule):
             collate_fn=Collator(self.pad_id),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the global one is for training steps alone
         )
 
     @override
@@ -175,6 +176,7 @@ class PromptResponseDataModule(LightningDataModule):
             collate_fn=Collator(self.pad_id),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # measuring more often must not change a run
         )
 
     def _encode(self) -> TokenExamples:

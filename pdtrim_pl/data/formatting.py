@@ -119,6 +119,8 @@ def _split_chat(
         raise ValueError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
     if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in chat):
         raise _fault(rows, index, column, "must hold messages with `role` and `content`")
+    if not all(turn["content"] is None or isinstance(turn["content"], str) for turn in chat):
+        raise _fault(rows, index, column, "must hold messages whose `content` is text, not a list of parts")
     last = max((number for number, turn in enumerate(chat) if turn["role"] == "assistant"), default=0)
     if last == 0:
         raise _fault(rows, index, column, "has no assistant message after a first message of another role")

@@ -44,4 +44,5 @@ class ResumableLoader(DataLoader[Example]):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=self.worker_init_fn,
+            generator=self.generator,
         )

@@ -99,7 +99,7 @@ def attention_mass(
 
 
 def _attention_of(model: StagedCausalLM, block: int) -> nn.Module:
-    return model.gates[block].weights("decode").get_submodule(model.architecture.attention_name)
+    return model.gates[block].weights("decode", model.plan).get_submodule(model.architecture.attention_name)
 
 
 def _kept_entries(prompt: Slots, rule: Retention) -> Tensor:

@@ -9,18 +9,23 @@ block l then starts at l, in both stages; where only decode differs, prefill doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.data.collate import Batch, fingerprint
 from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.staged import Request, StagedCausalLM, StagedOutput
 from pdtrim_pl.staged.gate import Observer, Resume
+
+Agree = Callable[[Any], Any]
+"""From this rank's value to the one that all ranks use."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Evaluator:
         device: where both models are.
         cache_bytes: most bytes to keep of a base plan: prompt caches first, then hidden states, of every k-th block if
             not of all. Where not even the caches fit, every plan is evaluated from the beginning.
+        agree: from this rank's figure to the one all ranks use, so that rounding never parts them.
 
     Raises:
         ValueError: the calibration set is empty.
@@ -60,9 +66,9 @@ class Evaluator:
 
     def __init__(
         self, student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], *,
-        device: torch.device | str = "cpu", cache_bytes: int = 4 * 2**30,
+        device: torch.device | str = "cpu", cache_bytes: int = 4 * 2**30, agree: Agree = lambda value: value,
     ) -> None:  # fmt: skip
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.agree = student, teacher, agree
         self.batches = [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
         self.targets = [batch.response_ids[batch.response_mask] for batch in self.batches]
         self.tokens = sum(len(targets) for targets in self.targets)
@@ -77,14 +83,14 @@ class Evaluator:
         self._traces: list[_Trace] = []
 
     def energy(self, plan: StagePlan) -> float:
-        """Mean KL to the teacher over all response tokens, nats, every KV entry sent."""
+        """Mean KL to the teacher over all response tokens, nats, under the student's KV policy."""
         return self.measure(plan).kl
 
     @torch.no_grad()
     def measure(self, plan: StagePlan) -> Energy:
-        """Means over all response tokens under `plan`, every KV entry sent."""
+        """Means over all response tokens under `plan` and the student's KV policy."""
         sums = torch.stack([self._sums(plan, index) for index in range(len(self.batches))]).sum(dim=0)
-        kl, nll = (sums / self.tokens).tolist()
+        kl, nll = self.agree((sums / self.tokens).tolist())
         return Energy(kl, nll)
 
     @torch.no_grad()
@@ -92,7 +98,7 @@ class Evaluator:
         """The energy if it is below `limit`, else None, as soon as that is certain: each batch can only add to it."""
         total = 0.0
         for index in range(len(self.batches)):
-            total += float(self._sums(plan, index)[0])
+            total += self.agree(float(self._sums(plan, index)[0]))
             if total / self.tokens >= limit:
                 return None
         return total / self.tokens
@@ -106,6 +112,16 @@ class Evaluator:
         self._base = None
         traces = [self._traced(plan, batch) for batch in self.batches]
         self._base, self._traces = plan, traces
+
+    def fingerprint(self) -> str:
+        """What energies depend on besides the plan: weights of both models, policy and calibration set."""
+        sums = [
+            float(parameter.detach().double().sum())
+            for model in (self.student, self.teacher)
+            for parameter in model.parameters()
+        ]
+        policy = None if self.student.policy is None else self.student.policy.to_json(self.student.plan)
+        return f"{self.agree(sums)} {policy} {fingerprint(self.batches)}"
 
     def _sums(self, plan: StagePlan, index: int) -> Tensor:
         """KL and NLL of one batch, summed over its response tokens, fp64 [2]."""
@@ -121,12 +137,13 @@ class Evaluator:
         start = self._first_difference(plan)
         trace = self._traces[index] if start is not None else None
         encoded = self._encode(plan, request, trace, start)
+        sent = encoded.cache.retained(self._policy(plan))
         parts = [encoded.hidden[:, -1:]] if plan.boundary == "prefill" else []
         fed, valid = request.tokens["decode"], request.valid["decode"]
         if fed.shape[1]:
             resume = _resume(trace, "decode", start)
             self._count(plan, "decode", valid, resume)
-            out = self.student.decode(fed, encoded.cache, valid, plan=plan, keep_cache=False, resume=resume)
+            out = self.student.decode(fed, sent, valid, plan=plan, keep_cache=False, resume=resume)
             parts.append(out.hidden)
         return torch.cat(parts, dim=1)[batch.response_mask]
 
@@ -155,10 +172,12 @@ class Evaluator:
         fed, fed_valid = request.tokens["decode"], request.valid["decode"]
         if fed.shape[1]:
             self._count(plan, "decode", fed_valid, None)
-            self.student.decode(
-                fed, encoded.cache, fed_valid, plan=plan, keep_cache=False, observer=observers["decode"]
-            )
+            sent = encoded.cache.retained(self._policy(plan))
+            self.student.decode(fed, sent, fed_valid, plan=plan, keep_cache=False, observer=observers["decode"])
         return _Trace(replace(encoded, hidden=encoded.hidden[:, -1:]), inputs)
+
+    def _policy(self, plan: StagePlan) -> KVRetentionPolicy | None:
+        return None if self.student.policy is None else self.student.policy.restricted_to(plan)
 
     def _keeping(self, plan: StagePlan, stage: Stage, inputs: dict[int, Tensor]) -> Observer:
         assert self.stride is not None

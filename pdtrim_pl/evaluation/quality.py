@@ -48,11 +48,6 @@ class Quality:
         """Response perplexity of the student."""
         return exp(self.nll)
 
-    @property
-    def teacher_perplexity(self) -> float:
-        """Response perplexity of the teacher on the same tokens."""
-        return exp(self.teacher_nll)
-
 
 @torch.no_grad()
 def score_tokens(

@@ -147,6 +147,7 @@ def summarise(
     teacher: StagedCausalLM,
     batches: Iterable[Batch],
     *,
+    base: StagedCausalLM | None = None,
     timing: Timing | None = None,
     kv_prompt_tokens: int = 1024,
     kv_shape: KVShape | None = None,
@@ -155,12 +156,13 @@ def summarise(
 ) -> Summary:
     """Measure the three rows of quality and count the bytes of one request.
 
-    "After the drops" is the teacher's weights under the student's plan and policy. The teacher has no merged or untied
-    weights, so there a merged block is the teacher's own block of that index.
+    "After the drops" is the untrained weights under the student's plan and policy. They have no merged or untied
+    blocks, so there a merged block is the original block of that index.
 
     Args:
         student: under its plan and policy.
         teacher: under the full plan.
+        base: the student before training, where the teacher is another model; the teacher by default.
         batches: validation requests; read twice, so an iterator is held.
         timing: from `measure_timing`; without it the table has no times.
         kv_prompt_tokens: prompt length the bytes are counted for.
@@ -177,7 +179,7 @@ def summarise(
     bare = replace(plan, merged={}, untied={})
     with eval_mode(student), eval_mode(teacher):
         distilled = measure_quality(student, teacher, held, device=device)
-        dropped = measure_quality(teacher, teacher, held, plan=bare, policy=student.policy, device=device)
+        dropped = measure_quality(base or teacher, teacher, held, plan=bare, policy=student.policy, device=device)
     return Summary(
         total_blocks=plan.model.num_blocks,
         prefill_blocks=len(plan.prefill),

@@ -72,8 +72,6 @@ def measure_timing(
         model: timed in eval mode; its modes come back afterwards.
         plan: the trimmed plan; the model's own plan and policy by default.
         policy: with `plan`, the policy of the trimmed variant, None sending everything.
-        plan: the trimmed variant; the model's own plan and policy by default.
-        policy: with `plan`, the policy.
         prompt_tokens: positions prefill handles.
         new_tokens: tokens decode is fed, one by one.
         batch_size: requests at once.

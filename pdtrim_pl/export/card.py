@@ -11,7 +11,6 @@ from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
 
 TAGS = ("pdtrim", "pruning", "distillation", "prefill-decode-disaggregation", "kv-cache")
-CARD_PROMPTS = (128, 1024, 8192)
 
 
 def write_card(
@@ -127,7 +126,7 @@ def _figures(plan: StagePlan, policy: KVRetentionPolicy, summary: Summary | None
     measured = None if summary is None else replace(summary, export=None).to_markdown()  # a card leaves its machine
     lines.append(measured or "No quality or time was measured for this export.\n")
     lines += ["| prompt tokens | KV of the unpruned model | KV sent | reduction |", "|---:|---:|---:|---:|"]
-    for row in policy.reduction(plan, CARD_PROMPTS):
+    for row in policy.reduction(plan):
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         full, sent = human_bytes(row["full_bytes"]), human_bytes(row["sent_bytes"])
         lines.append(f"| {row['prompt_tokens']} | {full} | {sent} | {ratio} |")

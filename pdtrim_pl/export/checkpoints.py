@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pdtrim_pl.plan import Stage
 from pdtrim_pl.staged import StagedCausalLM
@@ -48,7 +48,7 @@ def stage_tensors(staged: StagedCausalLM, stage: Stage, dtype: torch.dtype | Non
         stage: where a block has weights of its own in this stage, they are taken.
         dtype: element type of the floating tensors; None keeps each as it is.
     """
-    blocks = [staged.gates[index].weights(stage) for index in staged.plan.blocks(stage)]
+    blocks = [staged.gates[index].weights(stage, staged.plan) for index in staged.plan.blocks(stage)]
     return stock_tensors(staged, blocks, nn.Module.state_dict, dtype)
 
 
@@ -97,7 +97,16 @@ def write_checkpoint(
     positions = [staged.originals.index(index) for index in staged.plan.blocks(stage)]
     config = stage_config(staged.model.config, positions)
     model = assembled(type(staged.model), config, stage_tensors(staged, stage, dtype))
-    model.generation_config = copy.deepcopy(staged.model.generation_config)
+    if staged.model.generation_config is not None:
+        model.generation_config = _savable(staged.model.generation_config)
     model.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def _savable(config: GenerationConfig) -> GenerationConfig:
+    """A copy that passes transformers' own check: sampling settings without `do_sample`, as in Llama 2, do not."""
+    config = copy.deepcopy(config)
+    if not config.do_sample:
+        config.temperature = config.top_p = config.top_k = None
+    return config

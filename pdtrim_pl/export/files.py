@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -33,5 +34,7 @@ def blaming(path: Path) -> Iterator[None]:
     """Turn what loaders raise on a damaged or foreign file into one ValueError that names the file."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the file
     except _DAMAGE as error:
         raise ValueError(f"{path} cannot be used: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -11,6 +11,7 @@ from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, check_weight
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.pair import check_target, export_pair
 from pdtrim_pl.pretrained import load_causal_lm, load_config, load_tokenizer
+from pdtrim_pl.sharded_checkpoint import read_sharded
 from pdtrim_pl.staged import StagedCausalLM, architecture_of
 
 
@@ -26,14 +27,18 @@ def export_checkpoint(
     if not ckpt_path.exists():
         raise ValueError(f"There is no checkpoint at `ckpt_path` {ckpt_path}.")
     check_target(output, overwrite)
-    checkpoint = PlanCheckpointIO().load_checkpoint(ckpt_path, map_location=lambda storage, _: storage)
+    checkpoint = _read(ckpt_path)
     state = CheckpointState.of(checkpoint)
     name = state.plan.model.name_or_path
     config = load_config(name)
     fused = architecture_of(config).supports_sdpa(config)
     model = load_causal_lm(name, dtype=torch.float32, attn_implementation="sdpa" if fused else "eager")
     student = StagedCausalLM(model, state.plan, state.policy)
-    weights = {key.removeprefix("student."): v for key, v in checkpoint["state_dict"].items() if "student." in key}
+    for stage, blocks in state.untied.items():
+        for block in blocks:
+            student.gates[block].untie(stage)
+    saved = checkpoint["state_dict"]
+    weights = {key.removeprefix("student."): v for key, v in saved.items() if key.startswith("student.")}
     check_weights(weights, student.state_dict())
     student.load_state_dict(weights)
     target_dtype: torch.dtype = getattr(torch, dtype)
@@ -41,3 +46,10 @@ def export_checkpoint(
         student, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite,
         extras=lambda folder: write_documents(folder, student, state.record, None, target=output, dtype=target_dtype),
     )  # fmt: skip
+
+
+def _read(ckpt_path: Path) -> dict[str, Any]:
+    """A checkpoint file, or a directory of shards."""
+    if ckpt_path.is_dir():
+        return read_sharded(ckpt_path)
+    return PlanCheckpointIO().load_checkpoint(ckpt_path, map_location=lambda storage, _: storage)

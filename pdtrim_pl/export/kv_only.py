@@ -27,7 +27,7 @@ def kv_only_tensors(staged: StagedCausalLM, dtype: torch.dtype | None = None) ->
     """What the prefill stage needs of its KV-only blocks, as `blocks.<original index>.<name in the block>`."""
     found: dict[str, Tensor] = {}
     for index in staged.plan.kv_only:
-        block = staged.gates[index].weights("prefill")
+        block = staged.gates[index].weights("prefill", staged.plan)
         for module in staged.architecture.kv_modules:
             for name, tensor in block.get_submodule(module).state_dict().items():
                 found[f"blocks.{index}.{module}.{name}"] = tensor

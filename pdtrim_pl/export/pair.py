@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from pdtrim_pl.export.checkpoints import write_checkpoint
@@ -44,14 +46,14 @@ def export_pair(
 
     Raises:
         ValueError: the target is taken, the student lacks blocks of its plan, or the reloaded pair differs.
+        OSError: it cannot be written.
     """
     target = target.resolve()
     check_target(target, overwrite)
     dtype = dtype or staged.model.dtype
     policy = _complete_policy(staged, dtype)
     _check_blocks(staged)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+    with _writing(target), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
         fresh.mkdir()
         for stage in STAGES:
@@ -89,6 +91,19 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
 
 
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """One kind of error for a full disk: safetensors has its own."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The export {target} cannot be written ({error}); nothing of it is left, and an earlier one is untouched. "
+            "Free some space, then run `pdtrim export` on the last checkpoint, or name another `output`."
+        ) from error
+
+
 def _complete_policy(staged: StagedCausalLM, dtype: torch.dtype) -> KVRetentionPolicy:
     """The student's policy with KV in `dtype`; without one, everything is sent."""
     shape = kv_shape_of(staged.model, dtype)
@@ -118,7 +133,7 @@ def _put_in_place(fresh: Path, target: Path, aside: Path) -> None:
         target.rename(aside)
     try:
         fresh.rename(target)
-    except OSError:
-        if aside.exists():
+    except BaseException:  # Ctrl-C too: the old export must not go with the temporary directory
+        if aside.exists() and not target.exists():
             aside.rename(target)
         raise

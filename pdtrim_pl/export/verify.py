@@ -6,7 +6,7 @@ Shapes: B batch, P prompt tokens, R response tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,10 @@ TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
 )
 """Largest difference of logits, relative to the largest logit where that is above 1. Weights and device are the same
 on both sides, so only the order of additions may differ; a wrong block or mask differs by far more."""
+
+
+StateOf = Callable[[nn.Module], Mapping[str, Tensor]]
+"""From a module to its weights and persistent buffers by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +84,20 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
     return difference
 
 
-def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype) -> StagedCausalLM:
+def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype, state_of: StateOf | None = None) -> StagedCausalLM:
     """The student on the CPU, in eval mode and with floating weights as `dtype`.
 
     It shares the tensors that are so already, and none of the student's modules, so hooks and modes stay there.
+
+    Args:
+        staged: the student.
+        dtype: element type of the floating weights.
+        state_of: the weights of one of its modules by name, where `state_dict` does not hold them whole.
     """
+    state_of = state_of or nn.Module.state_dict
     gates = staged.gates
     shared = [gate.block for gate in gates.values()]
-    model = assembled(type(staged.model), staged.model.config, _on_cpu(stock_tensors(staged, shared, _state, dtype)))
+    model = assembled(type(staged.model), staged.model.config, _on_cpu(stock_tensors(staged, shared, state_of, dtype)))
     buffers = _on_cpu(stock_tensors(staged, shared, _buffers))
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
@@ -100,8 +110,9 @@ def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype) -> StagedCausalLM:
     for index, gate in gates.items():
         for name, weights in gate.untied.items():
             own = copy.deepcopy(rounded.gates[index].block)
-            own.load_state_dict(_on_cpu(cast(weights.state_dict(), dtype)), assign=True)
+            own.load_state_dict(_on_cpu(cast(state_of(weights), dtype)), assign=True)
             rounded.gates[index].untied[name] = own
+    rounded.apply_plan(staged.plan)
     return rounded
 
 
@@ -148,10 +159,6 @@ def _compare(directory: Path, found: Mapping[str, Tensor], expected: Mapping[str
             raise ValueError(
                 f"{directory} does not hold the student's tensor {name}, or the student's is not a number."
             )
-
-
-def _state(module: nn.Module) -> Mapping[str, Tensor]:
-    return module.state_dict()
 
 
 def _buffers(module: nn.Module) -> Mapping[str, Tensor]:

@@ -63,6 +63,13 @@ class RoundSearch:
             plan = plan.drop(self.target, block)
         return plan
 
+    def final(self, state: State, energy: float, round: int) -> StagePlan:
+        """The plan of the state that a search returned, its history saying so."""
+        plan = self.start
+        for block in state:
+            plan = plan.drop(self.target, block, round=round, criterion="annealing", score=energy)
+        return plan
+
     def energy(self, state: State, limit: float = float("inf")) -> float | None:
         """The state's energy if it is below `limit`, else None."""
         known = self.journal.energy(state)
@@ -108,6 +115,6 @@ def anneal(
             f"{accepted / move:.0%}, {search.evaluated / max(seconds, 1e-9):.2f} evaluations/s, about "
             f"{seconds / move * (settings.evaluations - move):.0f} s left"
         )
-        if settings.seconds is not None and seconds > settings.seconds:
+        if settings.seconds is not None and search.evaluator.agree(seconds > settings.seconds):
             break
     return best, best_energy

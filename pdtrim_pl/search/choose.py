@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from math import isfinite
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.plan import STAGES, StagePlan, Target
@@ -22,16 +24,20 @@ def choose_drops(
     """
     guards = guards or Guards()
     scores: dict[int, float] = {}
+    asked: set[int] = set()
     for taken in range(count):
-        candidates = plan.candidates(target, guards.protect_first, guards.protect_last)
-        if not candidates or _at_cap(plan, target, guards):
+        candidates = [b for b in plan.candidates(target, guards.protect_first, guards.protect_last)
+                      if not _at_cap(plan, target, b, guards)]  # fmt: skip
+        if candidates and (criterion.rescores or not asked.issuperset(candidates)):
+            scores, asked = criterion.score(context, plan, target, candidates), asked.union(candidates)
+            _check_finite(criterion, scores)
+        left = [block for block in candidates if block in scores]
+        if not left:
             raise ValueError(
-                f"Only {taken} of the {count} blocks of round {round} can leave `{target}`: "
-                f"{_why(plan, guards)}. Lower the counts in `schedule`, or loosen `guards`."
+                f"Only {taken} of the {count} blocks of round {round} can leave `{target}`: {_why(plan, guards)}. "
+                "Lower the counts in `schedule`, loosen `guards`, or use a criterion that considers more blocks."
             )
-        if criterion.rescores or not all(block in scores for block in candidates):
-            scores = context.agree(criterion.score(context, plan, target, candidates))
-        best = min((block for block in candidates if block in scores), key=lambda block: (scores[block], block))
+        best = min(left, key=lambda block: (scores[block], block))
         plan = plan.drop(target, best, round=round, criterion=criterion.name, score=scores[best])
     warn_if_deep(plan)
     return plan
@@ -45,9 +51,18 @@ def warn_if_deep(plan: StagePlan) -> None:
             log.warning("%d of %d blocks are gone from %s: above one third.", gone, plan.model.num_blocks, stage)
 
 
-def _at_cap(plan: StagePlan, target: Target, guards: Guards) -> bool:
-    stages = STAGES if target == "both" else (target,)
-    return guards.max_removed is not None and any(len(plan.removed(s)) >= guards.max_removed for s in stages)
+def _at_cap(plan: StagePlan, target: Target, block: int, guards: Guards) -> bool:
+    losing = plan.stages_losing(target, block)
+    return guards.max_removed is not None and any(len(plan.removed(stage)) >= guards.max_removed for stage in losing)
+
+
+def _check_finite(criterion: Criterion, scores: Mapping[int, float]) -> None:
+    wrong = {block: score for block, score in scores.items() if not isfinite(score)}
+    if wrong:
+        raise ValueError(
+            f"The criterion {criterion.name!r} gave {wrong}: harm must be a finite number. Check the model's weights "
+            "and the calibration data."
+        )
 
 
 def _why(plan: StagePlan, guards: Guards) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdtrim_pl.context import usable_context
 from pdtrim_pl.plan import PLAN_FILE, STAGES, StagePlan, read_json
 from pdtrim_pl.policy import POLICY_FILE, KVRetentionPolicy
 
@@ -38,7 +39,7 @@ class ExportedPair:
         plan = StagePlan.load(path / PLAN_FILE)
         policy = KVRetentionPolicy.load(path / POLICY_FILE, plan)
         config = read_json(path / "decode" / "config.json", "model configuration")
-        return cls(path, plan, policy, config["max_position_embeddings"], config["vocab_size"])
+        return cls(path, plan, policy, usable_context(config), config["vocab_size"])
 
     def check_prompt(self, tokens: int, new_tokens: int, setting: str = "max_new_tokens") -> None:
         """Refuse a request that the model's context cannot hold.

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 RoPE = tuple[Tensor, Tensor]
@@ -166,8 +165,9 @@ class Phi3(Mistral):
         attention = block.get_submodule("self_attn")
         size = _size(attention, "head_dim")
         width = _size(attention, "num_key_value_heads") * size
-        rows = block.get_parameter("self_attn.qkv_proj.weight")[-2 * width :]
-        keys, values = F.linear(self.normed(block, hidden), rows).split(width, dim=-1)
+        # The whole module, queries too: sharded weights are there only while a module runs.
+        fused = block.get_submodule("self_attn.qkv_proj")(self.normed(block, hidden))
+        keys, values = fused[..., -2 * width :].split(width, dim=-1)
         keys, values = _by_head(keys, size), _by_head(values, size)
         return _rotate(keys.transpose(1, 2), rope), values.transpose(1, 2)
 

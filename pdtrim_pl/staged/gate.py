@@ -112,10 +112,9 @@ class Gate(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
 
-    def weights(self, stage: Stage) -> nn.Module:
-        """The block whose weights `stage` uses: its own where untied, else the shared one."""
-        own: dict[str, nn.Module] = dict(self.untied.items())
-        return own.get(stage, self.block)
+    def weights(self, stage: Stage, plan: StagePlan) -> nn.Module:
+        """The block whose weights `stage` uses under `plan`: its own where untied there, else the shared one."""
+        return self.untied[stage] if self.index in plan.untied[stage] else self.block
 
     def untie(self, stage: Stage) -> None:
         """Give `stage` weights of its own, starting from the shared ones."""
@@ -133,7 +132,7 @@ class Gate(nn.Module):
                 return hidden
             if self.index == current.resume.block:
                 hidden = current.resume.hidden
-        block = self.weights(current.stage)
+        block = self.weights(current.stage, current.plan)
         if self.index in current.projects:
             keys, values = self.architecture.keys_values(block, hidden, kwargs["position_embeddings"])
             current.cached[self.index] = BlockKV(keys, values, current.tokens)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pdtrim_pl.staged.cache import KVCache
 
@@ -60,3 +61,12 @@ def until_stopped(stream: Iterator[Tensor], stop_ids: Collection[int]) -> Iterat
         yield last
         if bool(torch.isin(last, stops).all()):
             return
+
+
+def stop_ids_of(model: PreTrainedModel) -> tuple[int, ...]:
+    """The end-of-sequence tokens of a model's generation config."""
+    config = model.generation_config
+    stops = None if config is None else config.eos_token_id
+    if stops is None:
+        return ()
+    return (stops,) if isinstance(stops, int) else tuple(stops)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pdtrim_pl.context import usable_context
 from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
 from pdtrim_pl.staged.architectures import Architecture, architecture_of
@@ -80,6 +81,11 @@ class StagedCausalLM(nn.Module):
         return {index: gate for index, gate in zip(self.originals, gates, strict=True) if isinstance(gate, Gate)}
 
     @property
+    def untied(self) -> dict[Stage, tuple[int, ...]]:
+        """Per stage, blocks with weights of their own here, also those that have left the plan since."""
+        return {stage: tuple(i for i, gate in self.gates.items() if stage in gate.untied) for stage in STAGES}
+
+    @property
     def kv_shape(self) -> KVShape:
         """Shape of one block's KV per position, in the model's own element type."""
         return kv_shape_of(self.model)
@@ -88,8 +94,13 @@ class StagedCausalLM(nn.Module):
         """Run under `plan` from now on; creates the untied weights it names and narrows the policy to its D.
 
         Raises:
-            ValueError: the plan is for a model with another number of blocks.
+            ValueError: the plan is for a model of another type or with another number of blocks.
         """
+        if plan.model.model_type != self.model.config.model_type:
+            raise ValueError(
+                f"The stage plan is for a model of type {plan.model.model_type!r} ({plan.model.name_or_path}), and "
+                f"`model` is of type {self.model.config.model_type!r}. Use the plan of this model."
+            )
         whole = self.originals == tuple(range(len(self.originals)))
         known = self.plan.model.num_blocks
         if plan.model.num_blocks != known or (whole and known < len(self.originals)):
@@ -107,21 +118,39 @@ class StagedCausalLM(nn.Module):
             self.apply_policy(self.policy.restricted_to(plan))
 
     def apply_policy(self, policy: KVRetentionPolicy | None) -> None:
-        """Send what `policy` says from now on; None sends everything."""
+        """Send what `policy` says from now on; None sends everything.
+
+        Raises:
+            ValueError: the policy is for another plan, or its KV has another shape than this model's.
+        """
         if policy is not None:
             policy.check(self.plan)
+            ours, theirs = self.kv_shape, policy.kv
+            if (ours.num_key_value_heads, ours.head_dim) != (theirs.num_key_value_heads, theirs.head_dim):
+                raise ValueError(
+                    f"`kv` of the policy is {theirs.num_key_value_heads} heads of {theirs.head_dim}, and `model` has "
+                    f"{ours.num_key_value_heads} of {ours.head_dim}. Use the policy of this model."
+                )
         self.policy = policy
 
     def freeze_unused(self) -> None:
         """Let only weights that some stage of the plan uses take gradients."""
         for index, gate in self.gates.items():
-            users = [gate.weights(stage) for stage in STAGES if index in self.plan.blocks(stage)]
+            users = [gate.weights(stage, self.plan) for stage in STAGES if index in self.plan.blocks(stage)]
             if index in self.plan.kv_only:
-                block = gate.weights("prefill")
+                block = gate.weights("prefill", self.plan)
                 users += [block.get_submodule(name) for name in self.architecture.kv_modules]
             used = {id(parameter) for user in users for parameter in user.parameters()}
             for parameter in gate.parameters():
                 parameter.requires_grad_(id(parameter) in used)
+
+    def rebuild_rope(self) -> None:
+        """Make the RoPE tables anew, in fp32, where a loader made them in the weights' element type."""
+        base = self.model.base_model
+        for name, child in list(base.named_children()):
+            table = next(child.buffers(recurse=False), None)
+            if table is not None and next(child.parameters(), None) is None:
+                setattr(base, name, type(child)(base.config).to(table.device))
 
     # The contract
 
@@ -192,7 +221,7 @@ class StagedCausalLM(nn.Module):
         """
         if plan is None:
             plan, policy = self.plan, self.policy
-        self._check_length(prompt_ids.shape[1] + response_ids.shape[1])
+        self._check_length(prompt_ids, prompt_mask, response_ids.shape[1], response_mask)
         watch = observers or {}
         request = Request.of(prompt_ids, response_ids, prompt_mask, response_mask, plan.boundary)
         handled, fed = request.tokens["prefill"], request.tokens["decode"]
@@ -214,7 +243,9 @@ class StagedCausalLM(nn.Module):
         self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, max_new_tokens: int, pick: PickToken = greedy
     ) -> Iterator[Tensor]:
         """Generate token by token; yields ids [B] as they come. Greedy by default."""
-        self._check_length(prompt_ids.shape[1] + max_new_tokens)
+        if max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` is {max_new_tokens}: give at least 1.")
+        self._check_length(prompt_ids, prompt_mask, max_new_tokens)
         valid = as_bool(prompt_ids, prompt_mask)
         handed = prompt_ids.shape[1] - (self.plan.boundary == "decode")
         encoded = self.prefill(prompt_ids[:, :handed], valid[:, :handed])
@@ -269,8 +300,15 @@ class StagedCausalLM(nn.Module):
         hidden: Tensor = out.last_hidden_state
         return hidden
 
-    def _check_length(self, tokens: int) -> None:
-        context = self.model.config.max_position_embeddings
+    def _check_length(
+        self, prompt_ids: Tensor, prompt_mask: Tensor | None, response: int, response_mask: Tensor | None = None
+    ) -> None:
+        context = usable_context(self.model.config.to_dict())
+        if prompt_ids.shape[1] + response <= context:
+            return
+        prompts = as_bool(prompt_ids, prompt_mask).sum(dim=1)  # padding counts for nothing
+        responses = response if response_mask is None else response_mask.sum(dim=1)
+        tokens = int((prompts + responses).max())
         if tokens > context:
             raise ValueError(
                 f"Prompt and response take {tokens} tokens, and the context of `model` is {context}. Shorten the "

@@ -1,0 +1,117 @@
+"""End a run, or pass over a step, when the training loss is no longer a number."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from pdtrim_pl.data.collate import Batch
+
+log = logging.getLogger(__name__)
+
+
+class LossGuard(Callback):
+    """Looks at every loss before it reaches the weights; a NaN or infinite one is never learned from.
+
+    The batch is saved with its loss as `step{N}-rank{R}.pt` in `output`, for `torch.load`. Every rank acts alike, also
+    those whose own loss is fine: gradients are averaged over all of them.
+
+    Args:
+        skip: leave out the optimizer step (all accumulated batches of it) this many times in a run, then stop.
+        output: where batches are saved; `bad_batches` in `trainer.default_root_dir` by default.
+
+    Raises:
+        ValueError: a negative `skip`.
+    """
+
+    def __init__(self, skip: int = 0, output: Path | None = None) -> None:
+        if skip < 0:
+            raise ValueError(f"`skip` of the loss guard is {skip}: give a count >= 0.")
+        self.skip = skip
+        self.output = output
+        self.skipped: list[int] = []
+        self._batch: Batch | None = None
+        self._bad = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "LossGuard"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.skip and isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"`skip` of the loss guard is {self.skip}, and DeepSpeed's engine holds gradients where no callback "
+                "can take them back. Set it to 0: the run stops with the batch saved, and continues with `--ckpt_path`."
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._batch = batch
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        mine = not bool(torch.isfinite(loss.detach()).all())
+        if mine:
+            self._save(trainer, float(loss.detach()))
+        if not trainer.strategy.reduce_boolean_decision(mine, all=False):
+            return
+        if len(self.skipped) >= self.skip:
+            raise ValueError(self._farewell(trainer, float(loss.detach())))
+        self._bad = True
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self._bad:
+            return
+        self._bad = False
+        self.skipped.append(trainer.global_step)
+        optimizer.zero_grad(set_to_none=True)  # an optimizer leaves weights without a gradient as they are
+        log.warning("The loss is not finite: step %d is skipped (%d of %d).", trainer.global_step, len(self.skipped),
+                    self.skip)  # fmt: skip
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._batch = None
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return self.output or Path(trainer.default_root_dir) / "bad_batches"
+
+    def _save(self, trainer: Trainer, loss: float) -> None:
+        assert self._batch is not None
+        folder = self._folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "batch": {name: tensor.cpu() for name, tensor in self._batch._asdict().items()}, "loss": loss,
+            "step": trainer.global_step, "epoch": trainer.current_epoch, "rank": trainer.global_rank,
+        }  # fmt: skip
+        torch.save(facts, folder / f"step{trainer.global_step}-rank{trainer.global_rank}.pt")
+
+    def _farewell(self, trainer: Trainer, loss: float) -> str:
+        seen = f" {len(self.skipped)} step(s) were skipped before." if self.skipped else ""
+        return (
+            f"The training loss of a rank is not finite (here {loss}) at step {trainer.global_step}, epoch "
+            f"{trainer.current_epoch}.{seen} The weights are as they were, the batch is in {self._folder(trainer)}. "
+            "Lower the learning rate or look at the batch, then continue with `--ckpt_path`; `skip` of LossGuard "
+            "passes over a few."
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": list(self.skipped)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = list(state_dict["skipped"])

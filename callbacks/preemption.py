@@ -1,0 +1,148 @@
+"""Save, requeue the job and leave when the cluster asks for the machine back."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from pdtrim_pl.slurm import RunningJob, SlurmError
+
+log = logging.getLogger(__name__)
+
+NOTICES = frozenset({signal.SIGUSR1, signal.SIGTERM})
+EXIT_STATUS = 75  # EX_TEMPFAIL: not done, to be continued
+
+
+class Preempted(SystemExit):
+    """The run is saved and leaves; not an error of the run."""
+
+
+class Preemption(Checkpoint):
+    """On SIGUSR1 or SIGTERM: saves `last.ckpt` at the next batch end, puts the SLURM job back into the queue, leaves.
+
+    Nothing happens inside a signal handler. From `setup` on the two signals are blocked, so one that comes stays
+    pending until a batch ends, and the ranks agree there by an all-reduce: saving is collective and every rank must do
+    it after the same batch. Blocked signals are inherited by data-loading workers, which SIGTERM would kill otherwise.
+    A notice during a search is acted on after the first batch under the new plan: a search that is cut off leaves
+    nothing worth saving that the last checkpoint does not hold. One during an epoch's last batch waits for the
+    validation, which a run resumed from before it would skip. In mid-accumulation it waits for the optimizer step.
+
+    A `Checkpoint` in Lightning's eyes, so its hooks run after those of the other callbacks; list it last.
+
+    Without SLURM the run is saved and ends with status 75. Continue with `--ckpt_path last`.
+
+    Args:
+        max_requeues: after so many restarts the job saves and ends instead of going back into the queue.
+
+    Raises:
+        ValueError: a negative count.
+    """
+
+    def __init__(self, max_requeues: int = 20) -> None:
+        if max_requeues < 0:
+            raise ValueError(f"`max_requeues` is {max_requeues}: give a count >= 0.")
+        self.max_requeues = max_requeues
+        self._delivered = False
+        self._step_before = 0
+        self._mask_before: set[int] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if _saver(trainer) is None:
+            raise MisconfigurationException(
+                "Preemption saves into the folder of a ModelCheckpoint, and `trainer.callbacks` has none: add one with "
+                "`save_last: true` and a `dirpath`."
+            )
+        self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # For threads that were started before the block; also replaces Lightning's handler of SIGTERM, which
+        # broadcasts wherever the process happens to be. Lightning puts the old handlers back when the run ends.
+        for notice in NOTICES:
+            signal.signal(notice, self._note)
+        job = RunningJob.here()
+        if job is not None and job.restarts and trainer.is_global_zero:
+            source = trainer.ckpt_path or "the beginning: there was no checkpoint yet"
+            log.info("Restart %d of job %s, continuing from %s.", job.restarts, job.id, source)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._step_before and not trainer.is_last_batch:
+            self._leave_if_asked(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_asked(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    @property
+    def noticed(self) -> bool:
+        """Whether this process was sent one of the signals."""
+        return self._delivered or bool(signal.sigpending() & NOTICES)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._delivered = True
+
+    def _leave_if_asked(self, trainer: Trainer) -> None:
+        if not trainer.strategy.reduce_boolean_decision(self.noticed, all=False):
+            return
+        saver = _saver(trainer)
+        assert saver is not None
+        path = Path(saver.dirpath or trainer.default_root_dir) / f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"
+        saver.last_model_path = str(path)  # else the continued run would write `last-v1.ckpt` beside it
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            log.info("Asked to leave: saved step %d to %s. %s", trainer.global_step, path, self._requeue())
+        trainer.strategy.barrier("preemption")  # `srun` may end every task when the first one leaves
+        raise Preempted(EXIT_STATUS)
+
+    def _requeue(self) -> str:
+        """Put the job back into the queue, if there is one and it may; returns what to tell."""
+        by_hand = "Continue with the same command and `--ckpt_path last`."
+        job = RunningJob.here()
+        if job is None:
+            return by_hand
+        if job.restarts >= self.max_requeues:
+            return f"Not requeued: restarted {job.restarts} times, and `max_requeues` is {self.max_requeues}. {by_hand}"
+        try:
+            job.requeue()
+        except SlurmError as error:
+            return f"Not requeued: {error} {by_hand}"
+        return f"Job {job.id} is back in the queue, restart {job.restarts + 1} of at most {self.max_requeues}."
+
+    def _release(self) -> None:
+        """Forget notices that came too late to matter, and let signals through again."""
+        if self._mask_before is None:
+            return
+        while signal.sigpending() & NOTICES:
+            signal.sigwait(signal.sigpending() & NOTICES)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
+        self._mask_before = None
+
+
+def _saver(trainer: Trainer) -> ModelCheckpoint | None:
+    return next((saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)), None)

@@ -1,0 +1,185 @@
+"""`pdtrim fit --dry_run`: would this configuration fit? Builds all but trainer and weights, and counts memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.strategies import Strategy
+from transformers import AutoConfig, PreTrainedConfig
+from typing_extensions import override
+
+from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.lightning_cli import PDTrimCLI
+from pdtrim_pl.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
+from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.pretrained import load_config
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, check_strategy
+
+ASSUMED_GPU = 79 * GIB
+"""What a card sold as 80 GB has, where there is no GPU to ask."""
+
+
+class _Parsed(PDTrimCLI):
+    """The command line up to the trainer, which may want GPUs that are elsewhere."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer_settings: Namespace = self._get(self.config_init, "trainer")
+        self.config_files: list[Any] = self._get(self.config, "config") or []
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs."""
+
+
+def run(args: Sequence[str], out: TextIO | None = None) -> int:
+    """Print memory per process of `fit` with these arguments.
+
+    Raises:
+        ValueError: it cannot fit, or the strategy is refused.
+    """
+    own = argparse.ArgumentParser(prog="pdtrim fit --dry_run", add_help=False)
+    own.add_argument("--dry_run", action="store_true")
+    own.add_argument("--device_memory", type=float, default=None, metavar="GIB")
+    options, rest = own.parse_known_args(list(args))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # `--dry_run` is not its to parse
+        parsed = _Parsed(rest)
+    assert isinstance(parsed.model, PDTrimModule)
+    assert isinstance(parsed.datamodule, PromptResponseDataModule)
+    folders = [Path(str(file)).parent / "shapes" for file in parsed.config_files]
+    config = model_config(parsed.model.model_name, folders)
+    teacher = parsed.model.loading.teacher
+    teacher_config = config if teacher is None else model_config(teacher, folders)
+    layout = layout_of(parsed.model, parsed.trainer_settings, teacher_config)
+    shape = Shape.of(config)
+    memory = memory_per_process(shape, Shape.of(teacher_config), layout, load_of(parsed.model, parsed.datamodule))
+    limit = _limit(parsed.trainer_settings, layout, options.device_memory)
+    print(_table(parsed.model.model_name, shape, layout, memory, limit), file=out or sys.stdout)
+    if memory.total > limit:
+        raise ValueError(_too_large(memory, limit, layout, parsed.model))
+    return 0
+
+
+def model_config(name: str, folders: Sequence[Path]) -> PreTrainedConfig:
+    """The published shape from a file in one of the folders, else the model's own `config.json`."""
+    for file in sorted(file for folder in folders for file in folder.glob("*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if name in facts.pop("published_as"):
+            return AutoConfig.for_model(**facts)
+    return load_config(name).get_text_config()
+
+
+def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfig) -> Layout:
+    """Processes, shards and element types of a configuration.
+
+    Raises:
+        ValueError: a strategy that is refused.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, Strategy):
+        check_strategy(strategy)
+    elif any(name in str(strategy) for name in ("deepspeed", "fsdp")):
+        raise ValueError(
+            f"`trainer.strategy` is {strategy!r}, Lightning's own. Use `strategy: {{class_path: "
+            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or stage 1 or 3."
+        )
+    precision = str(trainer.precision or "32-true")
+    half = precision.startswith(("bf16", "16")) and "mixed" not in precision
+    engine = isinstance(strategy, PDTrimDeepSpeedStrategy)
+    if engine and precision.startswith(("bf16", "16")):
+        half = True  # the engine casts the whole module
+    student = _width(module.loading.dtype, teacher)
+    zero: dict[str, Any] = strategy.config["zero_optimization"] if engine and isinstance(strategy.config, dict) else {}
+    return Layout(
+        processes=_devices(trainer.devices) * int(trainer.num_nodes or 1),
+        zero_stage=strategy.stage if engine else 0,
+        offload_optimizer="offload_optimizer" in zero, offload_parameters="offload_param" in zero,
+        student_bytes=2 if half else student,
+        teacher_bytes=2 if half else _width(module.loading.teacher_dtype, teacher),
+        compute_bytes=2 if half or "mixed" in precision else student,
+        autocast="mixed" in precision and not half and student == 4,
+        optimizer_states=_states(module),
+    )  # fmt: skip
+
+
+def load_of(module: PDTrimModule, data: PromptResponseDataModule) -> Load:
+    """What one process has in hand under these settings."""
+    calibration = data.parts.calibration
+    examples = calibration if isinstance(calibration, int) else 256
+    return Load(
+        batch=data.batch_size, tokens=data.lengths.max_length, chunk_tokens=module.chunk_tokens,
+        gradient_checkpointing=module.loading.gradient_checkpointing,
+        calibration_tokens=examples * data.lengths.max_length,
+    )  # fmt: skip
+
+
+def _width(dtype: str, config: PreTrainedConfig) -> int:
+    chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    assert isinstance(chosen, torch.dtype)
+    return chosen.itemsize
+
+
+def _devices(devices: Any) -> int:
+    """`devices` as Lightning reads it: a count, a list, or `auto`, here one process."""
+    if isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    return text.count(",") + 1 if "," in text else max(int(text), 1) if text.lstrip("-").isdigit() else 1
+
+
+def _states(module: PDTrimModule) -> int:
+    """Count the optimizer's own state after one step on a single weight."""
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    weight.grad = torch.ones_like(weight)
+    optimizer = module.optimizer_of([weight])
+    optimizer.step()
+    return sum(isinstance(v, torch.Tensor) and v.shape == weight.shape for v in optimizer.state[weight].values())
+
+
+def _limit(trainer: Namespace, layout: Layout, asked: float | None) -> int:
+    if asked is not None:
+        return int(asked * GIB)
+    if trainer.accelerator == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // layout.processes
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_GPU
+
+
+def _table(name: str, shape: Shape, layout: Layout, memory: Memory, limit: int) -> str:
+    spread = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "everything on each"
+    lines = [
+        f"{name}: {shape.parameters:,} parameters in {shape.blocks} blocks; {layout.processes} process(es), {spread}.",
+        "GiB per process (activations are an estimate):",
+        *(f"  {what:<22}{size / GIB:8.2f}" for what, size in memory.device.items()),
+        f"  {'total':<22}{memory.total / GIB:8.2f}  of {limit / GIB:.1f}",
+        *(f"  {what + ' (host)':<22}{size / GIB:8.2f}" for what, size in memory.host.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _too_large(memory: Memory, limit: int, layout: Layout, module: PDTrimModule) -> str:
+    ways = []
+    if not module.loading.gradient_checkpointing:
+        ways.append("`model.loading.gradient_checkpointing: true`")
+    if layout.zero_stage < 3 and layout.processes > 1:
+        ways.append(f"PDTrimDeepSpeedStrategy with `stage: {max(2, layout.zero_stage + 1)}`")
+    if not layout.offload_optimizer:
+        ways.append("PDTrimDeepSpeedStrategy with `offload_optimizer: true`")
+    ways.append("a smaller `data.batch_size`, `data.lengths.max_length` or `model.chunk_tokens`")
+    ways.append("more or larger devices (`--device_memory` says how large)")
+    return (
+        f"This run needs {memory.total / GIB:.1f} GiB on every device, and there are {limit / GIB:.1f}. Try one of: "
+        f"{'; '.join(ways)}."
+    )

@@ -1,0 +1,40 @@
+"""A student whose weights are cut up between ranks, made whole on one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from pdtrim_pl.export.verify import rounded_copy
+from pdtrim_pl.staged import StagedCausalLM
+
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+"""Makes sharded parameters whole on every rank while the context lasts."""
+
+
+def whole_copy(staged: StagedCausalLM, gather: Gather, *, keep: bool) -> StagedCausalLM | None:
+    """Collect a student's weights on the CPU, one parameter at a time; every rank must call it.
+
+    Args:
+        staged: the sharded student; it is not changed.
+        gather: from the strategy.
+        keep: whether this rank keeps them.
+
+    Returns:
+        An ordinary student in eval mode where `keep`, else None.
+    """
+    whole: dict[int, Tensor] = {}
+    for parameter in staged.parameters():  # tied weights come once
+        with gather([parameter]):
+            if keep:
+                whole[id(parameter)] = parameter.detach().cpu().clone()
+    if not keep:
+        return None
+
+    def state_of(module: nn.Module) -> Mapping[str, Tensor]:
+        return {name: whole.get(id(x), x) for name, x in module.state_dict(keep_vars=True).items()}
+
+    return rounded_copy(staged, staged.model.dtype, state_of)

@@ -1,0 +1,48 @@
+"""The progress of Lightning's loops in a checkpoint, put right where a continued run would miss some of its hooks."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+def resumable_loops(loops: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """The `loops` of a checkpoint such that a run continued from it goes through every hook that is still to come.
+
+    Saved at the end of an epoch's last batch, Lightning 2.6 takes the epoch for done and the next one for begun: the
+    continued run has neither that validation nor the next `on_train_epoch_start`, so a round of drops would be lost
+    without a word. Such a checkpoint is made to say where the run was: before the first batch of validation, or, where
+    none is due, at the end of the epoch. Any other is left as it is.
+    """
+    fit = loops.get("fit_loop")
+    if fit is None or not _after_last_batch(fit):
+        return loops
+    loops = deepcopy(loops)
+    fit = loops["fit_loop"]
+    for count in ("total", "current"):
+        fit["epoch_loop.batch_progress"][count]["completed"] += 1
+    if _validation_is_due(trainer):
+        begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        fit["epoch_loop.val_loop.batch_progress"] |= {"total": begun, "current": dict(begun), "is_last_batch": False}
+    else:
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        for count in ("total", "current"):
+            fit["epoch_progress"][count]["processed"] += 1
+    return loops
+
+
+def _after_last_batch(fit: dict[str, Any]) -> bool:
+    batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]["total"]
+    done = batches["total"]
+    in_batch_end = done["ready"] == done["processed"] == done["completed"] + 1
+    in_epoch = epochs["started"] == epochs["processed"] + 1
+    return bool(batches["is_last_batch"]) and in_batch_end and in_epoch
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or every is None or (trainer.current_epoch + 1) % every:
+        return False
+    return interval is None or interval == float("inf") or trainer.num_training_batches % interval == 0

@@ -1,0 +1,176 @@
+"""How much memory one process of a run takes: exact for weights and optimizer, estimated for activations.
+
+Shapes: B batch, T tokens of an example, H hidden, I inner size of the MLP, V vocabulary, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from pdtrim_pl.staged import architecture_of
+
+GIB = 2**30
+LOGIT_COPIES = 8
+"""fp32 tensors [tokens of a chunk, V] alive at once: both logits, log-probabilities, their gradients."""
+CONTEXT_BYTES = 2 * GIB
+"""CUDA's context, NCCL's buffers and what the allocator cannot give back."""
+GATHERED_PARAMETERS = 10**9
+"""DeepSpeed's default for whole weights that ZeRO-3 keeps alive (`stage3_max_live_parameters`)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's memory depends on."""
+
+    parameters: int
+    largest: int
+    """Parameters of the largest single weight."""
+    hidden: int
+    inner: int
+    kv: int
+    """Key (or value) elements of one block and position."""
+    blocks: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Shape:
+        """Count a model that is built on the meta device: true shapes, no memory.
+
+        Raises:
+            ValueError: no adapter for its family.
+        """
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+        architecture_of(config)
+        facts = config.to_dict()
+        heads = config.num_attention_heads
+        size = facts.get("head_dim") or config.hidden_size // heads
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        return cls(
+            parameters=sum(sizes), largest=max(sizes), hidden=config.hidden_size, inner=config.intermediate_size,
+            kv=(facts.get("num_key_value_heads") or heads) * size, blocks=config.num_hidden_layers,
+            vocabulary=config.vocab_size,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread over processes and in which element types it is held."""
+
+    processes: int = 1
+    zero_stage: int = 0
+    """0 where every process holds everything."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    student_bytes: int = 4
+    """Bytes of one weight."""
+    teacher_bytes: int = 4
+    compute_bytes: int = 4
+    """Bytes of one activation."""
+    autocast: bool = False
+    """Weights in fp32 are cast for every step, and the copies are kept until its end."""
+    optimizer_states: int = 2
+    """State tensors of a weight's size: 2 for Adam."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one process has in hand at a time."""
+
+    batch: int
+    tokens: int
+    chunk_tokens: int
+    gradient_checkpointing: bool
+    calibration_tokens: int = 0
+    """Prompt and response positions of the calibration set; every process holds all of it."""
+    search_cache_bytes: int = 4 * GIB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process by what they are for."""
+
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    """What is moved to the host's memory."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self.device.values())
+
+
+def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Load) -> Memory:
+    """The most one process needs at any time of a run."""
+    device = {
+        "student": student.parameters * layout.student_bytes // _shards(layout, 3),
+        "teacher": teacher.parameters * layout.teacher_bytes // _shards(layout, 3),
+        "gradients": student.parameters * layout.student_bytes // _shards(layout, 2),
+        "optimizer": student.parameters * _optimizer_bytes(layout) // _shards(layout, 1),
+    }
+    host = {}
+    if layout.offload_optimizer:
+        # The gradients wait for the step in fp32 beside the states.
+        host["optimizer"] = device.pop("optimizer") + student.parameters * 4 // _shards(layout, 2)
+        device.pop("gradients")
+    if layout.offload_parameters:
+        host["student"], host["teacher"] = device.pop("student"), device.pop("teacher")
+    if layout.autocast:
+        device["autocast copies"] = student.parameters * layout.compute_bytes
+    device["communication"] = _communication(student, teacher, layout)
+    device["activations or search"] = max(
+        _activations(student, layout, load) + _activations(teacher, layout, load, kept=False) + _logits(student, load),
+        _search(student, layout, load) + _logits(student, load),
+    )
+    device["reserve"] = CONTEXT_BYTES
+    return Memory(device, host)
+
+
+def _shards(layout: Layout, from_stage: int) -> int:
+    return layout.processes if layout.zero_stage >= from_stage else 1
+
+
+def _optimizer_bytes(layout: Layout) -> int:
+    """An engine keeps fp32 weights beside those in 16 bits, and its states are in fp32."""
+    if layout.zero_stage and layout.student_bytes < 4:
+        return 4 * (layout.optimizer_states + 1)
+    return layout.student_bytes * layout.optimizer_states
+
+
+def _communication(student: Shape, teacher: Shape, layout: Layout) -> int:
+    if layout.zero_stage == 3:
+        whole = max(GATHERED_PARAMETERS, 2 * max(student.largest, teacher.largest))
+        return min(whole, student.parameters + teacher.parameters) * layout.student_bytes
+    if layout.zero_stage or layout.offload_optimizer:
+        return min(10**9, student.parameters) * layout.student_bytes  # two buckets of 5e8 elements
+    return student.parameters * layout.student_bytes if layout.processes > 1 else 0  # DDP's buckets
+
+
+def _activations(shape: Shape, layout: Layout, load: Load, *, kept: bool = True) -> int:
+    """What backward needs of B x T tokens; without gradients, what one block and all caches hold."""
+    tokens = load.batch * load.tokens
+    block = block_elements(shape)
+    thin = shape.hidden + 2 * shape.kv if kept else 2 * shape.kv
+    elements = thin * shape.blocks + block if load.gradient_checkpointing or not kept else block * shape.blocks
+    return tokens * elements * layout.compute_bytes
+
+
+def block_elements(shape: Shape) -> int:
+    """Elements that autograd keeps of one block and token: norms in fp32, projections, attention, MLP."""
+    return 11 * shape.hidden + 5 * shape.kv + 4 * shape.inner
+
+
+def _logits(shape: Shape, load: Load) -> int:
+    return load.chunk_tokens * shape.vocabulary * 4 * LOGIT_COPIES
+
+
+def _search(shape: Shape, layout: Layout, load: Load) -> int:
+    """Prompt caches of the calibration set up to their limit, and the teacher's last hidden states."""
+    caches = load.calibration_tokens * 2 * shape.kv * shape.blocks * layout.compute_bytes
+    reference = load.calibration_tokens * shape.hidden * layout.compute_bytes
+    return min(caches, load.search_cache_bytes) + reference

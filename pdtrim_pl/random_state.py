@@ -1,0 +1,47 @@
+"""Every random generator that a training step may draw from, as values a checkpoint can hold."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+RandomState = dict[str, Any]
+"""One process's generators: tensors, numbers and lists, so that a checkpoint loads with `weights_only`."""
+
+
+def random_state(device: torch.device) -> RandomState:
+    """The generators of Python, NumPy and torch in this process, and of `device` where that is a GPU."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    assert isinstance(keys, np.ndarray)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_state(state: RandomState, device: torch.device) -> None:
+    """Continue every generator where `random_state` saw it; a GPU's only on a GPU."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def random_states(device: torch.device) -> list[RandomState]:
+    """Those of every process, by rank. With several processes all of them must call it."""
+    mine = random_state(device)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [mine]
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, mine)
+    return every

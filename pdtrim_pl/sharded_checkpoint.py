@@ -1,0 +1,150 @@
+"""A DeepSpeed checkpoint: a directory of shards, with a note that is written last and says what they are of.
+
+`NAME.ckpt/pdtrim.json` is that note; plan, policy and YAML lie beside the directory as beside a checkpoint file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim_pl.plan import Stage
+from pdtrim_pl.staged import StagedCausalLM
+
+NOTE_FILE = "pdtrim.json"
+NOTE_FORMAT = "pdtrim.sharded_checkpoint/1"
+_TAG = "checkpoint"  # Lightning's name of the directory that DeepSpeed's files lie in
+_ENGINE_KEYS = frozenset(
+    {"module", "optimizer", "lr_scheduler", "csr_tensor_module_names", "skipped_steps", "global_steps", "dp_world_size",
+     "mp_world_size"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShardedCheckpoint:
+    """What a directory of shards is of."""
+
+    stage: int
+    """ZeRO stage."""
+    processes: int
+    weights: str
+    """SHA-256 of the names and shapes of the student's weights."""
+    untied: Mapping[Stage, Sequence[int]]
+    """Per stage, blocks with weights of their own."""
+
+    @classmethod
+    def of(cls, stage: int, processes: int, student: StagedCausalLM) -> ShardedCheckpoint:
+        """Describe a run as it is now."""
+        shapes = sorted((name, list(_whole_shape(parameter))) for name, parameter in student.named_parameters())
+        weights = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+        return cls(stage, processes, weights, student.untied)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write the note; call it once every shard is on disk."""
+        note = {"format": NOTE_FORMAT, **asdict(self)}
+        (Path(directory) / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | PathLike[str]) -> ShardedCheckpoint:
+        """Read the note.
+
+        Raises:
+            ValueError: no such directory, or one that was never finished, or of another format.
+        """
+        path = Path(directory)
+        if not path.is_dir():
+            raise ValueError(
+                f"`ckpt_path` {path} is no directory of shards. DeepSpeed continues only what DeepSpeed saved; start "
+                "a run from a plan alone with `structure.plan`."
+            )
+        try:
+            note = json.loads((path / NOTE_FILE).read_text(encoding="utf-8"))
+            found = note.pop("format")
+            if found != NOTE_FORMAT:
+                raise ValueError(f"its `format` is {found!r}, and this version reads {NOTE_FORMAT!r}")
+            return cls(**note)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The checkpoint {path} cannot be read ({error}). It is unfinished, or not of this package: give "
+                "`ckpt_path` the one before it."
+            ) from error
+
+    def check(self, run: ShardedCheckpoint, path: str | PathLike[str]) -> None:
+        """Refuse to continue it in a run that differs.
+
+        Raises:
+            ValueError: naming every difference.
+        """
+        faults = []
+        if self.processes != run.processes:
+            faults.append(f"was saved by {self.processes} process(es), and this run has {run.processes}")
+        if self.stage != run.stage:
+            faults.append(f"was saved under ZeRO stage {self.stage}, and this run has `stage: {run.stage}`")
+        if self.weights != run.weights:
+            faults.append("holds weights of other names or shapes than those of `model`")
+        if faults:
+            raise ValueError(
+                f"The checkpoint {path} {'; it '.join(faults)}. Shards fit only the run they were cut for: set "
+                "`devices`, `num_nodes`, `stage` and `model` back. `pdtrim export` takes the checkpoint as it is."
+            )
+
+
+def read_sharded(directory: str | PathLike[str]) -> dict[str, Any]:
+    """A directory of shards as the checkpoint one process would have written, weights in fp32, without optimizer.
+
+    Raises:
+        ValueError: unfinished, damaged, or not of this package.
+    """
+    return {**read_run_state(directory), "state_dict": read_weights(directory)}
+
+
+def read_run_state(directory: str | PathLike[str]) -> dict[str, Any]:
+    """What a directory of shards says besides weights and optimizer; errors as in `read_sharded`."""
+    stage = ShardedCheckpoint.load(directory).stage
+    from deepspeed.utils.zero_to_fp32 import get_model_state_file
+
+    # DeepSpeed's files hold more than tensors, so `weights_only` cannot read them.
+    file = get_model_state_file(os.path.join(directory, _TAG), stage)
+    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    return {key: value for key, value in saved.items() if key not in _ENGINE_KEYS}
+
+
+def read_weights(directory: str | PathLike[str]) -> dict[str, Tensor]:
+    """The student's whole weights in fp32, by name."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+        directory, tag=_TAG, exclude_frozen_parameters=True
+    )
+    return weights
+
+
+def unfinished(path: str | PathLike[str]) -> str:
+    """Name of a checkpoint while it is written."""
+    return f"{os.fspath(path)}.unfinished"
+
+
+def put_in_place(path: str | PathLike[str]) -> None:
+    """Give a finished directory its name; an earlier one of that name goes."""
+    earlier = f"{os.fspath(path)}.earlier"
+    shutil.rmtree(earlier, ignore_errors=True)
+    if os.path.isdir(path):
+        os.replace(path, earlier)
+    os.replace(unfinished(path), path)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape; one that ZeRO-3 has cut up keeps it in `ds_shape`."""
+    shape: tuple[int, ...] = vars(parameter).get("ds_shape", parameter.shape)
+    return tuple(shape)

@@ -1,0 +1,35 @@
+"""Calls of SLURM's own programs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+
+TIMEOUT_SECONDS = 60
+
+
+class SlurmError(ValueError):
+    """SLURM is not there, or said no."""
+
+
+def call(command: Sequence[str], extra_environment: Mapping[str, str] | None = None) -> str:
+    """Run one of SLURM's programs; returns what it wrote to standard output.
+
+    Raises:
+        SlurmError: the program is not there, does not answer, or fails; with its own words.
+    """
+    environment = {**os.environ, **(extra_environment or {})}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(
+            f"`{command[0]}` is not on this machine: run this where SLURM is, or look at the script with `--dry_run`."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"`{command[0]}` did not answer within {TIMEOUT_SECONDS} seconds.") from error
+    if done.returncode:
+        raise SlurmError(f"`{command[0]}` failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout

@@ -1,0 +1,210 @@
+"""DeepSpeed with the cures that drops between epochs and a teacher beside the student need; what other strategies bear.
+
+Named in YAML: `strategy: {class_path: pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from pdtrim_pl.checkpoint import CheckpointState, remove_beside
+from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, put_in_place, read_run_state, read_weights, unfinished
+from pdtrim_pl.staged import StagedCausalLM
+
+ZERO_STAGES = (1, 2, 3)
+
+
+class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy, made right for this package.
+
+    - Gradients of accumulated batches are scaled once, and the last batches of an epoch take their step even where
+      they are fewer than `accumulate_grad_batches`, as under every other strategy.
+    - Under ZeRO-3 a Hugging Face model is loaded shard by shard, only rank 0 reads the weights' values, and the RoPE
+      tables stay exact.
+    - Checkpoints are directories with the plan, policy and YAML beside them, written under a temporary name; the
+      teacher is never in them. One of another number of processes, ZeRO stage or model is refused by name.
+    - CPU offload takes any optimizer.
+
+    Args:
+        stage: ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 weights too, the teacher's included.
+        **kwargs: those of Lightning's `DeepSpeedStrategy`, such as `offload_optimizer` and `offload_parameters`.
+
+    Raises:
+        ValueError: another stage.
+    """
+
+    def __init__(self, stage: int = 2, **kwargs: Any) -> None:
+        super().__init__(stage=stage, exclude_frozen_parameters=True, **kwargs)
+        assert isinstance(self.config, dict)
+        self.stage = int(self.config.get("zero_optimization", {}).get("stage", 0))
+        if self.stage not in ZERO_STAGES:
+            raise ValueError(f"`stage` of the DeepSpeed strategy is {self.stage}: give 1, 2 or 3.")
+        # DeepSpeed else insists on its own Adam for offloaded states, which is compiled at its first use.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    @property
+    @override
+    def handles_gradient_accumulation(self) -> bool:
+        """False: Lightning says where a step is due, and `training_step` tells the engine."""
+        return False
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        yield  # the engine sums gradients that are sharded at every batch, and has no way to leave that out
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        with super().model_sharded_context():
+            if not self.zero_stage_3:
+                yield
+                return
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+            config = HfDeepSpeedConfig(self.config)  # `from_pretrained` finds it through a weak reference
+            try:
+                yield
+            finally:
+                unset_hf_deepspeed_config()  # what is loaded later (an export, by rank 0 alone) is not sharded
+                del config
+        assert self.lightning_module is not None
+        for model in self.lightning_module.children():
+            if isinstance(model, StagedCausalLM):
+                model.rebuild_rope()  # DeepSpeed made every floating tensor in the element type of the weights
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        due = not self.lightning_module.trainer.fit_loop.epoch_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(due)
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by the number of accumulated batches already.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        path = self.broadcast(filepath)
+        super().save_checkpoint(checkpoint, unfinished(path), storage_options)
+        self.barrier("every shard is written")
+        if self.is_global_zero:
+            ShardedCheckpoint.of(self.stage, self.world_size, self._student()).save(unfinished(path))
+            CheckpointState.of(checkpoint).write_beside(path)
+            put_in_place(path)
+        self.barrier("the checkpoint is in place")
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        saved = ShardedCheckpoint.load(checkpoint_path)
+        saved.check(ShardedCheckpoint.of(self.stage, self.world_size, self._student()), checkpoint_path)
+        assert self.lightning_module is not None
+        if self.zero_stage_3 and self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            # DeepSpeed keeps ZeRO-3 weights with the optimizer's, and has no optimizer here: rank 0 hands them out.
+            weights = read_weights(checkpoint_path) if self.is_global_zero else {}
+            self._restore_zero_state({"state_dict": weights}, strict=False)
+            return read_run_state(checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            remove_beside(filepath)
+
+    @override
+    def teardown(self) -> None:
+        # Not moved to the CPU: shards do not move with their module, and exporting needs both in one place.
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    def _student(self) -> StagedCausalLM:
+        assert self.lightning_module is not None
+        student = self.lightning_module.get_submodule("student")
+        assert isinstance(student, StagedCausalLM)
+        return student
+
+
+def shards_weights(strategy: Strategy) -> bool:
+    """Whether no rank holds whole weights, so that a forward pass of any block is a matter of all ranks together."""
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+
+
+def gathered(strategy: Strategy, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Whole weights on every rank while the context lasts; every rank must enter it. Changes to them are lost."""
+    if not shards_weights(strategy):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def check_strategy(strategy: Strategy, stage: str = "fit") -> None:
+    """Refuse a strategy that would train something else than what the configuration says.
+
+    Raises:
+        ValueError: with the reason and the way out.
+    """
+    if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, PDTrimDeepSpeedStrategy):
+        raise ValueError(
+            f"`trainer.strategy` is Lightning's own {type(strategy).__name__}, which scales accumulated gradients "
+            "twice and saves no plan beside its checkpoints. Use `strategy: {class_path: "
+            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}` (or 1 or 3; `offload_optimizer` "
+            "and `offload_parameters` as before)."
+        )
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"`trainer.strategy` is {type(strategy).__name__}, which is not supported: FSDP gathers a block's weights "
+            "for its output alone, and here gradients also reach a block through the keys and values it sends. Use "
+            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy with `stage: 3`, which shards weights, gradients and "
+            "optimizer states in the same way."
+        )
+    if stage == "predict" and shards_weights(strategy):
+        raise ValueError(
+            "`predict` cannot run with sharded weights: ranks have unequal numbers of prompts, and no rank can run a "
+            "block alone. Use another `trainer.strategy`, or `pdtrim export` and `pdtrim generate`."
+        )
+
+
+def check_drops(strategy: Strategy) -> None:
+    """Refuse a strategy under which a block cannot leave in the middle of a run.
+
+    Raises:
+        ValueError: with the reason and the way out.
+    """
+    if not isinstance(strategy, DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        return
+    settings = strategy._ddp_kwargs
+    if settings.get("static_graph") or not settings.get("find_unused_parameters"):
+        raise ValueError(
+            "`trainer.strategy` is DDP that waits for a gradient of every parameter at every step "
+            f"({settings or 'its default'}), and blocks that were dropped give none. Use `strategy: "
+            "ddp_find_unused_parameters_true`, without `static_graph`."
+        )
+
+
+def agreed(strategy: Strategy, value: Any) -> Any:
+    """Rank 0's value on every rank, for decisions that floating-point noise must not let differ."""
+    return strategy.broadcast(value)
+
+
+def largest(strategy: Strategy, value: int, device: torch.device) -> int:
+    """The largest of the ranks' values."""
+    return int(strategy.reduce(torch.tensor(value, device=device), reduce_op="max"))

@@ -1,0 +1,131 @@
+"""Memory of a run before it is started: true shapes, exact weights and states, and a refusal of what cannot fit."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+
+from pdtrim_pl import cli
+from pdtrim_pl.dry_run import model_config, run
+from pdtrim_pl.memory import GIB, Layout, Load, Shape, block_elements, memory_per_process
+from pdtrim_pl.staged import StagedCausalLM
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SHAPES = ROOT / "configs" / "shapes"
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+}
+LOAD = Load(batch=2, tokens=4096, chunk_tokens=1024, gradient_checkpointing=True, calibration_tokens=256 * 4096)
+
+
+@pytest.fixture(scope="module")
+def eight() -> Shape:
+    return Shape.of(model_config("meta-llama/Llama-3.1-8B", [SHAPES]))
+
+
+def dry_run(config: Path, *extra: str) -> str:
+    out = io.StringIO()
+    assert run(["fit", "--dry_run", "--config", str(config), *extra], out) == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_a_shape_has_exactly_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    assert Shape.of(model_config(name, [SHAPES])).parameters == parameters
+
+
+def test_a_model_without_a_shape_file_is_read_itself(tiny_llama_dir: Path) -> None:
+    shape = Shape.of(model_config(str(tiny_llama_dir), [SHAPES, ROOT / "nowhere"]))
+    assert (shape.blocks, shape.hidden, shape.kv) == (4, 32, 16)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_fits_the_machine_its_header_names(path: Path) -> None:
+    said = dry_run(path, "--device_memory", "79")
+    assert "total" in said
+    assert "parameters in" in said
+
+
+@pytest.mark.parametrize("change", ["--trainer.devices=1", "--model.loading.gradient_checkpointing=false"])
+def test_a_run_that_cannot_fit_is_refused_with_ways_out(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "llama3_8b_deepspeed.yaml"
+    assert cli.main(["fit", "--dry_run", "--config", str(config), change, "--device_memory", "79"]) == 1
+    said = capsys.readouterr()
+    assert "total" in said.out, "the table comes first"
+    assert "GiB on every device, and there are 79.0. Try one of: " in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "fsdp"])
+def test_strategies_that_fit_would_refuse_are_refused_here(strategy: str, tiny_llama_dir: Path) -> None:
+    arguments = ["fit", "--dry_run", f"--model.model={tiny_llama_dir}", f"--data.tokenizer={tiny_llama_dir}"]
+    with pytest.raises(ValueError, match=r"`trainer.strategy` is .*Use `strategy: \{class_path"):
+        run([*arguments, f"--trainer.strategy={strategy}"])
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "expected"),
+    [(0, (2, 2, 2, 4)), (1, (2, 2, 2, 12 / 8)), (2, (2, 2, 2 / 8, 12 / 8)), (3, (2 / 8, 2 / 8, 2 / 8, 12 / 8))],
+)
+def test_every_zero_stage_cuts_up_one_thing_more(eight: Shape, zero_stage: int, expected: tuple[float, ...]) -> None:
+    layout = Layout(processes=8, zero_stage=zero_stage, student_bytes=2, teacher_bytes=2, compute_bytes=2)
+    device = memory_per_process(eight, eight, layout, LOAD).device
+    for what, width in zip(("student", "teacher", "gradients", "optimizer"), expected, strict=True):
+        assert device[what] == pytest.approx(width * eight.parameters), what
+
+
+def test_offloading_moves_bytes_to_the_host(eight: Shape) -> None:
+    on_device = Layout(processes=8, zero_stage=3, student_bytes=2, teacher_bytes=2, compute_bytes=2)
+    moved = Layout(**{**vars(on_device), "offload_optimizer": True, "offload_parameters": True})
+    before, after = (memory_per_process(eight, eight, layout, LOAD) for layout in (on_device, moved))
+    assert after.total < before.total
+    assert set(after.host) == {"optimizer", "student", "teacher"}
+    assert not {"optimizer", "student", "teacher", "gradients"} & set(after.device)
+
+
+def test_more_tokens_need_more_memory_and_checkpointing_less(eight: Shape) -> None:
+    def total(**changes: Any) -> int:
+        return memory_per_process(eight, eight, Layout(), Load(**{**vars(LOAD), **changes})).total
+
+    assert total(tokens=8192) > total()
+    assert total(chunk_tokens=2048) > total()
+    assert total(gradient_checkpointing=False) > total() + 10 * GIB
+
+
+def test_the_optimizer_is_asked_for_its_states(tiny_llama_dir: Path) -> None:
+    def optimizer_of(*settings: str) -> float:
+        names = [f"--model.model={tiny_llama_dir}", f"--data.tokenizer={tiny_llama_dir}", "--trainer.accelerator=cpu"]
+        said = dry_run(ROOT / "configs" / "quickstart.yaml", *names, *settings)
+        return float(next(line.split()[1] for line in said.splitlines() if line.startswith("  optimizer")))
+
+    assert optimizer_of("--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1") == 0
+
+
+def test_activations_are_estimated_within_a_quarter_of_what_autograd_keeps() -> None:
+    # Wide enough that hidden sizes count and scores of attention do not.
+    model = tiny_model("llama", blocks=2, hidden_size=128, intermediate_size=384)
+    staged = StagedCausalLM(model).train()
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = staged.prefill(torch.randint(64, (2, 32)))
+    assert out.hidden.requires_grad
+    estimated = block_elements(Shape.of(model.config)) * 2 * 2 * 32
+    assert sum(kept.values()) == pytest.approx(estimated, rel=0.25)
