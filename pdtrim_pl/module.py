@@ -5,12 +5,11 @@ Shapes: B batch, P prompt tokens, R response tokens, N response tokens without p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -29,48 +28,20 @@ from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
 from pdtrim_pl.loop_state import resumable_loops
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, token_weights, weighted_sum
-from pdtrim_pl.plan import STAGES, Boundary, Relation, Stage, StagePlan
+from pdtrim_pl.observed import BlockOutputs, run_observed
+from pdtrim_pl.plan import Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.pretrained import load_causal_lm
 from pdtrim_pl.random_state import RandomState, random_states, restore_random_state
 from pdtrim_pl.record import RunRecord
-from pdtrim_pl.staged import Request, StagedCausalLM, StagedOutput
+from pdtrim_pl.settings import Loading, Structure, dtype_of
+from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.generation import stop_ids_of
 from pdtrim_pl.staged.model import reference_to
 from pdtrim_pl.strategies import check_strategy, gathered, largest, shards_weights
 
 RANDOM_STATES = "pdtrim_random"
 """Key of the random generators of every process in a checkpoint."""
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Structure:
-    """Where a run's structure starts."""
-
-    relation: Relation = "nested"
-    """How the blocks of the two stages relate."""
-    boundary: Boundary = "prefill"
-    """Which stage handles the prompt's last token."""
-    plan: Path | None = None
-    """A `stage_plan.json` to start from instead of the full plan; it brings its own relation and boundary."""
-    policy: Path | None = None
-    """A `kv_policy.json` to start from instead of sending everything."""
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How the two models are loaded."""
-
-    dtype: DType = "float32"
-    """Element type of the student's weights. Keep float32 with `precision: bf16-mixed` or `32-true`."""
-    teacher: str | None = None
-    """Name or path of the teacher; the model itself by default."""
-    teacher_dtype: DType = "auto"
-    """Element type of the teacher's weights; `auto` is the checkpoint's own."""
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    gradient_checkpointing: bool = False
-    """Keep only block inputs and outputs for backward, and run blocks again."""
 
 
 class PDTrimModule(LightningModule):
@@ -149,11 +120,11 @@ class PDTrimModule(LightningModule):
         plan, policy, untied = self._starting_structure()
         loading = self.loading
         student = load_causal_lm(
-            self.model_name, dtype=_dtype(loading.dtype), attn_implementation=loading.attn_implementation
+            self.model_name, dtype=dtype_of(loading.dtype), attn_implementation=loading.attn_implementation
         )
         teacher = load_causal_lm(
             loading.teacher or self.model_name,
-            dtype=_dtype(loading.teacher_dtype),
+            dtype=dtype_of(loading.teacher_dtype),
             attn_implementation=loading.attn_implementation,
         )
         _check_same_vocabulary(student.config.vocab_size, teacher.config.vocab_size)
@@ -248,10 +219,10 @@ class PDTrimModule(LightningModule):
         """Run student and teacher on one batch and gather what losses look at."""
         batch = self._in_step(batch)
         watched = any(term.watches_blocks for term in self.losses)
-        ours, theirs = _BlockOutputs(), _BlockOutputs()
+        ours, theirs = BlockOutputs(), BlockOutputs()
         with torch.no_grad():
-            teacher = _run(self.teacher, batch, theirs if watched else None)
-        student = _run(self.student, batch, ours if watched else None)
+            teacher = run_observed(self.teacher, batch, theirs if watched else None)
+        student = run_observed(self.student, batch, ours if watched else None)
         mask = batch.response_mask
         request = Request.of(
             batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, self.plan.boundary
@@ -412,33 +383,6 @@ def evaluating(module: PDTrimModule) -> Iterator[tuple[StagedCausalLM, StagedCau
     """Student and teacher in eval mode, without gradients, at the trainer's precision; the mode is restored."""
     with eval_mode(module.student), torch.no_grad(), module.trainer.precision_plugin.forward_context():
         yield module.student, module.teacher
-
-
-class _BlockOutputs:
-    """Collects the outputs of blocks, per stage."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[Stage, dict[int, Tensor]] = {stage: {} for stage in STAGES}
-
-    def of(self, stage: Stage) -> Callable[[int, Tensor, Tensor], None]:
-        outputs = self.outputs[stage]
-
-        def observe(block: int, _: Tensor, out: Tensor) -> None:
-            outputs[block] = out
-
-        return observe
-
-
-def _run(model: StagedCausalLM, batch: Batch, watch: _BlockOutputs | None) -> StagedOutput:
-    observers = {stage: watch.of(stage) for stage in STAGES} if watch is not None else None
-    out: StagedOutput = model(
-        batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, observers=observers
-    )
-    return out
-
-
-def _dtype(name: DType) -> torch.dtype | None:
-    return None if name == "auto" else getattr(torch, name)
 
 
 def _check_same_vocabulary(student: int, teacher: int) -> None:

@@ -27,10 +27,11 @@ from pdtrim_pl.criteria import Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.export.from_checkpoint import export_checkpoint
 from pdtrim_pl.losses import KL, CrossEntropy
-from pdtrim_pl.module import PDTrimModule, Structure
+from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards
 from pdtrim_pl.selectors import MassSelector
+from pdtrim_pl.settings import Structure
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
 
 torch.set_num_threads(1)

@@ -17,10 +17,11 @@ from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringCon
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.export import load_stage
 from pdtrim_pl.losses import KL
-from pdtrim_pl.module import PDTrimModule, Structure
+from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import Annealing, Guards, choose_drops
 from pdtrim_pl.selectors import MassSelector
+from pdtrim_pl.settings import Structure
 
 
 class FirstCandidate(Criterion):

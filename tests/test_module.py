@@ -15,10 +15,11 @@ from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.losses import KL, HiddenMatch
-from pdtrim_pl.module import Loading, PDTrimModule, Structure
+from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import ModelRef, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
 from pdtrim_pl.search import Guards
+from pdtrim_pl.settings import Loading, Structure
 from pdtrim_pl.staged import StagedCausalLM
 
 

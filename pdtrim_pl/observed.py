@@ -1,0 +1,38 @@
+"""A pass over one batch that keeps the outputs of single blocks, for losses that look at them.
+
+Shapes: B batch, T tokens of a stage, H hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.plan import STAGES, Stage
+from pdtrim_pl.staged import StagedCausalLM, StagedOutput
+from pdtrim_pl.staged.gate import Observer
+
+
+class BlockOutputs:
+    """Collects the outputs of blocks, [B, T, H] each, per stage and original index."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[Stage, dict[int, Tensor]] = {stage: {} for stage in STAGES}
+
+    def of(self, stage: Stage) -> Observer:
+        """The observer of one stage."""
+        outputs = self.outputs[stage]
+
+        def observe(block: int, _: Tensor, out: Tensor) -> None:
+            outputs[block] = out
+
+        return observe
+
+
+def run_observed(model: StagedCausalLM, batch: Batch, watch: BlockOutputs | None) -> StagedOutput:
+    """The teacher-forced pass over a batch under the model's own plan and policy; fills `watch` where there is one."""
+    observers = {stage: watch.of(stage) for stage in STAGES} if watch is not None else None
+    out: StagedOutput = model(
+        batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, observers=observers
+    )
+    return out

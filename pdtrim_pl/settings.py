@@ -1,0 +1,47 @@
+"""Settings of the module that belong together: where its structure starts, and how its models are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pdtrim_pl.plan import Boundary, Relation
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where a run's structure starts."""
+
+    relation: Relation = "nested"
+    """How the blocks of the two stages relate."""
+    boundary: Boundary = "prefill"
+    """Which stage handles the prompt's last token."""
+    plan: Path | None = None
+    """A `stage_plan.json` to start from instead of the full plan; it brings its own relation and boundary."""
+    policy: Path | None = None
+    """A `kv_policy.json` to start from instead of sending everything."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the two models are loaded."""
+
+    dtype: DType = "float32"
+    """Element type of the student's weights. Keep float32 with `precision: bf16-mixed` or `32-true`."""
+    teacher: str | None = None
+    """Name or path of the teacher; the model itself by default."""
+    teacher_dtype: DType = "auto"
+    """Element type of the teacher's weights; `auto` is the checkpoint's own."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+    """Keep only block inputs and outputs for backward, and run blocks again."""
+
+
+def dtype_of(name: DType) -> torch.dtype | None:
+    """The element type of that name; None leaves it to the checkpoint."""
+    return None if name == "auto" else getattr(torch, name)
