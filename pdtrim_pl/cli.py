@@ -18,7 +18,7 @@ commands:
   fit        drop blocks per stage between distillation epochs, choose what KV to send, export the pair
   validate   response perplexity, KL and top-1 agreement on the validation part
   test       the same on the test part
-  predict    generate responses for the prompts of the test part
+  predict    generate responses for the prompts of the test (else validation) part
   export     write the prefill/decode pair of a checkpoint
   generate   stream text from an exported pair: a prefill and a decode process
   submit     run fit as a SLURM job, restarted from its last checkpoint until it is done

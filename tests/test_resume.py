@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -356,30 +357,34 @@ def test_a_full_disk_ends_in_one_error_and_leaves_the_earlier_checkpoint(
     assert not list(folder.glob("*.unfinished"))
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow past 20 kB, as on a disk that is full in the middle of a write."""
+    """No file may grow past 20 kB, as on a disk that is full in the middle of a write.
+
+    Not a fixture: that would still hold when pytest writes its own report to a file.
+    """
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_disk_that_fills_up_in_the_middle_of_a_write_ends_the_run_clearly(
     dropout_llama_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(OSError, match=r"step=1.ckpt cannot be written"):
+    with small_files(), pytest.raises(OSError, match=r"step=1.ckpt cannot be written"):
         fit(tmp_path, dropout_llama_dir)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.usefixtures("small_files")
 def test_an_export_that_finds_no_room_leaves_nothing_behind(tmp_path: Path) -> None:
     student = StagedCausalLM(tiny_model("llama"))
-    with pytest.raises(OSError, match=r"export .*pair cannot be written .*`pdtrim export` on the last checkpoint"):
+    message = r"export .*pair cannot be written .*`pdtrim export` on the last checkpoint"
+    with small_files(), pytest.raises(OSError, match=message):
         export_pair(student, tmp_path / "pair", tokenizer=None)
     assert not list(tmp_path.iterdir())
 
