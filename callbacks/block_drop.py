@@ -92,6 +92,11 @@ class BlockDrop(Callback):
         return f"BlockDrop[{self.stage}]"
 
     @property
+    def _counted(self) -> Stage:
+        """The stage whose blocks are counted; `both` loses the same ones in each."""
+        return "decode" if self.stage == "decode" else "prefill"
+
+    @property
     def last_round(self) -> int:
         """Epoch of the last drop."""
         return max(self.schedule)
@@ -130,8 +135,7 @@ class BlockDrop(Callback):
 
     def _due(self, plan: StagePlan, asked: int) -> int:
         """How many blocks a round drops: `until` counts what is gone, whoever dropped it."""
-        stage: Stage = "decode" if self.stage == "decode" else "prefill"
-        return asked if self.until is None else max(0, min(asked, self.until - len(plan.removed(stage))))
+        return asked if self.until is None else max(0, min(asked, self.until - len(plan.removed(self._counted))))
 
     def _drop(self, trainer: Trainer, module: PDTrimModule, count: int, round: int) -> None:
         log.info("Round %d: choosing %d block(s) to drop from %s by %s.", round, count, self.stage, self.criterion.name)
@@ -151,8 +155,7 @@ class BlockDrop(Callback):
         self, trainer: Trainer, module: PDTrimModule, context: ScoringContext, chosen: StagePlan, round: int
     ) -> StagePlan:
         assert self.annealing is not None
-        stage: Stage = "decode" if self.stage == "decode" else "prefill"
-        first = tuple(sorted(set(module.plan.blocks(stage)) - set(chosen.blocks(stage))))
+        first = tuple(sorted(set(module.plan.blocks(self._counted)) - set(chosen.blocks(self._counted))))
         known = f"{self.stage} round {round} {module.plan.to_json()['history']} {context.evaluator.fingerprint()}"
         journal = Journal(
             journal_file(trainer), hashlib.sha256(known.encode()).hexdigest(), writes=trainer.is_global_zero

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -24,6 +23,7 @@ from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.whole import whole_copy
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.pretrained import load_causal_lm
+from pdtrim_pl.settings import TORCH_DTYPES
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
 from pdtrim_pl.strategies import gathered, shards_weights
@@ -55,7 +55,7 @@ class ExportPair(Callback):
         if prompt_tokens < 1 or new_tokens < 1:
             raise ValueError("`prompt_tokens` and `new_tokens` of the export must be at least 1.")
         self.output = output
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = TORCH_DTYPES[dtype]
         self.overwrite = overwrite
         self.measure = measure
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens

@@ -224,9 +224,7 @@ class PDTrimModule(LightningModule):
             teacher = run_observed(self.teacher, batch, theirs if watched else None)
         student = run_observed(self.student, batch, ours if watched else None)
         mask = batch.response_mask
-        request = Request.of(
-            batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, self.plan.boundary
-        )
+        request = Request.of(*batch.request, self.plan.boundary)
         return Distilled(
             student=student.hidden[mask],
             teacher=teacher.hidden[mask],

@@ -32,7 +32,5 @@ class BlockOutputs:
 def run_observed(model: StagedCausalLM, batch: Batch, watch: BlockOutputs | None) -> StagedOutput:
     """The teacher-forced pass over a batch under the model's own plan and policy; fills `watch` where there is one."""
     observers = {stage: watch.of(stage) for stage in STAGES} if watch is not None else None
-    out: StagedOutput = model(
-        batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, observers=observers
-    )
+    out: StagedOutput = model(*batch.request, observers=observers)
     return out

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 
 from pdtrim_pl.plan import Boundary, Relation
 
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -44,4 +49,4 @@ class Loading:
 
 def dtype_of(name: DType) -> torch.dtype | None:
     """The element type of that name; None leaves it to the checkpoint."""
-    return None if name == "auto" else getattr(torch, name)
+    return None if name == "auto" else TORCH_DTYPES[name]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
+from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.plan import STAGES, Stage, StagePlan, Target
 from pdtrim_pl.staged.gate import Observer
@@ -42,15 +43,15 @@ class Taylor(Criterion):
         return totals
 
 
-def _estimates(context: ScoringContext, plan: StagePlan, batch: Sequence[Tensor]) -> dict[Stage, dict[int, float]]:
+def _estimates(context: ScoringContext, plan: StagePlan, batch: Batch) -> dict[Stage, dict[int, float]]:
     """Per stage and block, gradient . (output - input) of one batch's response loss."""
-    prompt, prompt_mask, response, mask = (tensor.to(context.device) for tensor in batch)
-    student = context.student
+    batch, student = batch.on(context.device), context.student
+    mask = batch.response_mask
     seen: dict[Stage, dict[int, Change]] = {stage: {} for stage in STAGES}
     with torch.enable_grad(), eval_mode(student):
         observers = {stage: _watching(seen[stage]) for stage in STAGES}
-        out = student(prompt, response, prompt_mask, mask, plan=plan, policy=student.policy, observers=observers)
-        loss = F.cross_entropy(student.logits(out.hidden[mask]).float(), response[mask])
+        out = student(*batch.request, plan=plan, policy=student.policy, observers=observers)
+        loss = F.cross_entropy(student.logits(out.hidden[mask]).float(), batch.response_ids[mask])
         outputs = [output for stage in STAGES for output, _ in seen[stage].values()]
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
     estimates: dict[Stage, dict[int, float]] = {}

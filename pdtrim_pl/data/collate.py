@@ -26,6 +26,15 @@ class Batch(NamedTuple):
     response_mask: Tensor
     """bool [B, R], true at real tokens."""
 
+    def on(self, device: torch.device | str) -> "Batch":
+        """The batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in self))
+
+    @property
+    def request(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids and masks in the order that `StagedCausalLM.forward` and `Request.of` take them."""
+        return self.prompt_ids, self.response_ids, self.prompt_mask, self.response_mask
+
 
 def fingerprint(batches: Iterable[Batch]) -> str:
     """SHA-256 of the real tokens of a data part, in order, so that two runs can be told to have seen the same."""

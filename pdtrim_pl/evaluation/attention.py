@@ -77,9 +77,8 @@ def attention_mass(
     tokens = 0
     with torch.no_grad(), eval_mode(model), _eager_attention(model):
         for raw in batches:
-            batch = Batch(*(tensor.to(device) for tensor in raw))
-            arguments = (batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask)
-            request = Request.of(*arguments, model.plan.boundary)
+            batch = raw.on(device)
+            request = Request.of(*batch.request, model.plan.boundary)
             fed, valid = request.tokens["decode"], request.valid["decode"]
             if not valid.any():
                 continue

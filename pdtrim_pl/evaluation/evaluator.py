@@ -69,7 +69,7 @@ class Evaluator:
         device: torch.device | str = "cpu", cache_bytes: int = 4 * 2**30, agree: Agree = lambda value: value,
     ) -> None:  # fmt: skip
         self.student, self.teacher, self.agree = student, teacher, agree
-        self.batches = [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
+        self.batches = [batch.on(device) for batch in batches]
         self.targets = [batch.response_ids[batch.response_mask] for batch in self.batches]
         self.tokens = sum(len(targets) for targets in self.targets)
         if not self.tokens:
@@ -162,13 +162,12 @@ class Evaluator:
         request = _request(batch, plan)
         inputs: dict[Stage, dict[int, Tensor]] = {stage: {} for stage in STAGES}
         observers = {stage: self._keeping(plan, stage, inputs[stage]) for stage in STAGES}
-        # Under `nested` and `unified` every block that prefill runs may be asked for by a neighbour's decode.
+        # A neighbour may put a block back into decode: keep the KV of every block that prefill runs.
         sends = sorted({*plan.decode, *plan.prefill})
-        wide = replace(plan, decode=tuple(sends), relation="free", merged={}, untied={})
+        wide = replace(plan, decode=tuple(sends), relation="free", merged={})
         handled, valid = request.tokens["prefill"], request.valid["prefill"]
         self._count(plan, "prefill", valid, None)
-        observed = wide if not any(plan.untied.values()) else plan
-        encoded = self.student.prefill(handled, valid, plan=observed, observer=observers["prefill"])
+        encoded = self.student.prefill(handled, valid, plan=wide, observer=observers["prefill"])
         fed, fed_valid = request.tokens["decode"], request.valid["decode"]
         if fed.shape[1]:
             self._count(plan, "decode", fed_valid, None)
@@ -224,4 +223,4 @@ def _resume(trace: _Trace | None, stage: Stage, start: int | None) -> Resume | N
 
 
 def _request(batch: Batch, plan: StagePlan) -> Request:
-    return Request.of(batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, plan.boundary)
+    return Request.of(*batch.request, plan.boundary)

@@ -95,7 +95,7 @@ def measure_quality(
     """
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for raw in batches:
-        batch = Batch(*(tensor.to(device) for tensor in raw))
+        batch = raw.on(device)
         ours, theirs = final_hidden(model, batch, plan, policy), final_hidden(teacher, batch)
         targets = batch.response_ids[batch.response_mask]
         scores = score_tokens(ours, theirs, targets, model.logits, teacher.logits)
@@ -112,10 +112,6 @@ def final_hidden(
     model: StagedCausalLM, batch: Batch, plan: StagePlan | None = None, policy: KVRetentionPolicy | None = None
 ) -> Tensor:
     """Teacher-forced final hidden states of the real response tokens, [N, H]."""
-    out = model(*_arguments(batch), plan=plan, policy=policy)
+    out = model(*batch.request, plan=plan, policy=policy)
     hidden: Tensor = out.hidden[batch.response_mask]
     return hidden
-
-
-def _arguments(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask

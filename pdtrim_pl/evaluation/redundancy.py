@@ -41,10 +41,9 @@ def block_redundancy(
     tokens: dict[Stage, int] = dict.fromkeys(STAGES, 0)
     with torch.no_grad(), eval_mode(model):
         for raw in batches:
-            batch = Batch(*(tensor.to(device) for tensor in raw))
-            arguments = (batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask)
-            valid = Request.of(*arguments, model.plan.boundary).valid
-            model(*arguments, observers={stage: _adding_to(sums[stage], valid[stage]) for stage in STAGES})
+            batch = raw.on(device)
+            valid = Request.of(*batch.request, model.plan.boundary).valid
+            model(*batch.request, observers={stage: _adding_to(sums[stage], valid[stage]) for stage in STAGES})
             for stage in STAGES:
                 tokens[stage] += int(valid[stage].sum())
     if not any(tokens.values()):

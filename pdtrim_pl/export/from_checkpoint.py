@@ -11,6 +11,7 @@ from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, check_weight
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.pair import check_target, export_pair
 from pdtrim_pl.pretrained import load_causal_lm, load_config, load_tokenizer
+from pdtrim_pl.settings import TORCH_DTYPES
 from pdtrim_pl.sharded_checkpoint import read_sharded
 from pdtrim_pl.staged import StagedCausalLM, architecture_of
 
@@ -41,7 +42,7 @@ def export_checkpoint(
     weights = {key.removeprefix("student."): v for key, v in saved.items() if key.startswith("student.")}
     check_weights(weights, student.state_dict())
     student.load_state_dict(weights)
-    target_dtype: torch.dtype = getattr(torch, dtype)
+    target_dtype: torch.dtype = TORCH_DTYPES[dtype]
     return export_pair(
         student, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite,
         extras=lambda folder: write_documents(folder, student, state.record, None, target=output, dtype=target_dtype),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.settings import TORCH_DTYPES
 from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
 
 RANKS: dict[Stage, int] = {"prefill": 0, "decode": 1}
@@ -173,7 +174,7 @@ def receive_handover(
 
 def wire_dtype(policy: KVRetentionPolicy) -> torch.dtype:
     """Element type of keys and values on the wire: the cache's own."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[policy.kv.dtype]
+    return TORCH_DTYPES[policy.kv.dtype]
 
 
 def settle(device: torch.device) -> None:
