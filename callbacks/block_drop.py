@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from typing_extensions import override
 from pdtrim_pl.criteria import Criterion, ScoringContext
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import Stage, StagePlan, Target
-from pdtrim_pl.search import Annealing, Guards, Journal, RoundSearch, anneal, choose_drops
-from pdtrim_pl.strategies import agreed, check_drops
+from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.strategies import check_drops, ranks_of
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +58,9 @@ class BlockDrop(Callback):
         criterion: how harm is measured.
         schedule: {epoch: blocks}, or `blocks`, `every`, `until` and `start` of a repeated drop. Epochs count from 0.
         guards: blocks never to touch, and a cap.
-        annealing: after the criterion's choice, search its neighbours for less KL to the teacher; null does not. Known
-            states are kept in `search_journal.jsonl` beside the checkpoints, so a killed search repeats nothing.
+        annealing: after the criterion's choice, search its neighbours for less KL to the teacher; null does not.
+
+    Evaluations are kept in `search_journal.jsonl` beside the checkpoints, so a killed search repeats none.
 
     Raises:
         ValueError: a schedule with a negative epoch or a count below 1.
@@ -140,30 +140,22 @@ class BlockDrop(Callback):
     def _drop(self, trainer: Trainer, module: PDTrimModule, count: int, round: int) -> None:
         log.info("Round %d: choosing %d block(s) to drop from %s by %s.", round, count, self.stage, self.criterion.name)
         with evaluating(module) as (student, teacher):
-            agree = partial(agreed, trainer.strategy)
-            context = ScoringContext(student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), agree)
+            context = scoring_context(trainer, module, student, teacher)
             plan = choose_drops(
                 self.criterion, context, module.plan, self.stage, count, round=round, guards=self.guards
             )
             if not any(module.record.redundancy.values()):
                 module.record.redundancy = context.redundancy
             if self.annealing is not None:
-                plan = self._anneal(trainer, module, context, plan, round)
-        module.apply_plan(StagePlan.from_json(agree(plan.to_json())))
+                plan = self._anneal(context, module.plan, plan, round)
+        module.apply_plan(StagePlan.from_json(context.ranks.agree(plan.to_json())))
 
-    def _anneal(
-        self, trainer: Trainer, module: PDTrimModule, context: ScoringContext, chosen: StagePlan, round: int
-    ) -> StagePlan:
+    def _anneal(self, context: ScoringContext, start: StagePlan, chosen: StagePlan, round: int) -> StagePlan:
         assert self.annealing is not None
-        first = tuple(sorted(set(module.plan.blocks(self._counted)) - set(chosen.blocks(self._counted))))
-        known = f"{self.stage} round {round} {module.plan.to_json()['history']} {context.evaluator.fingerprint()}"
-        journal = Journal(
-            journal_file(trainer), hashlib.sha256(known.encode()).hexdigest(), writes=trainer.is_global_zero
-        )
-        trainer.strategy.barrier("journal")  # every rank has read before one writes
-        search = RoundSearch(context.evaluator, module.plan, self.stage, len(first), self.guards, journal=journal)
-        best, energy = anneal(search, first, self.annealing, _Heartbeat())
-        return search.final(best, energy, round)
+        dropped = sorted(set(start.blocks(self._counted)) - set(chosen.blocks(self._counted)))
+        search = RoundSearch(context.evaluator, start, self.stage, len(dropped), self.guards)
+        best, energy = anneal(search, search.drops(dropped), self.annealing, context.progress)
+        return search.final(best, round, "annealing", energy)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -172,6 +164,16 @@ class BlockDrop(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = list(state_dict["done"])
+
+
+def scoring_context(
+    trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM
+) -> ScoringContext:
+    """What criteria and searches look at in a run."""
+    return ScoringContext(
+        student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks_of(trainer.strategy),
+        journal_file(trainer),
+    )  # fmt: skip
 
 
 def journal_file(trainer: Trainer) -> Path:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from pdtrim_pl.checkpoint import CheckpointState, remove_beside
+from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, put_in_place, read_run_state, read_weights, unfinished
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -203,6 +206,20 @@ def check_drops(strategy: Strategy) -> None:
 def agreed(strategy: Strategy, value: Any) -> Any:
     """Rank 0's value on every rank, for decisions that floating-point noise must not let differ."""
     return strategy.broadcast(value)
+
+
+def ranks_of(strategy: Strategy) -> Ranks:
+    """How the processes of a run evaluate together."""
+    if not dist.is_available() or not dist.is_initialized():
+        return Ranks()
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, size, partial(agreed, strategy), gather, whole=not shards_weights(strategy))
 
 
 def largest(strategy: Strategy, value: int, device: torch.device) -> int:

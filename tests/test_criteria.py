@@ -22,7 +22,7 @@ from pdtrim_pl.criteria import (
     Taylor,
 )
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import Guards, choose_drops
@@ -65,22 +65,26 @@ def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
 ) -> None:
     student, teacher = pair
     base, *asked = same_plans(data, student)
-    memory = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
-    fast, bare = Evaluator(student, teacher, batches(), **memory), Evaluator(student, teacher, batches(), cache_bytes=0)
-    assert fast.stride is not None
-    assert bare.stride is None
+    little = Memory(base=0, teacher=0)
+    memory = Memory() if cache_bytes is None else Memory(cache_bytes, teacher=cache_bytes // 10)
+    fast = Evaluator(student, teacher, batches(), memory=memory)
+    bare = Evaluator(student, teacher, batches(), memory=little)
+    assert fast.neighbours.stride is not None
+    assert bare.neighbours.stride is None
+    assert bare.teacher_log_probs == [None, None]
     fast.rebase(base)
     bare.rebase(base)
     for plan in (base, *asked):
         naive = measure_quality(student, teacher, batches(), plan=plan).kl
+        assert fast.energy_below(plan, naive - 1e-3) is None
+        assert fast.energy_below(plan, naive + 1e-3) == pytest.approx(naive, abs=1e-6)
         assert fast.energy(plan) == pytest.approx(naive, abs=1e-6)
         assert bare.energy(plan) == pytest.approx(naive, abs=1e-6)
-        assert fast.energy_below(plan, naive + 1e-3) == pytest.approx(naive, abs=1e-6)
-        assert fast.energy_below(plan, naive - 1e-3) is None
 
 
 def test_little_memory_keeps_fewer_places_to_start_from(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
-    strides = [Evaluator(*pair, batches(), cache_bytes=size).stride for size in (30_000, 60_000, 10**9)]
+    sizes = (30_000, 60_000, 10**9)
+    strides = [Evaluator(*pair, batches(), memory=Memory(size)).neighbours.stride for size in sizes]
     assert None not in strides
     assert strides[0] > strides[1] > strides[2] == 1  # type: ignore[operator]
 
@@ -130,7 +134,7 @@ def test_a_pool_scores_only_the_most_redundant(pair: tuple[StagedCausalLM, Stage
     context = ScoringContext(student, teacher, batches())
     every = CosineRedundancy().score(context, student.plan, "decode", range(5))
     scored = GreedyKL(pool=2).score(context, student.plan, "decode", range(5))
-    assert set(scored) == set(sorted(every, key=lambda block: every[block])[:2])
+    assert set(scored) < set(sorted(every, key=lambda block: every[block])[:2])
     with pytest.raises(ValueError, match=r"`pool` is 0"):
         GreedyKL(pool=0)
 
@@ -143,13 +147,14 @@ def test_cosine_of_a_drop_from_both_stages_is_the_mean_over_both(pair: tuple[Sta
     assert both == pytest.approx(1 - (redundancy["prefill"][2] + redundancy["decode"][2]) / 2)
 
 
-def test_perplexity_is_the_nll_without_the_block(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+def test_perplexity_takes_the_block_without_which_the_nll_is_least(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
     student, teacher = pair
     context = ScoringContext(student, teacher, batches())
-    scores = ResponsePerplexity().score(context, student.plan, "decode", [1, 3])
-    for block, score in scores.items():
-        plan = student.plan.drop("decode", block)
-        assert score == pytest.approx(measure_quality(student, teacher, batches(), plan=plan).nll, abs=1e-6)
+    scores = ResponsePerplexity().score(context, student.plan, "decode", range(5))
+    trials = {block: student.plan.drop("decode", block) for block in range(5)}
+    naive = {b: measure_quality(student, teacher, batches(), plan=plan).nll for b, plan in trials.items()}
+    best = min(naive, key=lambda block: naive[block])
+    assert scores == {best: pytest.approx(naive[best], abs=1e-6)}
 
 
 @pytest.mark.parametrize("target", ["prefill", "decode", "both"])

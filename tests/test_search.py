@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_criteria import batches
 from tiny_models import tiny_model
 
 from pdtrim_pl.criteria import GreedyKL, ScoringContext
 from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.evaluation.journal import Journal, Partial
+from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.plan import Relation, StagePlan, Target
-from pdtrim_pl.search import Annealing, Guards, Journal, RoundSearch, anneal, choose_drops
+from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.moves import Move
+from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops
 from pdtrim_pl.staged import StagedCausalLM
 
 NO_GUARDS = Guards(0, 0)
@@ -24,71 +36,173 @@ def model() -> StagedCausalLM:
     return StagedCausalLM(tiny_model("llama", blocks=7)).eval()
 
 
-def round_search(model: StagedCausalLM, journal: Journal | None = None, target: Target = "decode") -> RoundSearch:
-    evaluator = Evaluator(model, model, batches())
-    return RoundSearch(evaluator, model.plan, target, 3, NO_GUARDS, journal=journal or Journal(None, "test"))
+def round_search(model: StagedCausalLM, journal: Path | None = None, target: Target = "decode") -> RoundSearch:
+    evaluator = Evaluator(model, model, batches(), journal=journal)
+    return RoundSearch(evaluator, model.plan, target, 3, NO_GUARDS)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
 
 
 def test_annealing_finds_the_best_of_all_states_on_a_small_model(model: StagedCausalLM) -> None:
     search = round_search(model)
-    greedy = choose_drops(
+    first, first_energy = search.greedy()
+    best, energy = anneal(search, first, Annealing(300, temperature=0.2, cooling=0.99))
+    states = [search.drops(blocks) for blocks in combinations(range(7), 3)]
+    energies = [search.evaluator.energy(search.candidate(state).plan) for state in states]
+    assert energy == min(energies)
+    assert best == states[energies.index(energy)]
+    assert energy <= first_energy
+
+
+def test_the_greedy_state_is_the_one_that_greedy_kl_chooses(model: StagedCausalLM) -> None:
+    search = round_search(model)
+    state, energy = search.greedy()
+    chosen = choose_drops(
         GreedyKL(), ScoringContext(model, model, batches()), model.plan, "decode", 3, guards=NO_GUARDS
     )
-    best, energy = anneal(search, greedy.removed("decode"), Annealing(300, temperature=0.2, cooling=0.99))
-    every = {state: search.evaluator.energy(search.plan(state)) for state in combinations(range(7), 3)}
-    assert energy == pytest.approx(min(every.values()), abs=1e-6)
-    assert every[best] == pytest.approx(energy, abs=1e-6)
-    assert energy <= every[greedy.removed("decode")] + 1e-6
+    assert search.candidate(state).plan.decode == chosen.decode
+    assert chosen.history[-1].score == energy
 
 
 def test_the_same_seed_gives_the_same_result(model: StagedCausalLM) -> None:
-    runs = [anneal(round_search(model), (1, 2, 3), Annealing(30, temperature=0.3, seed=5)) for _ in range(2)]
+    searches = [round_search(model) for _ in range(2)]
+    runs = [anneal(search, search.drops([1, 2, 3]), Annealing(30, temperature=0.3, seed=5)) for search in searches]
     assert runs[0] == runs[1]
 
 
 def test_a_killed_search_goes_on_where_it_stopped_and_repeats_nothing(model: StagedCausalLM, tmp_path: Path) -> None:
     settings = Annealing(40, temperature=0.3)
-    whole = round_search(model, Journal(tmp_path / "whole.jsonl", "a"))
-    expected = anneal(whole, (1, 2, 3), settings)
 
+    def run(path: Path, settings: Annealing) -> tuple[object, float]:
+        search = round_search(model, path)
+        return anneal(search, search.greedy()[0], settings)
+
+    expected = run(tmp_path / "whole.jsonl", settings)
     path = tmp_path / "journal.jsonl"
-    anneal(round_search(model, Journal(path, "a")), (1, 2, 3), Annealing(15, temperature=0.3))
+    run(path, Annealing(15, temperature=0.3))
     with path.open("a") as file:
         file.write('{"search": "a", "remo')  # the kill
-    lines = len(path.read_text().splitlines())
-    rest = round_search(model, Journal(path, "a"))
-    assert anneal(rest, (1, 2, 3), settings) == expected
-    assert rest.evaluated == whole.evaluated - (lines - 1)
+    assert run(path, settings) == expected
+    whole = lines(tmp_path / "whole.jsonl")
+    assert [line for line in lines(path) if not line.endswith("remo")] == whole
+    assert len({(entry["plan"], entry["batches"]) for entry in map(json.loads, whole)}) == len(whole)
 
-    again = round_search(model, Journal(path, "a"))
-    assert anneal(again, (1, 2, 3), settings) == expected
-    assert again.evaluated == 0
+    assert run(path, settings) == expected
+    assert len(lines(path)) == len(whole) + 1, "a finished search evaluates nothing again"
 
 
-def test_a_journal_of_another_search_is_not_believed(tmp_path: Path) -> None:
+def test_a_greedy_choice_killed_in_the_middle_repeats_nothing(model: StagedCausalLM, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    expected = round_search(model, whole).greedy()
+    cut.write_text("".join(line + "\n" for line in lines(whole)[:9]))
+    assert round_search(model, cut).greedy() == expected
+    assert lines(cut) == lines(whole)
+
+
+def test_a_journal_of_other_weights_is_not_believed(model: StagedCausalLM, tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    Journal(path, "round 0").add((1, 2), 0.5, 1.0)
-    Journal(path, "round 0").add((1, 3), None, 0.7)
-    same, other = Journal(path, "round 0"), Journal(path, "round 1")
-    assert (same.energy((1, 2)), same.at_least((1, 3))) == (0.5, 0.7)
-    assert (other.energies, other.bounds) == ({}, {})
+    ours = Evaluator(model, model, batches(), journal=path)
+    ours.energy(model.plan.drop("decode", 3))
+    other = StagedCausalLM(tiny_model("llama", blocks=7, seed=1)).eval()
+    theirs = Evaluator(other, model, batches(), journal=path)
+    plan = model.plan.drop("decode", 3)
+    assert theirs.energy(plan) == Evaluator(other, model, batches()).energy(plan) != ours.energy(plan)
 
 
-def test_only_one_rank_writes(tmp_path: Path) -> None:
-    Journal(tmp_path / "journal.jsonl", "a", writes=False).add((1,), 0.5, 1.0)
+def test_only_the_first_rank_writes(model: StagedCausalLM, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", "a", Ranks(1, 2))
+    journal.add("plan", Partial(0.5, 1.0, 1))
+    assert journal.known("plan") == Partial(0.5, 1.0, 1)
     assert not (tmp_path / "journal.jsonl").exists()
+
+
+class Threads:
+    """Ranks that are threads of one process."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier = size, Barrier(size, timeout=60)
+        self.values: list[object] = [None] * size
+
+    def ranks(self, rank: int) -> Ranks:
+        def gather(value: object) -> list[object]:
+            self.values[rank] = value
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
+            return values
+
+        return Ranks(rank, self.size, lambda value: gather(value)[0], gather)
+
+    def run(self, search: Callable[[Ranks], Any]) -> list[Any]:
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(lambda rank: search(self.ranks(rank)), range(self.size)))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_ranks_finds_the_same_with_less_work_for_each(model: StagedCausalLM, size: int) -> None:
+    data = batches(0) + batches(1) + batches(2)[:1]
+
+    def search(ranks: Ranks) -> tuple[object, float, float, int]:
+        evaluator = Evaluator(model, model, data, ranks=ranks)
+        rounds = RoundSearch(evaluator, model.plan, "decode", 3, NO_GUARDS)
+        best, energy = anneal(rounds, rounds.greedy()[0], Annealing(10, temperature=0.3))
+        return best, energy, evaluator.measure(model.plan.drop("both", 1)).nll, evaluator.block_tokens
+
+    *expected, work = search(Ranks())
+    for *found, share in Threads(size).run(search):
+        assert found == expected
+        assert share < work
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_a_policy_of_its_own_is_evaluated_from_where_it_differs(model: StagedCausalLM, data: st.DataObject) -> None:
+    kept = Retention("first_last", 1, 2)
+    asked = []
+    for _ in range(3):
+        dropped = data.draw(st.sets(st.integers(1, 6), max_size=2))
+        plan = StagePlan.full(model.plan.model, "free")
+        for block in dropped:
+            plan = plan.drop(data.draw(st.sampled_from(["prefill", "decode", "both"])), block)
+        trimmed = data.draw(st.sets(st.sampled_from(plan.decode)))
+        asked.append((plan, KVRetentionPolicy("prefill", model.kv_shape, dict.fromkeys(trimmed, kept))))
+    evaluator = Evaluator(model, model, batches())
+    evaluator.rebase(*asked[0])
+    for plan, policy in asked:
+        naive = measure_quality(model, model, batches(), plan=plan, policy=policy).kl
+        assert evaluator.energy(plan, policy) == pytest.approx(naive, abs=1e-6)
 
 
 @pytest.mark.parametrize(("relation", "target"), [("nested", "prefill"), ("unified", "both"), ("free", "prefill")])
 def test_every_state_keeps_the_relation(relation: Relation, target: Target) -> None:
     model = StagedCausalLM(tiny_model("llama", blocks=7)).eval()
     model.apply_plan(StagePlan.full(model.plan.model, relation))
-    first = choose_drops(GreedyKL(), ScoringContext(model, model, batches()), model.plan, target, 3, guards=NO_GUARDS)
-    best, _ = anneal(round_search(model, target=target), first.removed("prefill"), Annealing(25, temperature=1.0))
-    plan = round_search(model, target=target).plan(best)
+    search = round_search(model, target=target)
+    best, _ = anneal(search, search.greedy()[0], Annealing(25, temperature=1.0))
+    plan = search.candidate(best).plan
     assert plan.relation == relation
     assert len(plan.removed("prefill")) == 3
-    torch.testing.assert_close(len(plan.decode), 7 if relation == "free" else 4)
+    assert len(plan.decode) == (7 if relation == "free" else 4)
+
+
+def test_drops_and_merges_of_a_state_never_touch_the_same_block(model: StagedCausalLM) -> None:
+    merges = [Move("decode", (block, block + 1), block) for block in range(6)]
+    evaluator = Evaluator(model, model, batches())
+    search = RoundSearch(evaluator, model.plan, "decode", 3, NO_GUARDS, merges, untied=False)
+    draw, state = random.Random(0), search.greedy()[0]
+    for _ in range(200):
+        state = search.neighbour(state, draw)
+        touched = [block for move in state for block in move.run]
+        assert len(touched) == len(set(touched))
+        assert len(search.candidate(state).plan.removed("decode")) == 3
+
+
+def test_a_round_that_cannot_be_filled_is_refused(model: StagedCausalLM) -> None:
+    search = RoundSearch(Evaluator(model, model, batches()), model.plan, "decode", 7, NO_GUARDS)
+    with pytest.raises(ValueError, match="Only 6 of 7 removals can be made in `decode`"):
+        search.greedy()
 
 
 def test_a_budget_out_of_range_is_refused() -> None:

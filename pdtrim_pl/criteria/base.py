@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Agree, Evaluator
+from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.evaluation.redundancy import block_redundancy
 from pdtrim_pl.plan import Stage, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
@@ -29,13 +31,15 @@ class ScoringContext:
     batches: Sequence[Batch]
     device: torch.device | str = "cpu"
     progress: Progress = lambda line: None
-    agree: Agree = lambda value: value
-    """Rank 0's value on every rank: rounding may differ between ranks, and what they choose must not."""
+    ranks: Ranks = Ranks()
+    """The processes that choose together."""
+    journal: Path | None = None
+    """File of evaluations; a search that was killed finds there what it knew."""
 
     @cached_property
     def redundancy(self) -> dict[Stage, dict[int, float]]:
         """Mean cosine between block input and output, per stage, under the student's plan when first asked for."""
-        redundancy: dict[Stage, dict[int, float]] = self.agree(
+        redundancy: dict[Stage, dict[int, float]] = self.ranks.agree(
             block_redundancy(self.student, self.batches, device=self.device)
         )
         return redundancy
@@ -43,7 +47,13 @@ class ScoringContext:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Energy of any plan: mean KL to the teacher over the calibration responses, under the contract."""
-        return Evaluator(self.student, self.teacher, self.batches, device=self.device, agree=self.agree)
+        return Evaluator(
+            self.student, self.teacher, self.batches, device=self.device, ranks=self.ranks, journal=self.journal
+        )
+
+    def counting(self, candidates: int) -> Callable[[int], None]:
+        """What `Evaluator.best` calls on its way through so many candidates."""
+        return lambda done: self.progress(f"{candidates} candidates, {done} batches evaluated")
 
 
 class Criterion(ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.criteria.cosine import CosineRedundancy
@@ -13,8 +12,10 @@ from pdtrim_pl.plan import StagePlan, Target
 class GreedyKL(Criterion):
     """Harm = mean KL(teacher || student) over calibration responses with the block gone and the other stage as it is.
 
+    Only the best candidate is scored to the end.
+
     Args:
-        pool: score only so many candidates, the most redundant by cosine; None scores all of them.
+        pool: look at only so many candidates, the most redundant by cosine; None scores all of them.
 
     Raises:
         ValueError: `pool` is below 1.
@@ -31,13 +32,17 @@ class GreedyKL(Criterion):
     def score(
         self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
     ) -> dict[int, float]:
+        pool = self._pool(context, plan, target, candidates)
+        evaluator = context.evaluator
+        evaluator.rebase(plan)
+        trials = [evaluator.candidate(plan.drop(target, block)) for block in pool]
+        best, energy = evaluator.best(trials, progress=context.counting(len(trials)))
+        return {pool[best]: energy}  # it is certain that every other one hurts more
+
+    def _pool(
+        self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
+    ) -> Sequence[int]:
+        if self.pool is None or self.pool >= len(candidates):
+            return sorted(candidates)
         influence = CosineRedundancy().score(context, plan, target, candidates)
-        pool = sorted(candidates, key=lambda block: (influence[block], block))[: self.pool]
-        context.evaluator.rebase(plan)
-        energies: dict[int, float] = {}
-        for done, block in enumerate(pool):
-            context.progress(f"candidate {done + 1} of {len(pool)}")
-            energy = context.evaluator.energy_below(plan.drop(target, block), min(energies.values(), default=inf))
-            if energy is not None:  # else it is certain that another one hurts less
-                energies[block] = energy
-        return energies
+        return sorted(sorted(candidates, key=lambda block: (influence[block], block))[: self.pool])

@@ -9,7 +9,10 @@ from pdtrim_pl.plan import StagePlan, Target
 
 
 class ResponsePerplexity(Criterion):
-    """Harm = mean negative log-likelihood of the calibration responses, nats, with the block gone; no teacher in it."""
+    """Harm = mean negative log-likelihood of the calibration responses, nats, with the block gone; no teacher in it.
+
+    Only the best candidate is scored to the end.
+    """
 
     name = "perplexity"
     rescores = True
@@ -17,9 +20,8 @@ class ResponsePerplexity(Criterion):
     def score(
         self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
     ) -> dict[int, float]:
-        context.evaluator.rebase(plan)
-        losses = {}
-        for done, block in enumerate(candidates):
-            context.progress(f"candidate {done + 1} of {len(candidates)}")
-            losses[block] = context.evaluator.measure(plan.drop(target, block)).nll
-        return losses
+        evaluator = context.evaluator
+        evaluator.rebase(plan)
+        trials = [evaluator.candidate(plan.drop(target, block)) for block in candidates]
+        best, nll = evaluator.best(trials, by="nll", progress=context.counting(len(trials)))
+        return {candidates[best]: nll}

@@ -52,7 +52,7 @@ class Quality:
 @torch.no_grad()
 def score_tokens(
     student: Tensor, teacher: Tensor, targets: Tensor, student_head: Head, teacher_head: Head,
-    chunk_tokens: int = 128, min_chunks: int = 0,
+    chunk_tokens: int = 128, min_chunks: int = 0, teacher_log_probs: Tensor | None = None,
 ) -> TokenScores:  # fmt: skip
     """Compare final hidden states of student and teacher, [N, H] each, token by token.
 
@@ -64,15 +64,26 @@ def score_tokens(
         teacher_head: from hidden states to logits.
         chunk_tokens: tokens whose logits are alive at a time.
         min_chunks: call the heads at least so often, for heads that all ranks must gather together.
+        teacher_log_probs: what `log_probabilities` made of the teacher's hidden states, [N, V]; its head then rests.
     """
     parts: list[tuple[Tensor, ...]] = []
     for part in chunks(len(targets), chunk_tokens, min_chunks):
         ours = F.log_softmax(student_head(student[part]).float(), dim=-1)
-        theirs = F.log_softmax(teacher_head(teacher[part]).float(), dim=-1)
+        if teacher_log_probs is None:
+            theirs = F.log_softmax(teacher_head(teacher[part]).float(), dim=-1)
+        else:
+            theirs = teacher_log_probs[part]
         nlls = (-x.gather(1, targets[part, None])[:, 0] for x in (ours, theirs))
         kl = (theirs.exp() * (theirs - ours)).sum(dim=-1)
         parts.append((*nlls, kl, (ours.argmax(dim=-1) == theirs.argmax(dim=-1)).float()))
     return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def log_probabilities(head: Head, hidden: Tensor, chunk_tokens: int = 128) -> Tensor:
+    """Log-probabilities of every token of the vocabulary, fp32, [N, H] -> [N, V]."""
+    parts = [F.log_softmax(head(hidden[part]).float(), dim=-1) for part in chunks(len(hidden), chunk_tokens)]
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Which removals: candidates, guards, greedy and one-shot choice, annealing, journal."""
+"""Which removals: candidates, guards, greedy and one-shot choice, annealing within a round and over both stages."""
 
-from pdtrim_pl.search.annealing import Annealing, RoundSearch, anneal
+from pdtrim_pl.search.annealing import Annealing, anneal
 from pdtrim_pl.search.choose import choose_drops
 from pdtrim_pl.search.guards import Guards
-from pdtrim_pl.search.journal import Journal
+from pdtrim_pl.search.rounds import RoundSearch
+from pdtrim_pl.search.space import Space
 
-__all__ = ["Annealing", "Guards", "Journal", "RoundSearch", "anneal", "choose_drops"]
+__all__ = ["Annealing", "Guards", "RoundSearch", "Space", "anneal", "choose_drops"]

@@ -1,20 +1,14 @@
-"""Simulated annealing over the removals of one round: exchange one for another, accept by energy, keep the best."""
+"""Simulated annealing: exchange one removal for another, accept by energy, keep the best."""
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log as ln
 
-from pdtrim_pl.evaluation.evaluator import Evaluator
-from pdtrim_pl.plan import StagePlan, Target
-from pdtrim_pl.search.guards import Guards
-from pdtrim_pl.search.journal import Journal, State
-
-log = logging.getLogger(__name__)
+from pdtrim_pl.search.space import Space, State
 
 
 @dataclass(frozen=True)
@@ -43,78 +37,35 @@ class Annealing:
             )
 
 
-class RoundSearch:
-    """The states of one round: plans made from the round's first plan by a set of drops of fixed size."""
-
-    def __init__(
-        self, evaluator: Evaluator, start: StagePlan, target: Target, count: int, guards: Guards, *, journal: Journal
-    ) -> None:
-        self.evaluator, self.start, self.target, self.journal = evaluator, start, target, journal
-        pool = start.candidates(target, guards.protect_first, guards.protect_last)
-        everything = start.drop_candidates(target, guards.protect_first, guards.protect_last)
-        self.pool = pool if len(pool) >= count else everything
-        self.evaluated = 0
-        """Evaluations that had to be made, not read."""
-
-    def plan(self, state: State) -> StagePlan:
-        """The plan of a state, without scores in its history."""
-        plan = self.start
-        for block in state:
-            plan = plan.drop(self.target, block)
-        return plan
-
-    def final(self, state: State, energy: float, round: int) -> StagePlan:
-        """The plan of the state that a search returned, its history saying so."""
-        plan = self.start
-        for block in state:
-            plan = plan.drop(self.target, block, round=round, criterion="annealing", score=energy)
-        return plan
-
-    def energy(self, state: State, limit: float = float("inf")) -> float | None:
-        """The state's energy if it is below `limit`, else None."""
-        known = self.journal.energy(state)
-        if known is None and self.journal.at_least(state) < limit:
-            known = self.evaluator.energy_below(self.plan(state), limit)
-            self.evaluated += 1
-            self.journal.add(state, known, limit)
-        return known if known is not None and known < limit else None
-
-    def neighbour(self, state: State, draw: random.Random) -> State:
-        """Exchange one removal for a candidate that is still there."""
-        left = [block for block in self.pool if block not in state]
-        out, into = draw.choice(state), draw.choice(left)
-        return tuple(sorted({*state, into} - {out}))
-
-
 def anneal(
-    search: RoundSearch, first: State, settings: Annealing, progress: Callable[[str], None] = lambda line: None
+    space: Space[State], first: State, settings: Annealing, progress: Callable[[str], None] = lambda line: None
 ) -> tuple[State, float]:
     """Search from `first`; returns the best state ever seen and its energy. The same seed gives the same result."""
     draw = random.Random(settings.seed)
-    first_energy = search.energy(first)
+    first_energy = space.energy(first)
     assert first_energy is not None
     current, current_energy = first, first_energy
     best, best_energy = first, first_energy
     temperature, accepted, started = settings.temperature * max(first_energy, 1e-12), 0, time.monotonic()
-    search.evaluator.rebase(search.plan(current))
-    if len(search.pool) <= len(first):
-        return best, best_energy  # nothing to exchange with
+    space.rebase(current)
     for move in range(1, settings.evaluations + 1):
-        candidate = search.neighbour(current, draw)
+        candidate = space.neighbour(current, draw)
+        if candidate == current:
+            break  # nothing to exchange with
         limit = current_energy - temperature * ln(1.0 - draw.random())
-        energy = search.energy(candidate, limit)
+        energy = space.energy(candidate, limit)
         temperature *= settings.cooling
         if energy is not None:
             current, current_energy, accepted = candidate, energy, accepted + 1
-            search.evaluator.rebase(search.plan(current))
+            space.rebase(current)
             if energy < best_energy:
                 best, best_energy = candidate, energy
         seconds = time.monotonic() - started
         progress(
-            f"annealing {move}/{settings.evaluations}: best {best_energy:.4f} (greedy {first_energy:.4f}), accepted "
-            f"{accepted / move:.0%}, {search.evaluated / max(seconds, 1e-9):.2f} evaluations/s, about "
+            f"annealing {move}/{settings.evaluations}: best {best_energy:.4f} (start {first_energy:.4f}), accepted "
+            f"{accepted / move:.0%}, {move / max(seconds, 1e-9):.2f} evaluations/s, about "
             f"{seconds / move * (settings.evaluations - move):.0f} s left"
         )
-        if settings.seconds is not None and search.evaluator.agree(seconds > settings.seconds):
+        if settings.seconds is not None and space.evaluator.ranks.agree(seconds > settings.seconds):
             break
     return best, best_energy

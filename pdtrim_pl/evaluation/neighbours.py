@@ -1,0 +1,175 @@
+"""Response hidden states of plans that differ little from a base plan, computed from where they differ.
+
+Shapes: B batch, T tokens of a stage, N response tokens of a batch without padding, H hidden.
+
+The base keeps every prompt's cache, and the hidden states between blocks in both stages. A neighbour that first differs
+at block l starts at l, in each stage at its own l; where only decode differs, prefill does not run at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.plan import STAGES, Stage, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.staged import Request, StagedCausalLM, StagedOutput
+from pdtrim_pl.staged.gate import Observer, Resume
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is evaluated."""
+
+    plan: StagePlan
+    policy: KVRetentionPolicy | None = None
+    """What crosses the boundary; None sends everything."""
+
+    def weights(self, stage: Stage, block: int) -> object:
+        """Tells apart the weights that a block may run with in a stage."""
+        return self.plan.merged[stage].get(block), block in self.plan.untied[stage]
+
+    def sends(self, block: int) -> object:
+        """Tells apart what a block may send."""
+        return None if self.policy is None else self.policy.rules.get(block)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """One batch under the base."""
+
+    encoded: StagedOutput
+    """Prefill's cache, and its last hidden state [B, 1, H]."""
+    inputs: Mapping[Stage, Mapping[int, Tensor]]
+    """Hidden state that reaches some of the blocks a stage runs, [B, T, H]."""
+
+
+class Neighbours:
+    """Runs candidates on some batches, from what the base has in common with them.
+
+    Args:
+        student: its weights must not change while this lives.
+        batches: requests, on the student's device.
+        cache_bytes: most bytes to keep of a base: prompt caches first, then hidden states, of every k-th block if not
+            of all. Where not even the caches fit, every candidate runs from the beginning.
+    """
+
+    def __init__(self, student: StagedCausalLM, batches: Sequence[Batch], cache_bytes: int) -> None:
+        self.student, self.batches = student, batches
+        self.block_tokens = 0
+        """Work done so far: one for every token and block that ran."""
+        self.stride = self._stride(cache_bytes)
+        self._base: Candidate | None = None
+        self._traces: list[_Trace] = []
+
+    @torch.no_grad()
+    def rebase(self, candidate: Candidate) -> None:
+        """Keep what the neighbours of `candidate` have in common with it."""
+        if self.stride is None or candidate == self._base:
+            return
+        self._traces, self._base = [], None  # free the old base before the new one is made
+        self._traces = [self._traced(candidate, batch) for batch in self.batches]
+        self._base = candidate
+
+    @torch.no_grad()
+    def response(self, candidate: Candidate, index: int) -> Tensor:
+        """Final hidden states of one batch's response tokens, [N, H]."""
+        batch, plan = self.batches[index], candidate.plan
+        request = Request.of(*batch.request, plan.boundary)
+        trace = self._traces[index] if self._base is not None and self._base.plan.boundary == plan.boundary else None
+        starts = self._first_differences(candidate, trace) if trace is not None else {}
+        if trace is not None and starts["prefill"] is None:
+            encoded = trace.encoded
+        else:
+            resume = _resume(trace, "prefill", starts)
+            self._count(plan, "prefill", request.valid["prefill"], resume)
+            tokens, valid = request.tokens["prefill"], request.valid["prefill"]
+            encoded = self.student.prefill(tokens, valid, plan=plan, resume=resume)
+        sent = encoded.cache.retained(candidate.policy)
+        parts = [encoded.hidden[:, -1:]] if plan.boundary == "prefill" else []
+        fed, fed_valid = request.tokens["decode"], request.valid["decode"]
+        if fed.shape[1]:
+            resume = _resume(trace, "decode", starts)
+            self._count(plan, "decode", fed_valid, resume)
+            out = self.student.decode(fed, sent, fed_valid, plan=plan, keep_cache=False, resume=resume)
+            parts.append(out.hidden)
+        return torch.cat(parts, dim=1)[batch.response_mask]
+
+    def _traced(self, candidate: Candidate, batch: Batch) -> _Trace:
+        plan = candidate.plan
+        request = Request.of(*batch.request, plan.boundary)
+        inputs: dict[Stage, dict[int, Tensor]] = {stage: {} for stage in STAGES}
+        observers = {stage: self._keeping(plan, stage, inputs[stage]) for stage in STAGES}
+        # A neighbour may put a block back into decode: keep the KV of every block that prefill runs.
+        sends = tuple(sorted({*plan.decode, *plan.prefill}))
+        merged = {"prefill": plan.merged["prefill"]}
+        wide = replace(plan, decode=sends, relation="free", merged=merged)  # type: ignore[arg-type]
+        tokens, valid = request.tokens["prefill"], request.valid["prefill"]
+        self._count(plan, "prefill", valid, None)
+        encoded = self.student.prefill(tokens, valid, plan=wide, observer=observers["prefill"])
+        fed, fed_valid = request.tokens["decode"], request.valid["decode"]
+        if fed.shape[1]:
+            self._count(plan, "decode", fed_valid, None)
+            sent = encoded.cache.retained(candidate.policy)
+            self.student.decode(fed, sent, fed_valid, plan=plan, keep_cache=False, observer=observers["decode"])
+        return _Trace(replace(encoded, hidden=encoded.hidden[:, -1:]), inputs)
+
+    def _keeping(self, plan: StagePlan, stage: Stage, inputs: dict[int, Tensor]) -> Observer:
+        assert self.stride is not None
+        kept = set(plan.blocks(stage)[:: self.stride])
+
+        def observe(block: int, before: Tensor, _: Tensor) -> None:
+            if block in kept:
+                inputs[block] = before
+
+        return observe
+
+    def _first_differences(self, candidate: Candidate, trace: _Trace) -> dict[Stage, int | None]:
+        """Per stage, the first block whose work may differ from the base's; None where none does."""
+        assert self._base is not None
+        plan, base = candidate.plan, self._base.plan
+        differs: dict[Stage, set[int]] = {stage: set(plan.blocks(stage)) ^ set(base.blocks(stage)) for stage in STAGES}
+        # What decode alone adds or loses leaves prefill as it was, if the base has kept the KV that is now wanted.
+        differs["prefill"] |= set(plan.decode) - set(trace.encoded.cache.blocks)
+        for stage in STAGES:
+            common = set(plan.blocks(stage)) & set(base.blocks(stage))
+            differs[stage] |= {b for b in common if candidate.weights(stage, b) != self._base.weights(stage, b)}
+        # A KV-only block projects with prefill's weights.
+        kv_only = set(plan.kv_only) & set(base.kv_only)
+        differs["prefill"] |= {b for b in kv_only if (b in plan.untied["prefill"]) != (b in base.untied["prefill"])}
+        differs["decode"] |= {
+            b for b in set(plan.decode) & set(base.decode) if candidate.sends(b) != self._base.sends(b)
+        }
+        # From where prefill differs, the KV that decode reads differs too.
+        return {
+            "prefill": min(differs["prefill"], default=None),
+            "decode": min(differs["decode"] | differs["prefill"], default=plan.model.num_blocks),
+        }
+
+    def _count(self, plan: StagePlan, stage: Stage, valid: Tensor, resume: Resume | None) -> None:
+        first = 0 if resume is None else resume.block
+        self.block_tokens += int(valid.sum()) * sum(block >= first for block in plan.blocks(stage))
+
+    def _stride(self, cache_bytes: int) -> int | None:
+        """Keep the input of every so many blocks; None where nothing can be kept."""
+        blocks = len(self.student.originals)
+        prompt = sum(batch.prompt_ids.numel() for batch in self.batches)
+        left = cache_bytes - prompt * blocks * self.student.kv_shape.bytes_per_position
+        positions = prompt + sum(batch.response_ids.numel() for batch in self.batches)
+        width = self.student.model.config.hidden_size * self.student.model.dtype.itemsize
+        return None if left <= 0 else max(1, ceil(positions * blocks * width / left))
+
+
+def _resume(trace: _Trace | None, stage: Stage, starts: Mapping[Stage, int | None]) -> Resume | None:
+    """The latest kept place at or before the start, or a closed gate's, whose state is that of the next open one."""
+    start = starts.get(stage)
+    if trace is None or start is None:
+        return None
+    inputs = trace.inputs[stage]
+    kept = [block for block in inputs if block <= start]
+    return Resume(max(kept), inputs[max(kept)], trace.encoded.cache.blocks) if kept else None

@@ -1,0 +1,31 @@
+"""The processes that evaluate together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How one process of a run stands among the others; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    agree: Callable[[Any], Any] = lambda value: value
+    """Rank 0's value on every rank: rounding may differ between ranks, and what they choose must not."""
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    """Every rank's value, in order of rank, on every rank."""
+    whole: bool = True
+    """Whether every rank holds whole weights. If not, no rank can evaluate a batch that the others do not."""
+
+    @property
+    def parts(self) -> int:
+        """Among so many ranks batches are split."""
+        return self.size if self.whole else 1
+
+    @property
+    def part(self) -> int:
+        """This rank's place among them."""
+        return self.rank if self.whole else 0
