@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pdtrim_pl.staged import architecture_of
 
@@ -44,8 +43,7 @@ class Shape:
         Raises:
             ValueError: no adapter for its family.
         """
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model = meta_model(config)
         architecture_of(config)
         facts = config.to_dict()
         heads = config.num_attention_heads
@@ -103,6 +101,13 @@ class Memory:
     def total(self) -> int:
         """Bytes on the device."""
         return sum(self.device.values())
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device: every weight's shape, and no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Load) -> Memory:
