@@ -1,0 +1,266 @@
+"""Accuracy on multiple-choice questions under a plan and a policy: the choice that is the likeliest response wins.
+
+Shapes: B questions of a batch, C choices of all of them together, P longest prompt, R longest response, N response
+tokens without padding, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
+from math import nan, sqrt
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from pdtrim_pl.context import usable_context
+from pdtrim_pl.data.collate import Batch, Collator
+from pdtrim_pl.data.examples import Example
+from pdtrim_pl.data.formatting import leading_ids
+from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.losses import Head, chunks
+from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.staged import BlockKV, KVCache, Request, Slots, StagedCausalLM
+
+
+@dataclass(frozen=True)
+class Question:
+    """A context, what may follow it after a space, and which of these is right."""
+
+    context: str
+    choices: tuple[str, ...]
+    label: int
+    """Index of the right choice."""
+
+
+@dataclass(frozen=True)
+class TokenQuestion:
+    """A question in tokens. The responses differ in length and may differ from their first token on."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    letters: tuple[int, ...]
+    """Length of every choice in characters, for the normalised accuracy."""
+    label: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of questions whose right choice won."""
+
+    plain: float
+    """By log-likelihood (`acc` of the lm-evaluation-harness)."""
+    normalised: float
+    """By log-likelihood for each character of the choice (`acc_norm` there)."""
+    questions: int
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `plain` as the estimate of a share; not a number for a single question."""
+        return _stderr(self.plain, self.questions)
+
+    @property
+    def normalised_stderr(self) -> float:
+        """Standard error of `normalised`."""
+        return _stderr(self.normalised, self.questions)
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """The first questions of a JSON Lines file of `{"context", "choices", "label"}`; other keys are ignored.
+
+    Args:
+        path: the file.
+        limit: how many questions to take; all by default.
+
+    Raises:
+        ValueError: no such file, nothing in it, or a row that is no question, with its line.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` of questions is {limit}: give at least 1, or none for all.")
+    questions: list[Question] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in zip(count(1), lines, strict=False):
+                if len(questions) == limit:
+                    break
+                if line.strip():
+                    questions.append(_question(line, f"{path}, line {number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The questions {path} cannot be read: {error}.") from error
+    if not questions:
+        raise ValueError(f"{path} holds no question: give rows of `context`, `choices` and `label`.")
+    return questions
+
+
+def encode_questions(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[TokenQuestion]:
+    """Tokenise context and choice together, and split where the context's own tokens end.
+
+    The prompt is what the tokens of the context have in common with those of all `context + " " + choice`, so a token
+    that reaches over the end of the context belongs to every response. Too long a prompt keeps its end, behind the
+    tokenizer's leading special tokens.
+
+    Args:
+        questions: as read.
+        tokenizer: of the model.
+        max_tokens: of prompt and longest response together; `usable_context` of the model's configuration at most.
+
+    Raises:
+        ValueError: a choice that leaves no room for a prompt, or that has no tokens of its own.
+    """
+    leading = leading_ids(tokenizer)
+    encoded = []
+    for question in questions:
+        texts = [question.context, *(f"{question.context} {choice}" for choice in question.choices)]
+        rows: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        split = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False)))
+        responses = tuple(tuple(row[split:]) for row in rows[1:])
+        room = max_tokens - max(map(len, responses)) - len(leading)
+        if room < 1 or not split or not all(responses):
+            raise ValueError(
+                f"The question {question.context[:40]!r}... has {split} tokens of context and choices of "
+                f"{[len(response) for response in responses]}, and {max_tokens} fit into the model: both need at "
+                "least one. Drop the row."
+            )
+        prompt = (*leading, *rows[0][max(split - room, 0) : split])
+        encoded.append(TokenQuestion(prompt, responses, tuple(map(len, question.choices)), question.label))
+    return encoded
+
+
+@torch.no_grad()
+def measure_accuracy(
+    model: StagedCausalLM, questions: Sequence[TokenQuestion], *, plan: StagePlan | None = None,
+    policy: KVRetentionPolicy | None = None, batch_size: int = 8, chunk_tokens: int = 128,
+    device: torch.device | str = "cpu",
+) -> Accuracy:  # fmt: skip
+    """Answer questions under the contract of one request: every choice is a response to the context.
+
+    A context is encoded once for all of its choices.
+
+    Args:
+        model: the model to judge.
+        questions: of `encode_questions`.
+        plan: plan to run `model` under; its own plan and policy by default.
+        policy: with `plan`, the policy.
+        batch_size: questions in one pass; the result does not depend on it.
+        chunk_tokens: tokens whose logits are alive at a time.
+        device: where the model is.
+
+    Raises:
+        ValueError: no question, or questions longer than the model's context.
+    """
+    _check(model, questions, batch_size)
+    if plan is None:
+        plan, policy = model.plan, model.policy
+    # Prompts of about one length pad each other least.
+    ordered = sorted(questions, key=lambda question: len(question.prompt))
+    plain = normalised = 0
+    with eval_mode(model):
+        for start in range(0, len(ordered), batch_size):
+            part = ordered[start : start + batch_size]
+            scores = _log_likelihoods(model, part, plan, policy, chunk_tokens, device)
+            for question, row in zip(part, scores, strict=True):
+                plain += int(row.argmax()) == question.label
+                normalised += int((row / torch.tensor(question.letters)).argmax()) == question.label
+    return Accuracy(plain / len(questions), normalised / len(questions), len(questions))
+
+
+def _log_likelihoods(
+    model: StagedCausalLM, questions: Sequence[TokenQuestion], plan: StagePlan, policy: KVRetentionPolicy | None,
+    chunk_tokens: int, device: torch.device | str,
+) -> list[Tensor]:  # fmt: skip
+    """Sums of the response's log-probabilities, one for every choice of each question, fp64 on the CPU."""
+    sizes = [len(question.responses) for question in questions]
+    batch = _batch(questions).on(device)
+    owner = torch.repeat_interleave(torch.tensor(sizes)).to(device)  # of each choice: its question, [C]
+    first = (torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)).to(device)
+    request = Request.of(*batch.request, plan.boundary)
+    tokens, valid = request.tokens, request.valid
+    encoded = model.prefill(tokens["prefill"][first], valid["prefill"][first], plan=plan)
+    parts = [encoded.hidden[owner, -1:]] if plan.boundary == "prefill" else []
+    if tokens["decode"].shape[1]:
+        cache = _repeated(encoded.cache.retained(policy), owner)
+        out = model.decode(tokens["decode"], cache, valid["decode"], plan=plan, keep_cache=False)
+        parts.append(out.hidden)
+    hidden = torch.cat(parts, dim=1)[batch.response_mask]
+    nll = _token_nll(hidden, batch.response_ids[batch.response_mask], model.logits, chunk_tokens)
+    lengths = batch.response_mask.sum(dim=1).tolist()
+    sums = torch.stack([-row.double().sum() for row in nll.split(lengths)]).cpu()
+    return list(sums.split(sizes))
+
+
+def _token_nll(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+    """Negative log-likelihood of single tokens, fp32, [N, H] and [N] -> [N]."""
+    parts = [
+        F.cross_entropy(head(hidden[part]).float(), targets[part], reduction="none")
+        for part in chunks(len(targets), chunk_tokens)
+    ]
+    return torch.cat(parts)
+
+
+def _batch(questions: Sequence[TokenQuestion]) -> Batch:
+    """One row a choice, [C, P] and [C, R]."""
+    examples = [
+        Example(torch.tensor(question.prompt), torch.tensor(response))
+        for question in questions
+        for response in question.responses
+    ]
+    return Collator(pad_id=0)(examples)
+
+
+def _repeated(cache: KVCache, rows: Tensor) -> KVCache:
+    """The cache of these rows, [C]; blocks that share their slots go on sharing them."""
+    slots: dict[int, Slots] = {}
+    blocks: dict[int, BlockKV] = {}
+    for index, block in cache.blocks.items():
+        if id(block.slots) not in slots:
+            slots[id(block.slots)] = Slots(block.slots.positions[rows], block.slots.valid[rows])
+        blocks[index] = BlockKV(block.keys[rows], block.values[rows], slots[id(block.slots)])
+    return KVCache(blocks, cache.lengths[rows])
+
+
+def _check(model: StagedCausalLM, questions: Sequence[TokenQuestion], batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` of the questions is {batch_size}: give at least 1.")
+    if not questions:
+        raise ValueError("There is no question to answer.")
+    context = usable_context(model.model.config.to_dict())
+    longest = max(len(question.prompt) + max(map(len, question.responses)) for question in questions)
+    if longest > context:
+        raise ValueError(
+            f"A question takes {longest} tokens, and the context of `model` is {context}: encode the questions with "
+            f"`max_tokens` of {context} or less."
+        )
+
+
+def _question(line: str, place: str) -> Question:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not valid JSON ({error.msg} at column {error.colno}); mend the row.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: holds a {type(row).__name__}, not an object; mend the row.")
+    context, choices, label = row.get("context"), row.get("choices"), row.get("label")
+    if not _is_text(context):
+        raise ValueError(f"{place}: `context` is {context!r}; give a text that is not empty.")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
+        raise ValueError(f"{place}: `choices` is {choices!r}; give a list of at least two texts, none empty.")
+    if type(label) is not int or not 0 <= label < len(choices):
+        raise ValueError(f"{place}: `label` is {label!r}; give the right choice's index, from 0 to {len(choices) - 1}.")
+    return Question(context, tuple(choices), label)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _stderr(share: float, questions: int) -> float:
+    return sqrt(share * (1.0 - share) / (questions - 1)) if questions > 1 else nan
