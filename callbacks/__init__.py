@@ -2,6 +2,7 @@
 
 from callbacks.block_drop import BlockDrop, RepeatedDrop
 from callbacks.export_pair import ExportPair
+from callbacks.joint_drop import JointDrop, RequestShape
 from callbacks.kv_retention import KVRetention
 from callbacks.loss_guard import LossGuard
 from callbacks.plan_logger import PlanLogger
@@ -12,6 +13,7 @@ from callbacks.preemption import Preemption
 __all__ = [
     "BlockDrop",
     "ExportPair",
+    "JointDrop",
     "KVRetention",
     "LossGuard",
     "PlanLogger",
@@ -19,4 +21,5 @@ __all__ = [
     "PredictionWriter",
     "Preemption",
     "RepeatedDrop",
+    "RequestShape",
 ]

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from typing_extensions import override
 
-from callbacks.block_drop import drops_of
+from callbacks.removal_rounds import removals_of
 from pdtrim_pl.checkpoint import check_writable
 from pdtrim_pl.context import usable_context
 from pdtrim_pl.data import fingerprint
@@ -104,12 +104,10 @@ class ExportPair(Callback):
             return
         self._exported = True
         undone = [
-            (drop.stage, epoch) for drop in drops_of(trainer) for epoch in drop.schedule if epoch not in drop.done
+            (drops.title, epoch) for drops in removals_of(trainer) for epoch in drops.epochs if epoch not in drops.done
         ]
         if undone:
-            log.warning(
-                "The run ended before these rounds of drops (stage, epoch): %s. Exporting the plan so far.", undone
-            )
+            log.warning("The run ended before these rounds (what, epoch): %s. Exporting the plan so far.", undone)
         sharded = shards_weights(trainer.strategy)
         summary: Summary | None = None
         student: StagedCausalLM | None = module.student

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from callbacks.block_drop import BlockDrop, calibration_batches, drops_of
+from callbacks.removal_rounds import RemovalRounds, calibration_batches, removals_of
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.selectors import KVSelector, selection_context
@@ -46,9 +46,9 @@ class KVRetention(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-        if any(isinstance(callback, BlockDrop) for callback in callbacks[callbacks.index(self) :]):
+        if any(isinstance(callback, RemovalRounds) for callback in callbacks[callbacks.index(self) :]):
             raise MisconfigurationException("KVRetention must stand after every BlockDrop in `trainer.callbacks`.")
-        due, last = self._due(trainer), max((drop.last_round for drop in drops_of(trainer)), default=0)
+        due, last = self._due(trainer), _last_round(trainer)
         if due < last:
             raise MisconfigurationException(
                 f"`epoch` of the KV retention is {due}, before the last drop at epoch {last}: a policy is chosen for "
@@ -69,7 +69,7 @@ class KVRetention(Callback):
         self.done = True
 
     def _due(self, trainer: Trainer) -> int:
-        return self.epoch if self.epoch is not None else max((drop.last_round for drop in drops_of(trainer)), default=0)
+        return self.epoch if self.epoch is not None else _last_round(trainer)
 
     def _choose(self, trainer: Trainer, module: PDTrimModule) -> None:
         log.info("Choosing which KV entries to send.")
@@ -96,3 +96,7 @@ class KVRetention(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = bool(state_dict["done"])
+
+
+def _last_round(trainer: Trainer) -> int:
+    return max((rounds.last_round for rounds in removals_of(trainer)), default=0)

@@ -45,6 +45,8 @@ class CheckpointState:
     """How many processes trained: each has its own random generators and its own place in the data."""
     untied: Mapping[Stage, tuple[int, ...]] = field(default_factory=dict)
     """Blocks with weights of their own in a stage, also those that have left the plan since: all are in the weights."""
+    added: tuple[tuple[Stage, int], ...] = ()
+    """Those of them that came after the optimizer was made, in that order, in which it holds their states, last."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, so that a checkpoint loads with `weights_only`."""
@@ -54,6 +56,7 @@ class CheckpointState:
             "format": CHECKPOINT_FORMAT, "plan": self.plan.to_json(), "policy": policy, "record": record,
             "config": self.config, "processes": self.processes,
             "untied": {stage: list(blocks) for stage, blocks in self.untied.items()},
+            "added": [list(entry) for entry in self.added],
         }  # fmt: skip
 
     @classmethod
@@ -67,7 +70,9 @@ class CheckpointState:
         check_format(data, CHECKPOINT_FORMAT, "checkpoint")
         policy = None if data["policy"] is None else KVRetentionPolicy.from_json(data["policy"])
         plan, record = StagePlan.from_json(data["plan"]), RunRecord.from_json(data["record"])
-        return cls(plan, policy, record, data["config"], data["processes"], _untied(data["untied"]))
+        # Checkpoints from before there were merges have none.
+        added = tuple((stage, index) for stage, index in data.get("added", ()))
+        return cls(plan, policy, record, data["config"], data["processes"], _untied(data["untied"]), added)
 
     @classmethod
     def at(cls, checkpoint: str | os.PathLike[str] | None) -> CheckpointState | None:

@@ -22,7 +22,7 @@ from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.pretrained import load_config
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, check_strategy
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_strategy
 
 ASSUMED_GPU = 79 * GIB
 """What a card sold as 80 GB has, where there is no GPU to ask."""
@@ -94,18 +94,19 @@ def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfi
     elif any(name in str(strategy) for name in ("deepspeed", "fsdp")):
         raise ValueError(
             f"`trainer.strategy` is {strategy!r}, Lightning's own. Use `strategy: {{class_path: "
-            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or stage 1 or 3."
+            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or stage 1 or 3, or `strategy: "
+            "{class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`."
         )
     precision = str(trainer.precision or "32-true")
     half = precision.startswith(("bf16", "16")) and "mixed" not in precision
-    engine = isinstance(strategy, PDTrimDeepSpeedStrategy)
+    engine, fsdp = isinstance(strategy, PDTrimDeepSpeedStrategy), isinstance(strategy, PDTrimFSDPStrategy)
     if engine and precision.startswith(("bf16", "16")):
         half = True  # the engine casts the whole module
     student = _width(module.loading.dtype, teacher)
     zero: dict[str, Any] = strategy.config["zero_optimization"] if engine and isinstance(strategy.config, dict) else {}
     return Layout(
         processes=_devices(trainer.devices) * int(trainer.num_nodes or 1),
-        zero_stage=strategy.stage if engine else 0,
+        zero_stage=strategy.stage if engine else 3 if fsdp else 0, fsdp=fsdp,
         offload_optimizer="offload_optimizer" in zero, offload_parameters="offload_param" in zero,
         student_bytes=2 if half else student,
         teacher_bytes=2 if half else _width(module.loading.teacher_dtype, teacher),
@@ -158,7 +159,8 @@ def _limit(trainer: Namespace, layout: Layout, asked: float | None) -> int:
 
 
 def _table(name: str, shape: Shape, layout: Layout, memory: Memory, limit: int) -> str:
-    spread = f"ZeRO-{layout.zero_stage}" if layout.zero_stage else "everything on each"
+    sharded = "FSDP" if layout.fsdp else f"ZeRO-{layout.zero_stage}"
+    spread = sharded if layout.zero_stage else "everything on each"
     lines = [
         f"{name}: {shape.parameters:,} parameters in {shape.blocks} blocks; {layout.processes} process(es), {spread}.",
         "GiB per process (activations are an estimate):",

@@ -111,5 +111,6 @@ def _is_srun_task() -> bool:
 
 
 def _uses_checkpoint_io(strategy: str) -> bool:
-    """Sharded strategies write checkpoint directories of their own."""
-    return not any(name in strategy.lower() for name in ("deepspeed", "fsdp"))
+    """DeepSpeed and Lightning's own FSDP write checkpoint directories of their own."""
+    name = strategy.lower()
+    return "pdtrimfsdp" in name or not any(sharded in name for sharded in ("deepspeed", "fsdp"))

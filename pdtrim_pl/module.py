@@ -28,6 +28,7 @@ from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
 from pdtrim_pl.loop_state import resumable_loops
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, token_weights, weighted_sum
+from pdtrim_pl.merging.training import WeightChange
 from pdtrim_pl.observed import BlockOutputs, run_observed
 from pdtrim_pl.plan import Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
@@ -85,6 +86,8 @@ class PDTrimModule(LightningModule):
         self._unrecorded: tuple[int, Tensor] | None = None
         self._random: RandomState | None = None
         self._means: dict[str, MeanMetric] = {}
+        self._added: list[tuple[Stage, int]] = []
+        """Blocks that got weights of their own in a stage after the optimizer was made, in that order."""
 
     # Structure
 
@@ -99,11 +102,28 @@ class PDTrimModule(LightningModule):
         return self.student.policy
 
     def apply_plan(self, plan: StagePlan) -> None:
-        """Train under `plan` from now on; what it adds to the history goes into the run's record."""
-        known = len(self.plan.history)
-        self.student.apply_plan(plan)
+        """Train under `plan` from now on; what it adds to the history goes into the run's record.
+
+        Merges that the student was offered fitted weights for get them, and the optimizer forgets what it knew of the
+        weights that they replace; new weights join its first group.
+        """
+        known, before = len(self.plan.history), self._own_weights()
+        change = None if self._trainer is None else WeightChange(self._trainer.strategy)
+        self.student.apply_plan(plan, None if change is None else change.write)
         self.student.freeze_unused()
+        added = [key for key in self._own_weights() if key not in before]
+        self._added += added
+        if change is not None:
+            change.finish(self._weights_of(added))
         self.record.removals += [(self.global_step, removal) for removal in plan.history[known:]]
+
+    def _own_weights(self) -> list[tuple[Stage, int]]:
+        """Blocks with weights of their own in a stage."""
+        return [(stage, index) for stage, blocks in self.student.untied.items() for index in blocks]
+
+    def _weights_of(self, own: Iterable[tuple[Stage, int]]) -> list[nn.Parameter]:
+        gates = self.student.gates
+        return [parameter for stage, index in own for parameter in gates[index].untied[stage].parameters()]
 
     def apply_policy(self, policy: KVRetentionPolicy | None) -> None:
         """Train under `policy` from now on."""
@@ -189,7 +209,10 @@ class PDTrimModule(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # Also blocks that are frozen now: a resumed run then finds the same parameter groups as the one it continues.
-        optimizer = self.optimizer_of(self.student.parameters())
+        later = self._weights_of(self._added)
+        known = {id(parameter) for parameter in later}
+        first = [parameter for parameter in self.student.parameters() if id(parameter) not in known]
+        optimizer = self.optimizer_of(first + later)
         if self.lr_scheduler_of is None:
             return optimizer
         scheduler = self.lr_scheduler_of(optimizer)
@@ -336,7 +359,9 @@ class PDTrimModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._record_loss()
         processes = self.trainer.world_size
-        state = CheckpointState(self.plan, self.policy, self.record, self.run_config, processes, self.student.untied)
+        state = CheckpointState(
+            self.plan, self.policy, self.record, self.run_config, processes, self.student.untied, tuple(self._added)
+        )
         checkpoint[CheckpointState.KEY] = state.to_json()
         checkpoint[RANDOM_STATES] = random_states(self.device)
         checkpoint["loops"] = resumable_loops(checkpoint["loops"], self.trainer)
@@ -349,6 +374,7 @@ class PDTrimModule(LightningModule):
         self.student.apply_policy(state.policy)
         self.student.freeze_unused()
         self.record = state.record
+        self._added = list(state.added)
         if "state_dict" in checkpoint:  # an engine has loaded its shards itself, and checked them
             check_weights(checkpoint["state_dict"], self.state_dict())
         if self.trainer.state.fn == TrainerFn.FITTING:

@@ -23,7 +23,7 @@ BYTES_PER_ELEMENT: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16
 REPORTED_PROMPTS = (128, 1024, 8192)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Retention:
     """What one block sends: every prompt position, or the first and the last ones.
 
@@ -53,6 +53,17 @@ class Retention:
             raise ValueError("`first` and `last` belong to `keep: first_last`, not to `keep: all`.")
         if self.keep == "first_last" and not (self.first or self.last):
             raise ValueError("`keep: first_last` with `first: 0` and `last: 0` would send nothing: raise one of them.")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Retention) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        return hash(self._parts)
+
+    @property
+    def _parts(self) -> tuple[object, ...]:
+        """The count 1 and the share 1.0 are equal numbers and different rules."""
+        return self.keep, type(self.first), self.first, type(self.last), self.last
 
     def counts(self, positions: int) -> tuple[int, int]:
         """How many of the first and of the last `positions` are sent; they never overlap."""

@@ -1,11 +1,12 @@
 """DeepSpeed with the cures that drops between epochs and a teacher beside the student need; what other strategies bear.
 
-Named in YAML: `strategy: {class_path: pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`.
+Named in YAML: `strategy: {class_path: pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or
+`strategy: {class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from pdtrim_pl.checkpoint import CheckpointState, remove_beside
 from pdtrim_pl.evaluation.ranks import Ranks
+from pdtrim_pl.fsdp import PDTrimFSDPStrategy
 from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, put_in_place, read_run_state, read_weights, unfinished
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -147,12 +150,15 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
 
 def shards_weights(strategy: Strategy) -> bool:
     """Whether no rank holds whole weights, so that a forward pass of any block is a matter of all ranks together."""
-    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    return isinstance(strategy, PDTrimFSDPStrategy) or _is_zero_3(strategy)
 
 
 def gathered(strategy: Strategy, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Whole weights on every rank while the context lasts; every rank must enter it. Changes to them are lost."""
-    if not shards_weights(strategy):
+    """Whole weights on every rank while the context lasts; every rank must enter it. Changes to them are lost.
+
+    FSDP's are cut up after the model is built, and are then tensors that can make themselves whole.
+    """
+    if not _is_zero_3(strategy):
         return nullcontext()
     import deepspeed
 
@@ -172,18 +178,22 @@ def check_strategy(strategy: Strategy, stage: str = "fit") -> None:
             "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}` (or 1 or 3; `offload_optimizer` "
             "and `offload_parameters` as before)."
         )
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, PDTrimFSDPStrategy):
         raise ValueError(
-            f"`trainer.strategy` is {type(strategy).__name__}, which is not supported: FSDP gathers a block's weights "
-            "for its output alone, and here gradients also reach a block through the keys and values it sends. Use "
-            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy with `stage: 3`, which shards weights, gradients and "
-            "optimizer states in the same way."
+            f"`trainer.strategy` is Lightning's own {type(strategy).__name__}, under which FSDP gathers a block's "
+            "weights for its output alone, and here gradients also reach a block through the keys and values it sends. "
+            "Use `strategy: {class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`, or PDTrimDeepSpeedStrategy with "
+            "`stage: 3`."
         )
     if stage == "predict" and shards_weights(strategy):
         raise ValueError(
             "`predict` cannot run with sharded weights: ranks have unequal numbers of prompts, and no rank can run a "
             "block alone. Use another `trainer.strategy`, or `pdtrim export` and `pdtrim generate`."
         )
+
+
+def _is_zero_3(strategy: Strategy) -> bool:
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
 
 
 def check_drops(strategy: Strategy) -> None:
@@ -219,7 +229,18 @@ def ranks_of(strategy: Strategy) -> Ranks:
         return values
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    return Ranks(rank, size, partial(agreed, strategy), gather, whole=not shards_weights(strategy))
+    whole = not shards_weights(strategy)
+    gather_weights = None if whole else partial(gathered, strategy)
+    return Ranks(rank, size, partial(agreed, strategy), gather, _own_part(strategy), gather_weights, whole)
+
+
+def _own_part(strategy: Strategy) -> Callable[[nn.Parameter], Tensor]:
+    """What a rank holds of a weight."""
+    if isinstance(strategy, PDTrimFSDPStrategy):
+        return lambda weight: weight.to_local() if isinstance(weight, DTensor) else weight
+    if _is_zero_3(strategy):
+        return lambda weight: weight.ds_tensor  # type: ignore[attr-defined]
+    return lambda weight: weight
 
 
 def largest(strategy: Strategy, value: int, device: torch.device) -> int:

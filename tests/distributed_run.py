@@ -32,7 +32,7 @@ from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards
 from pdtrim_pl.selectors import MassSelector
 from pdtrim_pl.settings import Structure
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy
 
 torch.set_num_threads(1)
 GLOBAL_BATCH = 4
@@ -50,6 +50,8 @@ class CPUDeepSpeed(PDTrimDeepSpeedStrategy):
 
 
 def strategy_of(name: str) -> Strategy | str:
+    if name == "fsdp":
+        return PDTrimFSDPStrategy()
     if not name.startswith("zero"):
         return name
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -124,12 +126,16 @@ def fit(name: str, processes: int, model: Path, folder: Path, ckpt_path: Path | 
 
 def main(name: str, processes: int, model: Path, folder: Path) -> None:
     continued = f"{name}-offload" if name == "zero2" else name
-    for part, strategy, ckpt_path in (("whole", name, None), ("continued", continued, folder / "whole" / MIDDLE)):
+    middle = folder / "whole" / MIDDLE
+    parts: list[tuple[str, str, Path | None]] = [("whole", name, None), ("continued", continued, middle)]
+    if name == "fsdp":
+        parts.append(("crossed", "ddp_find_unused_parameters_true", middle))
+    for part, strategy, ckpt_path in parts:
         module = fit(strategy, processes, model, folder / part, ckpt_path)
         if module.global_rank == 0:
             told = {"record": module.record.to_json(), "plan": module.plan.to_json()}
             (folder / part / "told.json").write_text(json.dumps(told), encoding="utf-8")
-    if name == "zero3":  # DeepSpeed alone cannot load weights without an optimizer
+    if name in ("zero3", "fsdp"):  # DeepSpeed alone cannot load weights without an optimizer
         trainer = trainer_of(folder / "judged", strategy_of(name), processes, folder / "unused")
         metrics = trainer.validate(
             module_of(model), datamodule=data_of(model, processes), ckpt_path=folder / "whole" / "last.ckpt"

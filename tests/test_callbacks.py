@@ -11,14 +11,17 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks import BlockDrop, ExportPair, KVRetention, PlanLogger, RepeatedDrop
+from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, RepeatedDrop, RequestShape
 from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, sidecar
+from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.export import load_stage
 from pdtrim_pl.losses import KL
+from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.policy import Retention
 from pdtrim_pl.search import Annealing, Guards, choose_drops
 from pdtrim_pl.selectors import MassSelector
 from pdtrim_pl.settings import Structure
@@ -257,7 +260,7 @@ def test_a_run_that_ends_before_its_rounds_says_so(
 ) -> None:
     exporter = ExportPair(tmp_path / "export", measure=False)
     fit(tmp_path, tiny_llama_dir, [BlockDrop("decode", FirstCandidate(), {2: 1}), exporter], max_steps=2)
-    assert "ended before these rounds of drops (stage, epoch): [('decode', 2)]" in caplog.text
+    assert "ended before these rounds (what, epoch): [('decode drops', 2)]" in caplog.text
 
 
 def test_retention_before_a_drop_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -310,3 +313,47 @@ def test_a_plan_of_another_model_is_refused(tiny_llama_dir: Path, tmp_path: Path
     module = module_for(tiny_llama_dir, structure=Structure(plan=tmp_path / "plan.json"))
     with pytest.raises(ValueError, match=r"for a model of 9 blocks, and `model` has 4"):
         module.configure_model()
+
+
+def test_a_round_may_merge_neighbours_into_weights_of_their_own(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    merging = Merging(min_cosine=-1.0, steps=8, learning_rate=3e-3)
+    drops: list[Callback] = [
+        BlockDrop("decode", GreedyKL(), {0: 1, 1: 1}, Guards(0, 0), merging=merging),
+        BlockDrop("prefill", GreedyKL(), {1: 1}, Guards(0, 0), Annealing(10), merging=merging),
+    ]
+    _, module = fit(tmp_path, tiny_llama_dir, drops)
+    actions = {entry.action for entry in module.plan.history}
+    assert "merge" in actions, "a fitted pair hurts less than a drop"
+    assert (len(module.plan.prefill), len(module.plan.decode)) == (3, 2)
+    assert module.student.gates[1].offers == {}, "what was not chosen is gone"
+    state = CheckpointState.beside(next((tmp_path / "checkpoints").glob("epoch=2*.ckpt")))
+    assert state is not None
+    assert state.plan == module.plan
+
+
+def test_one_search_over_both_stages_meets_its_target_in_rounds(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    target = CostTarget(prefill_flops=0.8, decode_bytes=0.8, wire_bytes=0.4)
+    drops = JointDrop(target, [0, 2], RequestShape(16, 8), Guards(0, 0), Retention("first_last", 1, 1), Annealing(10))
+    structure = Structure(relation="free")
+    seed_everything(0, verbose=False)
+    module = module_for(tiny_llama_dir, structure=structure)
+    trainer_for(tmp_path, [drops]).fit(module, datamodule=data_for(tiny_llama_dir))
+    cost = CostModel.of(module.student, 16, 8)
+    assert target.met(cost.shares(module.plan, module.policy))
+    assert {(entry.criterion, entry.round) for entry in module.plan.history} <= {("joint", 0), ("joint", 1)}
+    first = CheckpointState.beside(next((tmp_path / "checkpoints").glob("epoch=0*.ckpt")))
+    assert first is not None
+    assert drops.share(0).met(cost.shares(first.plan, first.policy))
+    assert not target.met(cost.shares(first.plan, first.policy))
+
+
+def test_joint_drops_refuse_what_they_cannot_do(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`epochs` of the joint drops is \[\]"):
+        JointDrop(CostTarget(0.5), [])
+    with pytest.raises(ValueError, match=r"asks for nothing"):
+        JointDrop(CostTarget(), [0])
+    with pytest.raises(MisconfigurationException, match=r"needs `structure.relation: free`, and the plan has `nested`"):
+        fit(tmp_path, tiny_llama_dir, [JointDrop(CostTarget(0.8), [0])])
+    twice: list[Callback] = [JointDrop(CostTarget(wire_bytes=0.5), [0]), KVRetention(MassSelector())]
+    with pytest.raises(MisconfigurationException, match=r"chooses what KV to send, and so does KVRetention"):
+        fit(tmp_path, tiny_llama_dir, twice)

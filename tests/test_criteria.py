@@ -71,7 +71,7 @@ def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
     bare = Evaluator(student, teacher, batches(), memory=little)
     assert fast.neighbours.stride is not None
     assert bare.neighbours.stride is None
-    assert bare.teacher_log_probs == [None, None]
+    assert bare.references == [None, None]
     fast.rebase(base)
     bare.rebase(base)
     for plan in (base, *asked):

@@ -31,6 +31,12 @@ def test_counts_never_overlap_and_never_exceed_the_prompt(first: float, last: fl
     assert head + tail == min(positions, sum(asked))
 
 
+def test_a_count_and_an_equal_share_are_different_rules() -> None:
+    count, share = Retention("first_last", 1), Retention("first_last", 1.0)
+    assert count != share
+    assert len({count, share, Retention("first_last", 1)}) == 2
+
+
 def test_a_share_is_the_decimal_it_is_written_as() -> None:
     assert Retention("first_last", 0, 0.07).kept(100) == 7, "0.07 * 100 is 7.000000000000001 in floating point"
     assert Retention("first_last", 0, 0.2).kept(11) == 3, "shares are rounded up"

@@ -22,10 +22,10 @@ from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.journal import Journal, Partial
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.evaluation.ranks import Ranks
+from pdtrim_pl.merging import Merging
 from pdtrim_pl.plan import Relation, StagePlan, Target
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
-from pdtrim_pl.moves import Move
-from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops
+from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops, distillation_set
 from pdtrim_pl.staged import StagedCausalLM
 
 NO_GUARDS = Guards(0, 0)
@@ -64,6 +64,22 @@ def test_the_greedy_state_is_the_one_that_greedy_kl_chooses(model: StagedCausalL
     )
     assert search.candidate(state).plan.decode == chosen.decode
     assert chosen.history[-1].score == energy
+
+
+def test_a_lazy_greedy_choice_looks_at_fewer_states(model: StagedCausalLM) -> None:
+    exact, lazy = round_search(model), round_search(model)
+    state, energy = lazy.greedy(lazy=True)
+    assert len(state) == 3
+    assert energy == lazy.evaluator.energy(lazy.candidate(state).plan)
+    assert lazy.greedy(lazy=True) == (state, energy)
+    first = [
+        search.greedy(lazy=is_lazy)[0][0] for search, is_lazy in ((one_drop(exact), False), (one_drop(lazy), True))
+    ]
+    assert first[0] == first[1], "the first step is exact"
+
+
+def one_drop(search: RoundSearch) -> RoundSearch:
+    return RoundSearch(search.evaluator, search.start, search.target, 1, NO_GUARDS)
 
 
 def test_the_same_seed_gives_the_same_result(model: StagedCausalLM) -> None:
@@ -188,12 +204,16 @@ def test_every_state_keeps_the_relation(relation: Relation, target: Target) -> N
 
 
 def test_drops_and_merges_of_a_state_never_touch_the_same_block(model: StagedCausalLM) -> None:
-    merges = [Move("decode", (block, block + 1), block) for block in range(6)]
-    evaluator = Evaluator(model, model, batches())
-    search = RoundSearch(evaluator, model.plan, "decode", 3, NO_GUARDS, merges, untied=False)
+    student, settings = StagedCausalLM(tiny_model("llama", blocks=7)).eval(), Merging(min_cosine=-1, steps=1)
+    context = ScoringContext(student, model, batches())
+    merges = distillation_set(context, model.plan, "decode", settings, NO_GUARDS)
+    assert [move.run for move in merges] == [(block, block + 1) for block in range(6)]
+    search = RoundSearch(context.evaluator, model.plan, "decode", 3, NO_GUARDS, merges, settings)
     draw, state = random.Random(0), search.greedy()[0]
     for _ in range(200):
-        state = search.neighbour(state, draw)
+        other = search.neighbour(state, draw)
+        assert other is not None
+        state = other
         touched = [block for move in state for block in move.run]
         assert len(touched) == len(set(touched))
         assert len(search.candidate(state).plan.removed("decode")) == 3

@@ -35,11 +35,17 @@ from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import STAGES, ModelRef, StagePlan
 from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, put_in_place, unfinished
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, check_drops, check_strategy, gathered
+from pdtrim_pl.strategies import (
+    PDTrimDeepSpeedStrategy,
+    PDTrimFSDPStrategy,
+    check_drops,
+    check_strategy,
+    gathered,
+)
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 300
-STRATEGIES = ("ddp_find_unused_parameters_true", "zero2", "zero3")
+STRATEGIES = ("ddp_find_unused_parameters_true", "zero2", "zero3", "fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +101,10 @@ def logits_of(export: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["whole", "continued"])
+@pytest.mark.parametrize("part", ["whole", "continued", "crossed"])
 def test_two_processes_train_what_one_trains(part: str, together: Path, alone: tuple[Path, PDTrimModule]) -> None:
+    if part == "crossed" and not together.name.startswith("fsdp"):
+        pytest.skip("only FSDP's and DDP's checkpoints are of one kind")
     found, record, plan = told(together / part), alone[1].record, alone[1].plan
     assert (plan.kv_only, plan.removed("prefill"), plan.removed("decode")) == ((1,), (1, 3), (3, 4))
     assert [(r.stage, r.block, r.round) for r in StagePlan.from_json(found["plan"]).history] == [
@@ -119,7 +127,7 @@ def test_what_two_processes_export_computes_what_the_single_process_export_compu
 
 @pytest.mark.slow
 def test_a_sharded_checkpoint_is_judged_as_its_run_was(together: Path, alone: tuple[Path, PDTrimModule]) -> None:
-    if together.name.startswith("zero3"):
+    if together.name.startswith(("zero3", "fsdp")):
         for rank in range(2):
             (values,) = json.loads((together / f"judged-{rank}.json").read_text(encoding="utf-8"))
             assert values["val/ppl"] == pytest.approx(alone[1].record.validations[-1][1]["ppl"], rel=1e-4)
@@ -181,7 +189,8 @@ def test_strategies_that_can_drop_are_taken() -> None:
     ("make", "stage", "message"),
     [
         (lambda: DeepSpeedStrategy(stage=2), "fit", r"Lightning's own DeepSpeedStrategy.*PDTrimDeepSpeedStrategy"),
-        (FSDPStrategy, "fit", r"FSDPStrategy, which is not supported: .*`stage: 3`"),
+        (FSDPStrategy, "fit", r"own FSDPStrategy, under which .*PDTrimFSDPStrategy.*`stage: 3`"),
+        (lambda: PDTrimFSDPStrategy(), "predict", r"`predict` cannot run with sharded weights"),
         (lambda: PDTrimDeepSpeedStrategy(3), "predict", r"`predict` cannot run with sharded weights"),
     ],
 )

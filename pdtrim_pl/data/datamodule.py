@@ -169,6 +169,10 @@ class PromptResponseDataModule(LightningDataModule):
         """The whole calibration part in a fixed order, the same on every rank."""
         return self._fixed("calibration")
 
+    def fitting_dataloader(self) -> DataLoader[Example]:
+        """The training part in a fixed order, the same on every rank, for blocks that are fitted locally."""
+        return self._fixed("train")
+
     def _fixed(self, name: str) -> DataLoader[Example]:
         return DataLoader(
             self.part(name),

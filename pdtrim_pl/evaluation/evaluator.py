@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from pdtrim_pl.data.collate import Batch, fingerprint
 from pdtrim_pl.evaluation.journal import Journal, Partial
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
-from pdtrim_pl.evaluation.quality import final_hidden, log_probabilities, score_tokens
+from pdtrim_pl.evaluation.quality import Reference, final_hidden, score_tokens
 from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.plan import STAGES, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
@@ -48,7 +47,7 @@ class Memory:
     base: int = 4 * 2**30
     """For the base plan: prompt caches first, then hidden states, of every k-th block if not of all."""
     teacher: int = 2 * 2**30
-    """For the teacher's log-probabilities, fp32, batch by batch; where they do not fit, its head runs again."""
+    """For the teacher's probabilities, fp32, batch by batch; where they do not fit, its head runs again."""
 
 
 class Evaluator:
@@ -81,8 +80,8 @@ class Evaluator:
         self.targets = [batch.response_ids[batch.response_mask] for batch in self.batches]
         self.neighbours = Neighbours(student, self.batches, memory.base)
         with torch.no_grad():
-            self.reference = [final_hidden(teacher, batch) for batch in self.batches]
-            self.teacher_log_probs = self._kept_log_probs(memory.teacher)
+            self.teacher_hidden = [final_hidden(teacher, batch) for batch in self.batches]
+        self.references = self._kept_references(memory.teacher)
         self.journal = Journal(journal, self.fingerprint(batches) if journal is not None else "", ranks)
 
     @property
@@ -150,13 +149,19 @@ class Evaluator:
         self.neighbours.rebase(self.candidate(plan, policy))
 
     def fingerprint(self, batches: Sequence[Batch]) -> str:
-        """What energies depend on besides plan and policy: weights of both models and the calibration set."""
+        """What energies depend on besides plan and policy: weights, those on offer too, and the calibration set."""
         sums = [
-            float(parameter.detach().double().sum())
+            float(self.ranks.own(parameter).detach().double().sum())
             for model in (self.student, self.teacher)
             for parameter in model.parameters()
         ]
-        text = f"{self.ranks.agree(sums)} {self.teacher.plan.to_json()} {fingerprint(batches)}"
+        offers = [
+            (block, stage, run, sum(float(parameter.double().sum()) for parameter in weights.parameters()))
+            for block, gate in self.student.gates.items()
+            for (stage, run), weights in gate.offers.items()
+        ]
+        held = self.ranks.agree(sums) if self.ranks.whole else self.ranks.gather(sums)
+        text = f"{held} {self.ranks.agree(offers)} {self.teacher.plan.to_json()} {fingerprint(batches)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _extended(self, candidate: Candidate, enough: Callable[[Partial], bool]) -> Partial:
@@ -184,27 +189,26 @@ class Evaluator:
     def _sums(self, candidate: Candidate, index: int) -> tuple[float, float]:
         """KL and NLL of one of this rank's batches, summed over its response tokens in fp64."""
         hidden = self.neighbours.response(candidate, index)
+        reference = self.references[index]
+        if reference is not None:
+            return reference.compare(self.student.logits, hidden, self.targets[index])
         heads = (self.student.logits, self.teacher.logits)
-        scores = score_tokens(
-            hidden, self.reference[index], self.targets[index], *heads,
-            teacher_log_probs=self.teacher_log_probs[index],
-        )  # fmt: skip
+        scores = score_tokens(hidden, self.teacher_hidden[index], self.targets[index], *heads)
         return float(scores.kl.double().sum()), float(scores.nll.double().sum())
 
-    def _kept_log_probs(self, budget: int) -> list[Tensor | None]:
-        kept: list[Tensor | None] = []
+    def _kept_references(self, budget: int) -> list[Reference | None]:
+        kept: list[Reference | None] = []
         vocabulary = self.teacher.model.config.vocab_size
-        for hidden in self.reference:
-            size = len(hidden) * vocabulary * torch.float32.itemsize
-            budget -= size
-            kept.append(log_probabilities(self.teacher.logits, hidden) if budget >= 0 else None)
+        for hidden in self.teacher_hidden:
+            budget -= len(hidden) * vocabulary * torch.float32.itemsize
+            kept.append(Reference.of(self.teacher.logits, hidden) if budget >= 0 else None)
         return kept
 
 
 def described(candidate: Candidate) -> str:
     """Everything of a candidate that its energy depends on, and nothing else."""
     plan, policy = candidate.plan, candidate.policy
-    facts = {
+    facts: dict[str, object] = {
         "boundary": plan.boundary,
         **{stage: list(plan.blocks(stage)) for stage in STAGES},
         "merged": {stage: {str(b): list(run) for b, run in plan.merged[stage].items()} for stage in STAGES},

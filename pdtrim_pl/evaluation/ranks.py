@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,10 @@ class Ranks:
     """Rank 0's value on every rank: rounding may differ between ranks, and what they choose must not."""
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     """Every rank's value, in order of rank, on every rank."""
+    own: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
+    """What this rank holds of a weight."""
+    gather_weights: Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]] | None = None
+    """Makes sharded weights whole on every rank for as long as its context lasts; None where they are."""
     whole: bool = True
     """Whether every rank holds whole weights. If not, no rank can evaluate a batch that the others do not."""
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pdtrim_pl.export.verify import rounded_copy
 from pdtrim_pl.staged import StagedCausalLM
@@ -29,8 +30,11 @@ def whole_copy(staged: StagedCausalLM, gather: Gather, *, keep: bool) -> StagedC
     whole: dict[int, Tensor] = {}
     for parameter in staged.parameters():  # tied weights come once
         with gather([parameter]):
+            tensor = parameter.detach()
+            if isinstance(tensor, DTensor):  # FSDP's, which are gathered one by one
+                tensor = tensor.full_tensor()
             if keep:
-                whole[id(parameter)] = parameter.detach().cpu().clone()
+                whole[id(parameter)] = tensor.cpu().clone()
     if not keep:
         return None
 

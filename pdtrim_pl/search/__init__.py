@@ -3,7 +3,9 @@
 from pdtrim_pl.search.annealing import Annealing, anneal
 from pdtrim_pl.search.choose import choose_drops
 from pdtrim_pl.search.guards import Guards
+from pdtrim_pl.search.joint import JointSearch
+from pdtrim_pl.search.merges import distillation_set
 from pdtrim_pl.search.rounds import RoundSearch
 from pdtrim_pl.search.space import Space
 
-__all__ = ["Annealing", "Guards", "RoundSearch", "Space", "anneal", "choose_drops"]
+__all__ = ["Annealing", "Guards", "JointSearch", "RoundSearch", "Space", "anneal", "choose_drops", "distillation_set"]

@@ -50,8 +50,8 @@ def anneal(
     space.rebase(current)
     for move in range(1, settings.evaluations + 1):
         candidate = space.neighbour(current, draw)
-        if candidate == current:
-            break  # nothing to exchange with
+        if candidate is None:
+            break
         limit = current_energy - temperature * ln(1.0 - draw.random())
         energy = space.energy(candidate, limit)
         temperature *= settings.cooling

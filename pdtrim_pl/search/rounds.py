@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
+from pdtrim_pl.merging.settings import Merging
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search.guards import Guards
-from pdtrim_pl.search.space import Space, fits
+from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
 
 Removals = tuple[Move, ...]
 """The removals of one round, in a fixed order."""
@@ -24,65 +25,66 @@ class RoundSearch(Space[Removals]):
         start: the plan before the round.
         target: the stage(s) that lose blocks.
         count: removals of the round.
-        guards: blocks that no removal may touch, and a cap.
+        guards: blocks that no drop may touch.
         merges: the distillation set: merges that may be chosen beside drops.
-        untied: whether merged blocks get weights of their own in the target.
+        merging: how they were fitted.
     """
 
     def __init__(
         self, evaluator: Evaluator, start: StagePlan, target: Target, count: int, guards: Guards,
-        merges: Sequence[Move] = (), untied: bool = True,
+        merges: Sequence[Move] = (), merging: Merging | None = None,
     ) -> None:  # fmt: skip
         super().__init__(evaluator)
-        self.start, self.target, self.count, self.untied = start, target, count, untied
+        self.start, self.target, self.count, self.merging = start, target, count, merging or Merging()
         pool = start.candidates(target, guards.protect_first, guards.protect_last)
         if len(pool) < count:
             pool = start.drop_candidates(target, guards.protect_first, guards.protect_last)
         self.pool = [*(Move(target, (block,)) for block in pool), *merges]
 
     def candidate(self, state: Removals) -> Candidate:
-        plan = self.start
-        for move in _merges_first(state):
-            plan = move.apply(plan, untied=self.untied)
-        return self.evaluator.candidate(plan)
+        return self.evaluator.candidate(after(self.start, state, self.merging))
 
     def final(self, state: Removals, round: int, criterion: str, energy: float | None) -> StagePlan:
         """The plan of the state that a search returned, its history saying so."""
-        plan = self.start
-        for move in _merges_first(state):
-            plan = move.apply(plan, untied=self.untied, round=round, criterion=criterion, score=energy)
-        return plan
+        return after(self.start, state, self.merging, round=round, criterion=criterion, score=energy)
 
-    def neighbour(self, state: Removals, draw: random.Random) -> Removals:
+    def neighbour(self, state: Removals, draw: random.Random) -> Removals | None:
         out = draw.choice(state)
         rest = [move for move in state if move != out]
         left = [move for move in self.pool if move not in state and fits(move, rest)]
-        return tuple(sorted([*rest, draw.choice(left)], key=_order)) if left else state
+        return tuple(sorted([*rest, draw.choice(left)], key=order)) if left else None
 
-    def greedy(self) -> tuple[Removals, float]:
+    def greedy(self, lazy: bool = False) -> tuple[Removals, float]:
         """One removal after another, each the one of least energy.
+
+        Args:
+            lazy: look again only at candidates that were good before; see `LazyGreedy`.
 
         Raises:
             ValueError: fewer removals are possible than the round asks for.
         """
         state: Removals = ()
-        energy = 0.0
+        energy, steps = 0.0, LazyGreedy(self)
         for taken in range(self.count):
             self.rebase(state)
-            options = [tuple(sorted([*state, m], key=_order)) for m in self.pool if fits(m, state)]
-            options = [option for option in options if self._runs(option)]
+            options = [Option(m, tuple(sorted([*state, m], key=order))) for m in self.pool if fits(m, state)]
+            options = [option for option in options if self._runs(option.state)]
             if not options:
                 raise ValueError(
                     f"Only {taken} of {self.count} removals can be made in `{self.target}` under the guards. Lower the "
                     "counts in `schedule`, or loosen `guards`."
                 )
-            index, energy = self.best(options)
-            state = options[index]
+            if lazy:
+                chosen, energy = steps.choose(options, energy)
+            else:
+                index, energy = self.best([option.state for option in options])
+                chosen = options[index]
+            state = chosen.state
         return state, energy
 
     def drops(self, blocks: Sequence[int]) -> Removals:
         """The state that drops these blocks."""
-        return tuple(sorted((Move(self.target, (block,)) for block in blocks), key=_order))
+        return tuple(sorted((Move(self.target, (block,)) for block in blocks), key=order))
 
     def _runs(self, state: Removals) -> bool:
         """Whether every stage keeps a block."""
@@ -91,10 +93,6 @@ class RoundSearch(Space[Removals]):
         return all(len(self.start.blocks(stage)) > lost for stage in stages)
 
 
-def _order(move: Move) -> tuple[tuple[int, ...], int]:
+def order(move: Move) -> tuple[tuple[int, ...], int]:
+    """The order in which a state holds its moves."""
     return move.run, -1 if move.into is None else move.into
-
-
-def _merges_first(state: Removals) -> list[Move]:
-    """Merges need their neighbours to be there, drops do not."""
-    return sorted(state, key=lambda move: move.into is None)

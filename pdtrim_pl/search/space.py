@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Generic, TypeVar
 
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
+from pdtrim_pl.merging.settings import Merging
 from pdtrim_pl.moves import Move
+from pdtrim_pl.plan import StagePlan
 
 State = TypeVar("State")
 
@@ -25,8 +29,8 @@ class Space(ABC, Generic[State]):
         """Plan and policy of a state."""
 
     @abstractmethod
-    def neighbour(self, state: State, draw: random.Random) -> State:
-        """A state that differs from this one by an exchange; this one itself where there is nothing to exchange."""
+    def neighbour(self, state: State, draw: random.Random) -> State | None:
+        """A state that differs from this one by an exchange; None where there is nothing to exchange."""
 
     def energy(self, state: State, limit: float = float("inf")) -> float | None:
         """The state's energy, nats, if it is below `limit`, else None."""
@@ -43,6 +47,63 @@ class Space(ABC, Generic[State]):
     ) -> tuple[int, float]:
         """The index of the best of some states, and its energy."""
         return self.evaluator.best([self.candidate(state) for state in states], key=key)
+
+
+@dataclass(frozen=True)
+class Option(Generic[State]):
+    """One choice that a greedy search may make next."""
+
+    choice: Hashable
+    """Names it, whatever was chosen before."""
+    state: State
+    gain: float = 1.0
+    """What it brings nearer; the rise of energy is divided by it."""
+
+
+class LazyGreedy(Generic[State]):
+    """Chooses step by step the option of least rise for its gain, and looks again only at those that may be it.
+
+    What an option cost at an earlier step is taken for the least that it costs now, as in Minoux's accelerated greedy
+    algorithm (1978). It need not be so, for removals help or hurt each other; the choice is then not the very best.
+    """
+
+    def __init__(self, space: Space[State]) -> None:
+        self.space = space
+        self.known: dict[Hashable, float] = {}
+
+    def choose(self, options: Sequence[Option[State]], energy: float) -> tuple[Option[State], float]:
+        """The best option and its energy.
+
+        Args:
+            options: at least one.
+            energy: of the state they all start from.
+        """
+        best: tuple[Option[State], float] | None = None
+        least = inf
+        for option in sorted(options, key=lambda option: self.known.get(option.choice, -inf)):
+            if self.known.get(option.choice, -inf) >= least:
+                break
+            found = self.space.energy(option.state, energy + least * option.gain)
+            rise = least if found is None else (found - energy) / option.gain
+            self.known[option.choice] = rise
+            if found is not None and rise < least:
+                best, least = (option, found), rise
+        assert best is not None
+        return best
+
+
+def after(plan: StagePlan, moves: Sequence[Move], merging: Merging, **facts: Any) -> StagePlan:
+    """The plan after some removals.
+
+    Args:
+        plan: the plan before.
+        moves: removals that fit each other. Merges are made first, for they need their neighbours to be there.
+        merging: says which merged blocks get weights of their own.
+        **facts: of the history, as of `StagePlan.drop`.
+    """
+    for move in sorted(moves, key=lambda move: move.into is None):
+        plan = move.apply(plan, **facts) if move.into is None else merging.apply(plan, move, **facts)
+    return plan
 
 
 def fits(move: Move, others: Iterable[Move]) -> bool:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pdtrim_pl.plan import Stage, StagePlan
-from pdtrim_pl.staged.architectures import Architecture
+from pdtrim_pl.plan import STAGES, Stage, StagePlan
+from pdtrim_pl.staged.architectures import Architecture, RoPE
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, attention_mask
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -103,7 +103,11 @@ class Gate(nn.Module):
         self.index = index
         self.window = window
         self.architecture = architecture
+        self.project: Callable[[nn.Module, Tensor, RoPE], tuple[Tensor, Tensor]] = architecture.keys_values
+        """Makes keys and values of a KV-only block; a strategy that shards weights puts its own in place."""
         self.untied = nn.ModuleDict()
+        self.offers: dict[tuple[Stage, tuple[int, ...]], nn.Module] = {}
+        """Fitted weights of merges that a search may choose, by stage and run: no parameters of the model yet."""
 
     def __getattr__(self, name: str) -> Any:
         """Some models read attributes of their blocks, such as `attention_type`; the block answers."""
@@ -113,20 +117,58 @@ class Gate(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
     def weights(self, stage: Stage, plan: StagePlan) -> nn.Module:
-        """The block whose weights `stage` uses under `plan`: its own where untied there, else the shared one."""
+        """The block whose weights `stage` uses under `plan`: those on offer for its run, its own, or the shared one."""
+        offered = self.offers.get((stage, plan.merged[stage].get(self.index, ())))
+        if offered is not None:
+            return offered
         return self.untied[stage] if self.index in plan.untied[stage] else self.block
 
     def untie(self, stage: Stage) -> None:
         """Give `stage` weights of its own, starting from the shared ones."""
         if stage not in self.untied:
-            # The copy reads the model's own configuration, so that a change of attention implementation reaches it.
-            configs = [vars(module).get("config") for module in self.block.modules()]
-            shared = {id(config): config for config in configs if config is not None}
-            self.untied[stage] = copy.deepcopy(self.block, shared).requires_grad_(True)
+            self.untied[stage] = copy_of(self.block)
+
+    def check_offers(self, plan: StagePlan) -> None:
+        """Refuse a plan that would put fitted weights into shared ones that a stage without the merge uses too.
+
+        Raises:
+            ValueError: with the way out.
+        """
+        shared = {stage: self.offers.get((stage, plan.merged[stage].get(self.index, ())))
+                  for stage in _stages_using(self.index, plan) if self.index not in plan.untied[stage]}  # fmt: skip
+        if len(set(shared.values())) > 1:
+            raise ValueError(
+                f"Block {self.index} would be merged with `tied: true`, and {' and '.join(shared)} use its shared "
+                "weights for different runs. Leave `tied` out, so that the stage gets weights of its own, or merge in "
+                "both stages."
+            )
+
+    def take_up(self, plan: StagePlan, write: Callable[[nn.Parameter, Tensor], None]) -> None:
+        """Untie what `plan` unties, make the weights on offer for its merges those of their stages, end the offers."""
+        chosen = {stage: self.offers.get((stage, plan.merged[stage].get(self.index, ()))) for stage in STAGES}
+        self.offers.clear()
+        targets: dict[int, tuple[nn.Module, nn.Module]] = {}
+        for stage in STAGES:
+            if self.index in plan.untied[stage]:
+                self.untie(stage)
+            fitted, weights = chosen[stage], self.weights(stage, plan)
+            if fitted is not None:
+                targets[id(weights)] = (weights, fitted)  # once, where both stages share them
+        for weights, fitted in targets.values():
+            for name, parameter in weights.named_parameters():
+                write(parameter, fitted.get_parameter(name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """Offers move with the model, though they are no part of it."""
+        super()._apply(fn, recurse)
+        for weights in {id(weights): weights for weights in self.offers.values()}.values():
+            weights._apply(fn)
+        return self
 
     def forward(self, hidden: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         """Run, project or skip; hidden state in and out, [B, T, H]."""
         current: StagePass = kwargs[self.architecture.cache_argument]
+        dtype = hidden.dtype
         if current.resume is not None:
             if self.index < current.resume.block:
                 return hidden
@@ -134,7 +176,7 @@ class Gate(nn.Module):
                 hidden = current.resume.hidden
         block = self.weights(current.stage, current.plan)
         if self.index in current.projects:
-            keys, values = self.architecture.keys_values(block, hidden, kwargs["position_embeddings"])
+            keys, values = self.project(block, hidden, kwargs["position_embeddings"])
             current.cached[self.index] = BlockKV(keys, values, current.tokens)
             return hidden
         if self.index not in current.runs:
@@ -152,7 +194,8 @@ class Gate(nn.Module):
             current.observer(self.index, hidden, out)
         if current.keep and self.index in current.sends:
             current.cached[self.index] = BlockKV(keys, values, slots)
-        return out
+        # A block is fitted in fp32 inside a model of bf16, by a pass that starts at it; the last norm takes bf16 only.
+        return out if current.resume is None else out.to(dtype)
 
     def _run(
         self, block: nn.Module, kwargs: dict[str, Any], hidden: Tensor, keys: Tensor | None, values: Tensor | None
@@ -162,3 +205,16 @@ class Gate(nn.Module):
         assert cache.keys is not None
         assert cache.values is not None
         return out, cache.keys, cache.values
+
+
+def _stages_using(index: int, plan: StagePlan) -> tuple[Stage, ...]:
+    """Stages that run a block or project its keys and values."""
+    return tuple(s for s in STAGES if index in plan.blocks(s) or (s == "prefill" and index in plan.kv_only))
+
+
+def copy_of(block: nn.Module) -> nn.Module:
+    """A block with weights of its own that take gradients."""
+    # It reads the model's own configuration, so that a change of attention implementation reaches it.
+    configs = [vars(module).get("config") for module in block.modules()]
+    shared = {id(config): config for config in configs if config is not None}
+    return copy.deepcopy(block, shared).requires_grad_(True)

@@ -6,7 +6,7 @@ Prompts are padded on the left, responses on the right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,13 @@ from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
 from pdtrim_pl.staged.architectures import Architecture, architecture_of
 from pdtrim_pl.staged.cache import KVCache, Slots
+from pdtrim_pl.staged.fitted import FittedRun
 from pdtrim_pl.staged.gate import Gate, Observer, Resume, StagePass
 from pdtrim_pl.staged.generation import PickToken, decode_stream, greedy, until_stopped
 from pdtrim_pl.staged.request import Request, as_bool, never_empty
+
+WriteWeight = Callable[[nn.Parameter, Tensor], None]
+"""Puts a value into a parameter that trains."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,18 @@ class StagedCausalLM(nn.Module):
         """Shape of one block's KV per position, in the model's own element type."""
         return kv_shape_of(self.model)
 
-    def apply_plan(self, plan: StagePlan) -> None:
+    def apply_plan(self, plan: StagePlan, write: WriteWeight | None = None) -> None:
         """Run under `plan` from now on; creates the untied weights it names and narrows the policy to its D.
 
+        Fitted weights on offer for the merges of `plan` become those of their stages, and all offers end.
+
+        Args:
+            plan: what each stage runs.
+            write: how fitted weights get into parameters, where an engine keeps copies of them.
+
         Raises:
-            ValueError: the plan is for a model of another type or with another number of blocks.
+            ValueError: the plan is for a model of another type or with another number of blocks, or it merges into
+                shared weights that a stage without that merge uses too.
         """
         if plan.model.model_type != self.model.config.model_type:
             raise ValueError(
@@ -108,12 +119,11 @@ class StagedCausalLM(nn.Module):
                 f"The stage plan is for a model of {plan.model.num_blocks} blocks, and `model` has "
                 f"{len(self.originals)}. Use the plan of this model, or name the plan's model in `model`."
             )
+        for gate in self.gates.values():
+            gate.check_offers(plan)
         self.plan = plan
-        gates = self.gates
-        for stage in STAGES:
-            for index in plan.untied[stage]:
-                if index in gates:
-                    gates[index].untie(stage)
+        for gate in self.gates.values():
+            gate.take_up(plan, write or _overwrite)
         if self.policy is not None:
             self.apply_policy(self.policy.restricted_to(plan))
 
@@ -132,6 +142,24 @@ class StagedCausalLM(nn.Module):
                     f"{ours.num_key_value_heads} of {ours.head_dim}. Use the policy of this model."
                 )
         self.policy = policy
+
+    def offer(self, fitted: Iterable[FittedRun]) -> None:
+        """Let plans that make these merges run with the fitted weights, until a plan is applied or they are withdrawn.
+
+        They are no parameters of this model: not saved, not trained, but moved with it.
+        """
+        gates = self.gates
+        for run in fitted:
+            if run.weights is not None:
+                weights = run.weights.to(self.model.device).eval().requires_grad_(False)
+                assert run.move.into is not None
+                for stage, blocks in run.stands_for.items():
+                    gates[run.move.into].offers[stage, blocks] = weights
+
+    def withdraw(self) -> None:
+        """End all offers."""
+        for gate in self.gates.values():
+            gate.offers.clear()
 
     def freeze_unused(self) -> None:
         """Let only weights that some stage of the plan uses take gradients."""
@@ -314,6 +342,11 @@ class StagedCausalLM(nn.Module):
                 f"Prompt and response take {tokens} tokens, and the context of `model` is {context}. Shorten the "
                 "prompt, or lower `max_new_tokens` (`lengths.max_length` of the data)."
             )
+
+
+def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value)
 
 
 def reference_to(model: PreTrainedModel, name_or_path: str | None = None) -> ModelRef:

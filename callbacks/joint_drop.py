@@ -1,0 +1,120 @@
+"""Take blocks out of both stages, and KV off the wire, by one search against a target of costs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from callbacks.kv_retention import KVRetention
+from callbacks.removal_rounds import RemovalRounds, scoring_context
+from pdtrim_pl.cost import CostModel, CostTarget
+from pdtrim_pl.criteria import ScoringContext
+from pdtrim_pl.module import PDTrimModule, evaluating
+from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """The request whose cost counts."""
+
+    prompt: int = 1024
+    """Tokens of the prompt."""
+    response: int = 256
+    """Tokens of the response."""
+
+
+class JointDrop(RemovalRounds):
+    """At the start of the scheduled epochs, searches both stages at once for the least KL that meets a cost target.
+
+    For `relation: free`. It also chooses the KV policy where `wire_bytes` is below 1: leave KVRetention out then.
+
+    Args:
+        target: the most that a request may cost after the last round, as shares of the dense model.
+        epochs: epochs with a round, from 0. Each of n rounds goes an n-th of the way to the target.
+        request: prompt and response lengths that the costs are counted for.
+        guards: blocks never to touch, and a cap a stage.
+        retention: what a block sends whose KV is trimmed.
+        annealing: search from the greedy choice; null does not.
+
+    Raises:
+        ValueError: no epoch, one below 0, or a target that asks for nothing.
+    """
+
+    def __init__(
+        self,
+        target: CostTarget,
+        epochs: list[int],
+        request: RequestShape = RequestShape(),
+        guards: Guards = Guards(),
+        retention: Retention = Retention("first_last", 4, 0.2),
+        annealing: Annealing | None = Annealing(),
+    ) -> None:
+        if not epochs or min(epochs) < 0 or len(set(epochs)) < len(epochs):
+            raise ValueError(f"`epochs` of the joint drops is {epochs}: give different epochs >= 0.")
+        if target == CostTarget():
+            raise ValueError("`target` of the joint drops asks for nothing: set at least one share below 1.")
+        super().__init__("joint drops", epochs)
+        self.target, self.request, self.guards = target, request, guards
+        self.retention, self.annealing = retention, annealing
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "JointDrop"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if self.target.wire_bytes < 1 and any(isinstance(callback, KVRetention) for callback in callbacks):
+            raise MisconfigurationException(
+                f"JointDrop with `target.wire_bytes: {self.target.wire_bytes}` chooses what KV to send, and so does "
+                "KVRetention. Leave KVRetention out, or set `wire_bytes: 1.0`."
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        if pl_module.plan.relation != "free":
+            raise MisconfigurationException(
+                f"JointDrop needs `structure.relation: free`, and the plan has `{pl_module.plan.relation}`. Set it, or "
+                "use BlockDrop."
+            )
+
+    def share(self, round: int) -> CostTarget:
+        """The target of one round."""
+        way = (round + 1) / len(self.epochs)
+        return CostTarget(**{name: 1.0 - (1.0 - share) * way for name, share in vars(self.target).items()})
+
+    @override
+    def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
+        log.info("Round %d: searching both stages for %s.", round, self.share(round))
+        with evaluating(module) as (student, teacher):
+            context = scoring_context(trainer, module, student, teacher)
+            if not any(module.record.redundancy.values()):
+                module.record.redundancy = context.redundancy
+            plan, policy = self._chosen(context, module.plan, round)
+        plan = StagePlan.from_json(context.ranks.agree(plan.to_json()))
+        module.apply_plan(plan)
+        module.apply_policy(policy)
+
+    def _chosen(
+        self, context: ScoringContext, start: StagePlan, round: int
+    ) -> tuple[StagePlan, KVRetentionPolicy | None]:
+        cost = CostModel.of(context.student, self.request.prompt, self.request.response)
+        target = self.share(round)
+        search = JointSearch(context.evaluator, start, target, cost, guards=self.guards, retention=self.retention)
+        state, energy = search.greedy(context.progress)
+        if self.annealing is not None:
+            state, energy = anneal(search, state, self.annealing, context.progress)
+        chosen = search.final(state, round, energy)
+        log.info("KL %.4f at %s of the dense model.", energy, cost.shares(chosen.plan, chosen.policy))
+        return chosen.plan, chosen.policy

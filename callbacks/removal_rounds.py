@@ -1,0 +1,133 @@
+"""The base of callbacks that take blocks out between distillation epochs, and what their searches look at."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Collection
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from pdtrim_pl.criteria import ScoringContext
+from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.strategies import check_drops, ranks_of
+
+log = logging.getLogger(__name__)
+
+
+class RemovalRounds(Callback):
+    """Removes blocks at the start of some epochs. A subclass says which, in `remove`.
+
+    The plan lives in the module, so a continued run finds it there; this callback only remembers which rounds are done.
+
+    Args:
+        title: what is removed, for messages.
+        epochs: epochs with a round, from 0.
+    """
+
+    def __init__(self, title: str, epochs: Collection[int]) -> None:
+        self.title = title
+        self.epochs = sorted(epochs)
+        self.done: list[int] = []
+
+    @property
+    def last_round(self) -> int:
+        """Epoch of the last round."""
+        return max(self.epochs)
+
+    @abstractmethod
+    def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
+        """Make round `round`, counted from 0: choose and apply a plan."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_drops(trainer.strategy)
+        if stage == "fit" and trainer.max_epochs not in (None, -1) and self.last_round >= (trainer.max_epochs or 0):
+            raise MisconfigurationException(
+                f"`schedule` of the {self.title} has a round at epoch {self.last_round}, and `trainer.max_epochs` is "
+                f"{trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
+            )
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch
+        if epoch in self.epochs and epoch not in self.done:
+            assert isinstance(pl_module, PDTrimModule)
+            self.remove(trainer, pl_module, self.epochs.index(epoch))
+            self.done.append(epoch)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": list(self.done)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done = list(state_dict["done"])
+
+
+def scoring_context(
+    trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM
+) -> ScoringContext:
+    """What criteria and searches look at in a run."""
+    return ScoringContext(
+        student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks_of(trainer.strategy),
+        journal_file(trainer),
+    )  # fmt: skip
+
+
+def journal_file(trainer: Trainer) -> Path:
+    """Where evaluations are kept: beside the checkpoints."""
+    saver = trainer.checkpoint_callback
+    folder = saver.dirpath if isinstance(saver, ModelCheckpoint) else None
+    return Path(folder or trainer.default_root_dir) / "search_journal.jsonl"
+
+
+def removals_of(trainer: Trainer) -> list[RemovalRounds]:
+    """The callbacks of a trainer that remove blocks, in order."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, RemovalRounds)]
+
+
+def calibration_batches(trainer: Trainer) -> list[Any]:
+    """The calibration set of the trainer's data module.
+
+    Raises:
+        MisconfigurationException: the data module has none.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is None:
+        raise MisconfigurationException(
+            "Scoring needs a calibration set: give the trainer a data module with `calibration_dataloader()`, such as "
+            "pdtrim_pl.data.PromptResponseDataModule."
+        )
+    return list(data.calibration_dataloader())
+
+
+def fitting_batches(trainer: Trainer, count: int) -> list[Any]:
+    """At most so many batches to fit merged blocks on: training text, or calibration text of a foreign data module."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, PromptResponseDataModule):
+        return list(islice(data.fitting_dataloader(), count))
+    return calibration_batches(trainer)
+
+
+class _Heartbeat:
+    """Says how far a search is, at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if time.monotonic() - self.last >= 10:
+            self.last = time.monotonic()
+            log.info("Search: %s.", line)

@@ -1,0 +1,117 @@
+"""Merged weights in a run that is under way: in the optimizer, in DDP's wrapper, in DeepSpeed's shards.
+
+An engine keeps its own copies of weights and their optimizer states, cut up between ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pdtrim_pl.merging.settings import Merging
+
+
+def check_merges(strategy: Strategy, settings: Merging) -> None:
+    """Refuse merges that a strategy cannot take up in the middle of a run.
+
+    Raises:
+        ValueError: with the reason and the way out.
+    """
+    if isinstance(strategy, DeepSpeedStrategy) and not settings.tied:
+        raise ValueError(
+            "`trainer.strategy` is DeepSpeed, whose shards are cut once, at the start, so that no block can get "
+            "weights of its own later. Set `tied: true` for the merges, which then are made only in both stages at "
+            "once, or use `strategy: ddp_find_unused_parameters_true`."
+        )
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"`trainer.strategy` is {type(strategy).__name__}, under which no merged block can be fitted: its weights "
+            "are cut up for good before the fit. Use `strategy: ddp_find_unused_parameters_true`, or, for blocks that "
+            "are too large for it, pdtrim_pl.strategies.PDTrimDeepSpeedStrategy with `tied: true` for the merges."
+        )
+
+
+class WeightChange:
+    """Writes fitted weights into parameters that train, and makes an optimizer and a strategy live with what changed.
+
+    Args:
+        strategy: of the trainer.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.written: list[nn.Parameter] = []
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Put rank 0's `value` into a parameter and all copies of it; every rank must call it."""
+        value = value.detach().to(parameter.device, parameter.dtype).clone()
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(value, 0)  # rounding must not part the ranks
+        if isinstance(self.strategy, DeepSpeedStrategy):
+            _write_shards(self.strategy, parameter, value)
+        else:
+            with torch.no_grad():
+                parameter.copy_(value)
+        self.written.append(parameter)
+
+    def finish(self, created: Sequence[nn.Parameter]) -> None:
+        """Forget optimizer states of the weights that were there before, and train `created` ones from now on."""
+        if isinstance(self.strategy, DeepSpeedStrategy):
+            assert not created, "`check_merges` refuses this"
+            _clear_sharded_states(self.strategy, self.written)
+            return
+        for optimizer in self.strategy.optimizers:
+            for parameter in self.written:
+                optimizer.state.pop(parameter, None)
+            # Not a group of their own: schedulers keep one rate for every group that was there when they were made.
+            optimizer.param_groups[0]["params"].extend(created)
+        if created:
+            _wrap_again(self.strategy)
+
+
+def _wrap_again(strategy: Strategy) -> None:
+    """DDP sums gradients only of the parameters that were there when it wrapped the module."""
+    wrapper = strategy.model
+    if isinstance(strategy, DDPStrategy) and isinstance(wrapper, DistributedDataParallel):
+        wrapper._remove_autograd_hooks()  # else every gradient is summed twice
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
+def _write_shards(strategy: DeepSpeedStrategy, parameter: nn.Parameter, value: Tensor) -> None:
+    """Into the weight, or this rank's shard of it, and into the engine's fp32 copy."""
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not strategy.zero_stage_3:
+        parameter.data.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+        return
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)
+    shard: Tensor = vars(parameter)["ds_tensor"]
+    safe_set_local_fp32_param(parameter, shard.float())
+
+
+def _clear_sharded_states(strategy: DeepSpeedStrategy, parameters: Sequence[nn.Parameter]) -> None:
+    """Momenta of these weights become zero. The count of steps, which all weights of a shard share, stays."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    engine: Any = strategy.deepspeed_engine
+    for parameter in parameters:
+        if strategy.zero_stage_3:
+            shard: Tensor = vars(parameter)["ds_tensor"]
+            group = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)][0]
+            flat = engine.optimizer.fp32_partitioned_groups_flat[group]
+            for key, state in engine.optimizer.optimizer.state[flat].items():
+                if torch.is_tensor(state) and state.shape == flat.shape:
+                    safe_set_local_optimizer_state(parameter, torch.zeros_like(shard, dtype=torch.float32), key)
+            continue
+        mapping = vars(parameter)["_hp_mapping"]  # None where the shard is another rank's
+        for key in [] if mapping is None or mapping.optim_fragment is None else mapping.get_optim_state_keys():
+            safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter, dtype=torch.float32), key)

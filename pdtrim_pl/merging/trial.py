@@ -1,0 +1,182 @@
+"""One block on trial for a run of neighbours: run under the contract from the teacher's hidden state, and compared.
+
+Shapes: B batch, T tokens of a stage, N real tokens of the stages that merge, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pdtrim_pl.merging.recording import Recording
+from pdtrim_pl.moves import Move
+from pdtrim_pl.plan import STAGES, Stage, StagePlan
+from pdtrim_pl.staged import KVCache, StagedCausalLM
+from pdtrim_pl.staged.gate import Observer, Resume, copy_of
+
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+"""Makes sharded parameters whole on every rank while the context lasts."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One way to make a merge: from which block's weights."""
+
+    move: Move
+    stands_for: Mapping[Stage, tuple[int, ...]]
+    """Per stage that merges, the original blocks that the merged one is to stand for."""
+
+    @property
+    def into(self) -> int:
+        """The block that stays."""
+        assert self.move.into is not None
+        return self.move.into
+
+    @property
+    def first(self) -> int:
+        """The first block of the run."""
+        return min(min(run) for run in self.stands_for.values())
+
+    @property
+    def end(self) -> int:
+        """The block behind the run."""
+        return max(max(run) for run in self.stands_for.values()) + 1
+
+    @property
+    def places(self) -> set[int]:
+        """Where the teacher's hidden state is needed."""
+        return {self.first, self.end, self.into}
+
+
+@dataclass(eq=False)
+class Trial:
+    """A copy of one block that shall do what the run does, in the stages that merge it.
+
+    A block that is merged in decode alone attends, at prompt positions, to the keys and values that the student's own
+    prefill block of that index makes of the teacher's hidden state there; merged in prefill, to its own.
+    """
+
+    student: StagedCausalLM
+    start: Start
+    weights: nn.Module
+    """In fp32, from what the first merging stage runs now."""
+    plan: StagePlan
+    """This block alone, in both stages, merged."""
+    _sent: dict[int, KVCache] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, student: StagedCausalLM, start: Start, gather: Gather | None = None) -> Trial:
+        """The trial of a merge into the student's own plan; the student is not changed."""
+        into, now = start.into, student.plan
+        block = student.gates[into].weights(next(iter(start.stands_for)), now)
+        weights = (copy_of(block) if gather is None else _whole_copy(student, into, block, gather)).float().eval()
+        untied = {stage: (into,) for stage in STAGES if into in now.untied[stage]}
+        merged = {stage: {into: run} for stage, run in start.stands_for.items()}
+        return cls(
+            student, start, weights, StagePlan(now.model, (into,), (into,), "free", now.boundary, merged, untied)
+        )
+
+    def tokens(self, recording: Recording) -> int:
+        """Positions at which the block is compared."""
+        return sum(recording.tokens(stage) for stage in self.start.stands_for)
+
+    def target(self, recording: Recording) -> Tensor:
+        """The run's output, fp32 [N, H]."""
+        return self._joined(recording, self.start.end)
+
+    def change(self, recording: Recording) -> Tensor:
+        """What the run adds to its input, fp32 [N, H]."""
+        return self.target(recording) - self._joined(recording, self.start.first)
+
+    def _joined(self, recording: Recording, place: int) -> Tensor:
+        return self._real(recording, {stage: recording.hidden[stage].get(place) for stage in self.start.stands_for})
+
+    def output(self, recording: Recording) -> Tensor:
+        """The block's output where the run's is `target`, fp32 [N, H]; gradients reach `weights`."""
+        dtype = next(self.weights.parameters()).dtype
+        outputs: dict[Stage, Tensor] = {}
+
+        def keeping(stage: Stage) -> Observer:
+            def observe(_: int, __: Tensor, after: Tensor) -> None:
+                outputs[stage] = after
+
+            return observe
+
+        with self._on_trial():
+            sent = self._encode(recording, keeping("prefill"), dtype)
+            tokens, valid = recording.request.tokens["decode"], recording.request.valid["decode"]
+            if "decode" in self.start.stands_for and tokens.shape[1]:
+                at = self._at(recording, "decode", self.start.first, dtype)
+                self.student.decode(
+                    tokens, sent, valid, plan=self.plan, observer=keeping("decode"), keep_cache=False, resume=at
+                )
+        return self._real(recording, outputs)
+
+    def _real(self, recording: Recording, hidden: Mapping[Stage, Tensor | None]) -> Tensor:
+        """The real positions of the merging stages, fp32 [N, H]; a stage that was fed nothing has no hidden state."""
+        found = [(hidden.get(stage), recording.request.valid[stage]) for stage in self.start.stands_for]
+        return torch.cat([states[valid].float() for states, valid in found if states is not None])
+
+    def _encode(self, recording: Recording, observer: Observer, dtype: torch.dtype) -> KVCache:
+        """The prompt's keys and values of this block, as the policy sends them."""
+        request = recording.request
+        policy = None if self.student.policy is None else self.student.policy.restricted_to(self.plan)
+        if "prefill" in self.start.stands_for:
+            at = self._at(recording, "prefill", self.start.first, dtype)
+            encoded = self.student.prefill(
+                request.tokens["prefill"], request.valid["prefill"], plan=self.plan, observer=observer, resume=at
+            )
+            return encoded.cache.retained(policy)
+        if id(recording) not in self._sent:
+            at = self._at(recording, "prefill", self.start.into, self.student.model.dtype)
+            with torch.no_grad():
+                encoded = self.student.prefill(
+                    request.tokens["prefill"], request.valid["prefill"], plan=self.plan, resume=at
+                )
+                self._sent[id(recording)] = encoded.cache.retained(policy)
+        return self._sent[id(recording)]
+
+    def _at(self, recording: Recording, stage: Stage, place: int, dtype: torch.dtype) -> Resume:
+        return Resume(self.start.into, recording.hidden[stage][place].to(dtype), {})
+
+    @contextmanager
+    def _on_trial(self) -> Iterator[None]:
+        """The block is what its gate runs, for the length of a pass."""
+        offers = self.student.gates[self.start.into].offers
+        before = dict(offers)
+        offers.update(dict.fromkeys(self.start.stands_for.items(), self.weights))
+        try:
+            yield
+        finally:
+            offers.clear()
+            offers.update(before)
+
+    @torch.no_grad()
+    def judge(self, recordings: Sequence[Recording]) -> tuple[float, float]:
+        """Mean cosine with the run's output, and mean squared error of one element."""
+        cosine, error, positions, width = 0.0, 0.0, 0, 1
+        for recording in recordings:
+            if self.tokens(recording):
+                found, expected = self.output(recording), self.target(recording)
+                cosine += float(F.cosine_similarity(found, expected, dim=-1).double().sum())
+                error += float((found - expected).double().square().sum())
+                positions, width = positions + len(found), found.shape[1]
+        return cosine / positions, error / (positions * width)
+
+
+def _whole_copy(student: StagedCausalLM, index: int, block: nn.Module, gather: Gather) -> nn.Module:
+    """A copy of a sharded block that no engine knows of: made anew, for an engine's hooks are copied with a block."""
+    with torch.device("meta"):
+        fresh: nn.Module = type(block)(student.model.config, student.originals.index(index))
+    weights: dict[str, Tensor] = {}
+    for name, parameter in block.named_parameters():
+        with gather([parameter]):
+            weights[name] = parameter.detach().clone()
+    fresh.load_state_dict(weights, assign=True)
+    return fresh.requires_grad_(True)

@@ -1,0 +1,217 @@
+"""One search over both stages and what crosses between them, against a target of costs. For `relation: free`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from pdtrim_pl.cost import CostModel, CostTarget
+from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.evaluation.neighbours import Candidate
+from pdtrim_pl.merging.settings import Merging
+from pdtrim_pl.moves import Move
+from pdtrim_pl.plan import STAGES, StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.search.guards import Guards
+from pdtrim_pl.search.rounds import order
+from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
+
+FIRST_LAST = Retention("first_last", 4, 0.2)
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Decode block `block` is sent only the first and last prompt positions."""
+
+    block: int
+
+
+@dataclass(frozen=True)
+class JointState:
+    """Removals of both stages, and the blocks whose KV is trimmed."""
+
+    removals: tuple[Move, ...] = ()
+    trims: tuple[int, ...] = ()
+
+    def with_(self, choice: Move | Trim) -> JointState:
+        """This state and one more choice."""
+        if isinstance(choice, Trim):
+            return replace(self, trims=tuple(sorted({*self.trims, choice.block})))
+        return replace(self, removals=tuple(sorted([*self.removals, choice], key=_by_stage)))
+
+    def without(self, choice: Move | Trim) -> JointState:
+        """This state without one of its choices."""
+        if isinstance(choice, Trim):
+            return replace(self, trims=tuple(block for block in self.trims if block != choice.block))
+        return replace(self, removals=tuple(move for move in self.removals if move != choice))
+
+    @property
+    def choices(self) -> list[Move | Trim]:
+        """Everything that was chosen."""
+        return [*self.removals, *(Trim(block) for block in self.trims)]
+
+
+class JointSearch(Space[JointState]):
+    """Plans and policies that meet a target, at the least energy.
+
+    Args:
+        evaluator: the energy.
+        start: the plan before the search, of `relation: free`.
+        target: the most that prefill, decode and the wire may cost.
+        cost: from plan and policy to costs.
+        guards: blocks that no removal may touch, and a cap a stage.
+        retention: what a trimmed block sends.
+        merges: merges that may be chosen beside drops; none is made in both stages at once.
+        merging: how they were fitted.
+
+    Raises:
+        ValueError: the plan has another relation, or nothing that may be chosen reaches the target.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, start: StagePlan, target: CostTarget, cost: CostModel, *,
+        guards: Guards | None = None, retention: Retention = FIRST_LAST, merges: Sequence[Move] = (),
+        merging: Merging | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(evaluator)
+        if start.relation != "free":
+            raise ValueError(
+                f"A joint search needs `relation: free`, and the plan has `relation: {start.relation}`. Set it in "
+                "`structure`, or drop blocks stage by stage with BlockDrop."
+            )
+        assert all(merge.target != "both" for merge in merges)
+        self.merging = merging or Merging()
+        guards = guards or Guards()
+        self.start, self.target, self.cost, self.guards, self.retention = start, target, cost, guards, retention
+        self.policy = evaluator.candidate(start).policy
+        drops = (
+            Move(stage, (block,))
+            for stage in STAGES
+            for block in start.drop_candidates(stage, guards.protect_first, guards.protect_last)
+        )
+        trims = (Trim(block) for block in start.decode if self.policy is None or block not in self.policy.rules)
+        self.pool: list[Move | Trim] = [*drops, *merges, *trims]
+
+    def candidate(self, state: JointState) -> Candidate:
+        plan = after(self.start, state.removals, self.merging)
+        return Candidate(plan, self._policy(state, plan))
+
+    def final(self, state: JointState, round: int, energy: float) -> Candidate:
+        """Plan and policy of the state that a search returned, the plan's history saying so."""
+        plan = after(self.start, state.removals, self.merging, round=round, criterion="joint", score=energy)
+        return Candidate(plan, self._policy(state, plan))
+
+    def excess(self, state: JointState) -> float:
+        """By how much the state costs too much; 0 where the target is met."""
+        candidate = self.candidate(state)
+        return self.target.excess(self.cost.shares(candidate.plan, candidate.policy))
+
+    def greedy(self, progress: Callable[[str], None] = lambda line: None) -> tuple[JointState, float]:
+        """One choice after another: the least rise of energy for what it brings nearer to the target.
+
+        See `LazyGreedy`.
+        """
+        state = JointState()
+        energy = self.energy(state)
+        assert energy is not None
+        excess, steps = self.excess(state), LazyGreedy(self)
+        while excess > 0:
+            self.rebase(state)
+            progress(f"joint greedy: {len(state.choices)} choices made, costs still {excess:.3f} too high in sum")
+            chosen, energy = steps.choose(self._nearer(state, excess), energy)
+            state = chosen.state
+            excess = self.excess(state)
+        state = self._without_needless(state, random.Random(0))
+        energy = self.energy(state)
+        assert energy is not None
+        return state, energy
+
+    def state_of(self, plan: StagePlan) -> JointState:
+        """The state whose plan drops what another plan of the same model lacks, to start a search from it.
+
+        Raises:
+            ValueError: the plan merges blocks or keeps one that the start has lost.
+        """
+        state = JointState()
+        for stage in STAGES:
+            kept, before = set(plan.blocks(stage)), set(self.start.blocks(stage))
+            if kept - before or plan.merged[stage] != self.start.merged[stage]:
+                raise ValueError("A joint search can only start from a plan that drops blocks of its first plan.")
+            for block in sorted(before - kept):
+                state = state.with_(Move(stage, (block,)))
+        return self._met(state, random.Random(0))
+
+    def neighbour(self, state: JointState, draw: random.Random) -> JointState | None:
+        """Exchange one choice for one of its kind, then choose on until the target is met, and undo what it spares."""
+        if not state.choices:
+            return None
+        out = draw.choice(state.choices)
+        left = state.without(out)
+        same = [choice for choice in self._open(left) if choice != out and _kind(choice) == _kind(out)]
+        if same:
+            left = left.with_(draw.choice(same))
+        return self._without_needless(self._met(left, draw), draw)
+
+    def _met(self, state: JointState, draw: random.Random) -> JointState:
+        excess = self.excess(state)
+        while excess > 0:
+            state = draw.choice(self._nearer(state, excess)).state
+            excess = self.excess(state)
+        return state
+
+    def _nearer(self, state: JointState, excess: float) -> list[Option[JointState]]:
+        """The states with one choice more that are nearer to the target; the gain is how much nearer.
+
+        Raises:
+            ValueError: there is none.
+        """
+        more = [(choice, state.with_(choice)) for choice in self._open(state)]
+        options = [Option(choice, other, excess - self.excess(other)) for choice, other in more]
+        nearer = [option for option in options if option.gain > 0]
+        if not nearer:
+            candidate = self.candidate(state)
+            raise ValueError(
+                f"`target` {self.target} cannot be reached: with everything chosen that may be, a request still costs "
+                f"{self.cost.shares(candidate.plan, candidate.policy)}. Raise its shares, loosen `guards` "
+                f"{self.guards}, or let `retention` keep less than {self.retention}."
+            )
+        return nearer
+
+    def _open(self, state: JointState) -> list[Move | Trim]:
+        """What may be chosen beside a state's choices."""
+        plan = self.candidate(state).plan
+        moves = [choice for choice in self.pool if isinstance(choice, Move) and fits(choice, state.removals)]
+        allowed = [move for move in moves if move not in state.removals and self._keeps_enough(plan, move)]
+        trims = [c for c in self.pool if isinstance(c, Trim) and c.block in plan.decode and c.block not in state.trims]
+        return [*allowed, *trims]
+
+    def _keeps_enough(self, plan: StagePlan, move: Move) -> bool:
+        assert move.target != "both"
+        left = len(plan.blocks(move.target)) - move.removed
+        cap = self.guards.max_removed
+        return left >= 1 and (cap is None or plan.model.num_blocks - left <= cap)
+
+    def _without_needless(self, state: JointState, draw: random.Random) -> JointState:
+        """Undo choices, in a drawn order, without which the target is met too."""
+        for choice in draw.sample(state.choices, len(state.choices)):
+            spared = state.without(choice)
+            if self.excess(spared) == 0:
+                state = spared
+        trims = set(self.candidate(state).plan.decode)
+        return replace(state, trims=tuple(block for block in state.trims if block in trims))
+
+    def _policy(self, state: JointState, plan: StagePlan) -> KVRetentionPolicy | None:
+        rules = {block: self.retention for block in state.trims if block in plan.decode}
+        if self.policy is None and not rules:
+            return None
+        known = {} if self.policy is None else dict(self.policy.restricted_to(plan).rules)
+        return KVRetentionPolicy(plan.boundary, self.evaluator.student.kv_shape, {**known, **rules})
+
+
+def _kind(choice: Move | Trim) -> str:
+    return "wire" if isinstance(choice, Trim) else choice.target
+
+
+def _by_stage(move: Move) -> tuple[str, tuple[int, ...], int]:
+    return move.target, *order(move)

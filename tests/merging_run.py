@@ -1,0 +1,107 @@
+"""One training run with merges in it, of `test_merging_runs.py`, on any number of CPU processes.
+
+    python tests/merging_run.py STRATEGY PROCESSES MODEL FOLDER KIND
+
+Lightning starts the other processes by running this script again. Every run sees the same examples at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from distributed_run import data_of, strategy_of
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.optim.lr_scheduler import LinearLR
+from typing_extensions import override
+
+from pdtrim_pl.checkpoint import PlanCheckpointIO
+from pdtrim_pl.data.collate import Batch, Collator
+from pdtrim_pl.merging import Merging, fit_runs
+from pdtrim_pl.merging.training import check_merges
+from pdtrim_pl.module import PDTrimModule, evaluating
+from pdtrim_pl.plan import Target
+from pdtrim_pl.settings import Structure
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, gathered, shards_weights
+
+torch.set_num_threads(1)
+EPOCHS = 3
+Merges = Mapping[int, tuple[Target, tuple[int, ...]]]
+OWN: Merges = {0: ("decode", (3, 4)), 1: ("prefill", (1, 2))}
+"""Blocks get weights of their own: a later one in decode first, then an earlier one in prefill."""
+SHARED: Merges = {1: ("both", (2, 3))}
+
+
+def pairs_of(trainer: Trainer) -> list[Batch]:
+    """The calibration set in batches of two, whatever the batch size of a process."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    examples = [data.part("calibration")[index] for index in range(len(data.part("calibration")))]
+    return [Collator(data.pad_id)(examples[first : first + 2]) for first in range(0, len(examples), 2)]
+
+
+class MergeAt(Callback):
+    """Fits and makes the merges of an epoch at its start, without a search."""
+
+    def __init__(self, merges: Merges, settings: Merging) -> None:
+        self.merges, self.settings = merges, settings
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_merges(trainer.strategy, self.settings)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        if trainer.current_epoch not in self.merges:
+            return
+        target, run = self.merges[trainer.current_epoch]
+        with evaluating(pl_module) as (student, teacher):
+            gather = partial(gathered, trainer.strategy) if shards_weights(trainer.strategy) else None
+            (fitted,) = fit_runs(
+                student, teacher, pairs_of(trainer), target, [run], self.settings, gather=gather
+            ).runs  # fmt: skip
+            student.offer([fitted])
+        pl_module.apply_plan(self.settings.apply(pl_module.plan, fitted.move, criterion="manual"))
+
+
+def fit(
+    name: str, processes: int, model: Path, folder: Path, kind: str, ckpt_path: Path | None = None, *,
+    adam: bool = False,
+) -> PDTrimModule:  # fmt: skip
+    """Train from a free full plan; `kind` is `own` or `shared`."""
+    seed_everything(0, verbose=False)
+    make = partial(torch.optim.AdamW, lr=1e-3) if adam else partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    module = PDTrimModule(
+        str(model), optimizer=make, lr_scheduler=partial(LinearLR, end_factor=0.5, total_iters=12),
+        structure=Structure("free"),
+    )  # fmt: skip
+    settings = Merging(min_cosine=-1, steps=4, tied=kind == "shared")
+    strategy = strategy_of(name)
+    io = [] if isinstance(strategy, PDTrimDeepSpeedStrategy) else [PlanCheckpointIO()]
+    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    merging = MergeAt(SHARED if kind == "shared" else OWN, settings)
+    trainer = Trainer(
+        default_root_dir=folder, max_epochs=EPOCHS, accelerator="cpu", devices=processes, strategy=strategy,
+        callbacks=[merging, saver], plugins=io, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data_of(model, processes), ckpt_path=ckpt_path)
+    return module
+
+
+def main(name: str, processes: int, model: Path, folder: Path, kind: str) -> None:
+    """Train, and continue from the end of the epoch of the last merge."""
+    for part, ckpt_path in (("whole", None), ("continued", folder / "whole" / "epoch=1.ckpt")):
+        module = fit(name, processes, model, folder / part, kind, ckpt_path)
+        if module.global_rank == 0:
+            told = {"losses": module.record.losses, "plan": module.plan.to_json()}
+            (folder / part / "told.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])

@@ -1,0 +1,145 @@
+"""FSDP gives every weight the gradient that one process gives it, also through the cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from fsdp_worker import CASES, PROCESSES, STEPS, compare
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import Strategy
+from tiny_models import tiny_model
+
+from pdtrim_pl import fsdp
+from pdtrim_pl.checkpoint import CheckpointState
+from pdtrim_pl.dry_run import run
+from pdtrim_pl.lightning_cli import _uses_checkpoint_io
+from pdtrim_pl.memory import Layout, Load, Shape, memory_per_process
+from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.record import RunRecord
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.strategies import PDTrimFSDPStrategy, check_drops, check_strategy, gathered, shards_weights
+
+TIMEOUT = 240
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    """Of every case and step, between a student cut up between two processes and a whole one."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    context = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        workers = [
+            context.Process(target=compare, args=(rank, folder / "store", folder / "told.json"), daemon=True)
+            for rank in range(PROCESSES)
+        ]
+        for worker in workers:
+            worker.start()
+    for worker in workers:
+        worker.join(TIMEOUT)
+        worker.kill()
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * PROCESSES
+    return json.loads((folder / "told.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [" ".join(map(str, case)) for case in CASES])
+def test_a_sharded_student_gets_the_gradients_of_a_whole_one(
+    differences: dict[str, list[dict[str, float]]], case: str
+) -> None:
+    assert len(differences[case]) == STEPS
+    for step in differences[case]:
+        assert step["gradient"] < 1e-4
+        assert step["taylor"] < 1e-2
+        assert step["loss"] < 1e-5, "sharded, made whole again and never cut up, after the step"
+        assert abs(step["step"]) > 1e-4, "the step changed something"
+
+
+def test_the_strategy_is_named_in_yaml_and_taken() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--strategy", type=Strategy)
+    asked = {"class_path": "pdtrim_pl.strategies.PDTrimFSDPStrategy", "init_args": {"process_group_backend": "gloo"}}
+    strategy = parser.instantiate(parser.parse_object({"strategy": asked})).strategy
+    check_strategy(strategy)
+    check_drops(strategy)
+    assert shards_weights(strategy)
+    assert _uses_checkpoint_io(str(strategy)), "its checkpoints are files, written under a temporary name"
+    with gathered(strategy, []) as nothing:
+        assert nothing is None
+
+
+def test_a_dry_run_counts_its_shards(tiny_llama_dir: Path) -> None:
+    out = io.StringIO()
+    names = [f"--model.model={tiny_llama_dir}", f"--data.tokenizer={tiny_llama_dir}", "--trainer.devices=8"]
+    strategy = "--trainer.strategy.class_path=pdtrim_pl.strategies.PDTrimFSDPStrategy"
+    assert run(["fit", "--dry_run", *names, strategy, "--device_memory", "79"], out) == 0
+    assert "8 process(es), FSDP." in out.getvalue()
+
+
+def test_sixteen_bit_weights_have_sixteen_bit_states() -> None:
+    shape = Shape.of(tiny_model("llama").config)
+    load = Load(batch=1, tokens=8, chunk_tokens=8, gradient_checkpointing=False)
+    sharded = Layout(processes=8, zero_stage=3, fsdp=True, student_bytes=2, teacher_bytes=2, compute_bytes=2)
+    device = memory_per_process(shape, shape, sharded, load).device
+    parts = [device[what] for what in ("student", "teacher", "gradients", "optimizer")]
+    assert parts == [shape.parameters * width // 8 for width in (2, 2, 2, 4)]
+
+
+def test_an_older_torch_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
+    with pytest.raises(ValueError, match=r"needs torch 2.13 and this is 2.12.1\+cpu.*`stage: 3`"):
+        PDTrimFSDPStrategy()
+
+
+def connected() -> PDTrimFSDPStrategy:
+    strategy, module = PDTrimFSDPStrategy(), PDTrimModule("any")
+    module.student = StagedCausalLM(tiny_model("llama"))
+    strategy.connect(module)
+    return strategy
+
+
+def saved(path: Path, student: StagedCausalLM, *, added: bool = False) -> Path:
+    state = CheckpointState(student.plan, None, RunRecord(), "", added=(("decode", 2),) if added else ())
+    weights = {f"student.{name}": value for name, value in student.state_dict().items()}
+    torch.save({CheckpointState.KEY: state.to_json(), "state_dict": weights}, path)
+    return path
+
+
+def test_a_directory_of_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`ckpt_path` .* is no file. FSDP continues what it or DDP saved"):
+        connected().load_checkpoint(tmp_path)
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    path = saved(tmp_path / "last.ckpt", StagedCausalLM(tiny_model("llama", intermediate_size=40)))
+    with pytest.raises(ValueError, match=r"does not hold this student's weights: tensors 12 of another shape"):
+        connected().load_checkpoint(path)
+
+
+def test_a_run_that_made_weights_on_its_way_is_not_continued(tmp_path: Path) -> None:
+    path = saved(tmp_path / "last.ckpt", StagedCausalLM(tiny_model("llama")), added=True)
+    with pytest.raises(ValueError, match=r"\[\('decode', 2\)\]\), which FSDP cannot take up. Continue with"):
+        connected().load_checkpoint(path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"PK" + bytes(100))
+    with pytest.raises(ValueError, match=r"last.ckpt cannot be read .* It is damaged"):
+        connected().load_checkpoint(path)
+
+
+def test_all_that_leaves_a_block_leaves_through_one_node() -> None:
+    hidden, keys, values = (torch.ones(2, 3, requires_grad=True) for _ in range(3))
+    out = fsdp._OneNode.apply(hidden, keys, values)
+    assert len({id(tensor.grad_fn) for tensor in out}) == 1
+    (2 * out[1]).sum().backward()
+    gradients = [tensor.grad for tensor in (hidden, keys, values)]
+    assert [None if gradient is None else float(gradient.sum()) for gradient in gradients] == [0.0, 12.0, 0.0]
