@@ -1,4 +1,4 @@
-"""The command line: `pdtrim fit|validate|test|predict|export|generate`. Heavy imports wait until they are needed."""
+"""The command line: `pdtrim COMMAND`, see `USAGE`. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ commands:
   predict    generate responses for the prompts of the test (else validation) part
   export     write the prefill/decode pair of a checkpoint
   generate   stream text from an exported pair: a prefill and a decode process
+  compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, restarted from its last checkpoint until it is done
 
 `pdtrim fit --dry_run --config X` counts memory per process and refuses a run that cannot fit (`--device_memory GiB`).
@@ -39,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"pdtrim_pl {__version__}")
         return 0
-    if command not in (*TRAINER_COMMANDS, "export", "generate", "submit"):
+    if command not in (*TRAINER_COMMANDS, "export", "generate", "compare", "submit"):
         print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     _log_to_stderr()
@@ -66,6 +67,10 @@ def _run(command: str, args: list[str]) -> int:
         return _generate(args[1:])
     if command == "export":
         return _export(args[1:])
+    if command == "compare":
+        from pdtrim_pl.compare.command import run as compare
+
+        return compare(args[1:])
     if command == "submit":
         from pdtrim_pl.slurm.submit import run
 

@@ -17,7 +17,7 @@ from pdtrim_pl.memory import GIB, Layout, Load, Shape, block_elements, memory_pe
 from pdtrim_pl.staged import StagedCausalLM
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("compare_"))
 SHAPES = ROOT / "configs" / "shapes"
 PUBLISHED = {
     "smollm2-135m": 134_515_008,

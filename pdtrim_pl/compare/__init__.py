@@ -1,0 +1,8 @@
+"""Several methods on one model, one text and one budget, side by side."""
+
+from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.comparison import Comparison
+from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.compare.outcome import COLUMNS, Outcome
+
+__all__ = ["COLUMNS", "Bench", "Comparison", "Found", "Method", "Outcome"]

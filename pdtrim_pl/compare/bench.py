@@ -1,0 +1,172 @@
+"""The bench: one model, its teacher, the same texts and the same training for every method."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdtrim_pl.compare.meter import Meter, Spent
+from pdtrim_pl.compare.method import Found
+from pdtrim_pl.compare.settings import Subject, Training
+from pdtrim_pl.compare.texts import Texts
+from pdtrim_pl.compare.training import distil
+from pdtrim_pl.cost import CostModel
+from pdtrim_pl.criteria import ScoringContext
+from pdtrim_pl.data import Batch
+from pdtrim_pl.merging import FittedRuns, Merging, fit_runs
+from pdtrim_pl.plan import Boundary, Relation, StagePlan
+from pdtrim_pl.pretrained import load_causal_lm
+from pdtrim_pl.search.guards import Guards
+from pdtrim_pl.search.merges import neighbours
+from pdtrim_pl.settings import TORCH_DTYPES, DType, dtype_of
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.model import reference_to
+
+log = logging.getLogger(__name__)
+
+KeepSpent = Callable[[Spent], None]
+
+
+class Bench:
+    """What a method works with.
+
+    Args:
+        subject: the model.
+        texts: calibration, held-out and training text.
+        training: of rows that train.
+        guards: what no method may remove.
+        request: prompt and response tokens of the request that costs are counted for.
+        folder: Lightning's root.
+    """
+
+    def __init__(
+        self, subject: Subject, texts: Texts, training: Training, guards: Guards, request: tuple[int, int], folder: Path
+    ) -> None:
+        self.subject, self.texts, self.training, self.guards, self.folder = subject, texts, training, guards, folder
+        self.device = subject.device
+        self._meter = Meter()
+        self._journal: Path | None = None
+        self._keep: KeepSpent = lambda spent: None
+        self._fitted: dict[Merging, FittedRuns] = {}
+        self._original = load_causal_lm(subject.name, dtype=dtype_of(subject.dtype))
+        self.model = reference_to(self._original, subject.name)
+        self.teacher = self._fresh(subject.dtype).to(self.device).eval().requires_grad_(False)
+        self.costs = CostModel.of(self.teacher, *request)
+
+    @contextmanager
+    def row(self, journal: Path, keep: KeepSpent) -> Iterator[Meter]:
+        """Meter one row.
+
+        Args:
+            journal: file of the row's evaluations.
+            keep: called with the cost so far now and then, and on the way out of an error.
+        """
+        self._meter, self._keep, self._journal = Meter(), keep, journal
+        try:
+            with self._meter.running():
+                yield self._meter
+        except BaseException:
+            self._keep(self._meter.spent)
+            raise
+
+    def full(self, relation: Relation, boundary: Boundary = "prefill") -> StagePlan:
+        """The plan of the unpruned model."""
+        return StagePlan.full(self.model, relation, boundary)
+
+    def student(self, found: Found, *, dtype: DType | None = None) -> StagedCausalLM:
+        """A fresh student as `found` says, in eval mode; what its blocks do is metered."""
+        student = self._fresh(dtype or self.subject.dtype)
+        student.apply_plan(found.plan)
+        student.apply_policy(found.policy)
+        stray = student.load_state_dict(dict(found.weights), strict=False).unexpected_keys
+        assert not stray, f"{stray} are no weights of this student"
+        student.to(self.device).eval()
+        self._meter.watch(student)
+        return student
+
+    def context(self, student: StagedCausalLM) -> ScoringContext:
+        """What criteria and searches look at; an evaluation that a killed run made is not made again."""
+        return ScoringContext(
+            student, self.teacher, self.texts.calibration, self.device, self.progress(), journal=self._journal
+        )
+
+    def progress(self) -> Callable[[str], None]:
+        """Says how far a search is, at most every twenty seconds."""
+        last = time.monotonic()
+
+        def say(line: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 20:
+                last = time.monotonic()
+                log.info("  %s", line)
+                self._keep(self._meter.spent)
+
+        return say
+
+    def fit_pairs(self, student: StagedCausalLM, merging: Merging) -> FittedRuns:
+        """One block for every pair of neighbours of the full model that the guards allow, on offer to the student.
+
+        Fitted on training text: on the calibration set, which scores removals, merges would look better than they are.
+        Fitted once; every row that asks is charged for it.
+        """
+        with self._meter.paused():
+            if merging not in self._fitted:
+                pairs = neighbours(student.plan, "both", merging, self.guards)
+                batches, _ = self.texts.training_batches(self.training.tokens, self.training.batch_size)
+                self._fitted[merging] = self.fit(student, batches[: merging.batches], pairs, merging)
+            fitted = self._fitted[merging]
+            self._meter.add(Spent(fitted.seconds, fitted.block_tokens))
+        student.offer(fitted.accepted)
+        log.info("  %d of %d pairs can merge", len(fitted.accepted), len(fitted.runs))
+        return fitted
+
+    def fit(
+        self, student: StagedCausalLM, batches: Sequence[Batch], runs: Sequence[tuple[int, ...]], merging: Merging
+    ) -> FittedRuns:
+        """Fit one block to each run of neighbours, for both stages; float32 weights, arithmetic as `model.dtype`."""
+        half = self.subject.dtype in ("bfloat16", "float16")
+        with torch.autocast(self.device.type, TORCH_DTYPES[self.subject.dtype]) if half else nullcontext():
+            return fit_runs(
+                student, self.teacher, batches, "both", runs, merging, device=self.device, progress=self.progress()
+            )
+
+    @contextmanager
+    def unmetered(self) -> Iterator[None]:
+        """Work in here is training, not search."""
+        with self._meter.paused():
+            yield
+
+    def changed(self, student: StagedCausalLM) -> dict[str, Tensor]:
+        """Weights of a student that are not the model's own, by name, on the CPU."""
+        own = dict(self.teacher.named_parameters())
+        return {
+            name: weight.detach().cpu()
+            for name, weight in student.named_parameters()
+            if name not in own or not torch.equal(weight.to(own[name].dtype), own[name])
+        }
+
+    def distil(self, found: Found, tokens: int) -> Found:
+        """Train `found` on at most `tokens` tokens; not metered."""
+        with self.unmetered(), torch.enable_grad():
+            student = self.student(found, dtype="float32")
+            settings = self.training
+            batches, seen = self.texts.training_batches(tokens, settings.batch_size, settings.prompt)
+            log.info("  training on %d tokens", seen)
+            weights = distil(student, self.teacher, batches, self.training, self.subject, self.folder)
+            self.teacher.to(self.device)  # Lightning leaves what it has trained on the CPU
+        return Found(found.plan, found.policy, {**found.weights, **weights}, found.trained_tokens + seen)
+
+    def _fresh(self, dtype: DType) -> StagedCausalLM:
+        """The model's own weights; read anew where they were rounded to another element type."""
+        if dtype == self.subject.dtype:
+            model = copy.deepcopy(self._original)
+        else:
+            model = load_causal_lm(self.subject.name, dtype=dtype_of(dtype))
+        return StagedCausalLM(model, self.full("nested"))

@@ -1,0 +1,62 @@
+"""What every row is judged by: held-out text, multiple choice, and the cost model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.outcome import Judged
+from pdtrim_pl.compare.settings import Measures
+from pdtrim_pl.context import usable_context
+from pdtrim_pl.evaluation.multiple_choice import TokenQuestion, encode_questions, measure_accuracy, read_questions
+from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
+from pdtrim_pl.staged import StagedCausalLM
+
+
+class Judge:
+    """Measures students on the bench's held-out text; the teacher reads it once for all of them.
+
+    Args:
+        bench: model, teacher and texts.
+        measures: what to measure.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, bench: Bench, measures: Measures, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.bench = bench
+        self.batches = [batch.on(bench.device) for batch in bench.texts.held_out]
+        longest = min(usable_context(bench.teacher.model.config.to_dict()), measures.choice_tokens)
+        self.questions: dict[str, list[TokenQuestion]] = {
+            name: encode_questions(read_questions(path, measures.choice_rows), tokenizer, longest)
+            for name, path in measures.choices.items()
+        }
+        self._reference: list[Tensor] = []
+
+    @torch.no_grad()
+    def judge(self, student: StagedCausalLM) -> Judged:
+        """Quality and costs of a student under its own plan and policy."""
+        teacher = self.bench.teacher
+        if not self._reference:
+            self._reference = [final_hidden(teacher, batch) for batch in self.batches]
+        sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+        for batch, reference in zip(self.batches, self._reference, strict=True):
+            targets = batch.response_ids[batch.response_mask]
+            hidden = final_hidden(student, batch)
+            scores = score_tokens(hidden, reference, targets, student.logits, teacher.logits)
+            columns = (scores.nll, scores.teacher_nll, scores.kl, scores.agreement)
+            sums += torch.stack([column.double().sum() for column in columns]).cpu()
+            tokens += len(targets)
+        costs = self.bench.costs.shares(student.plan, student.policy)
+        return Judged(*(sums / tokens).tolist(), **asdict(costs))
+
+    def accuracy(self, model: StagedCausalLM) -> dict[str, float]:
+        """Share of right answers, by multiple-choice set; by log-likelihood for each character of the choice."""
+        device = self.bench.device
+        return {
+            name: measure_accuracy(model, questions, device=device).normalised
+            for name, questions in self.questions.items()
+        }

@@ -1,0 +1,120 @@
+"""Finished rows on disk, so that a second run repeats nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pdtrim_pl.compare.meter import Spent
+from pdtrim_pl.compare.outcome import Outcome
+from pdtrim_pl.plan import PLAN_FILE, read_json, write_whole
+from pdtrim_pl.policy import POLICY_FILE
+
+log = logging.getLogger(__name__)
+
+
+def key_of(facts: Mapping[str, Any]) -> str:
+    """A short hash of everything a row depends on."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class Ledger:
+    """One JSON file a row, written when the row is finished; beside it the weights that other rows start from.
+
+    Args:
+        folder: of the results; rows go to `rows/`, plans and policies to `plans/`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.rows, self.plans = folder / "rows", folder / "plans"
+        self.rows.mkdir(parents=True, exist_ok=True)
+
+    def get(self, method: str, count: int, key: str, *, with_weights: bool) -> Outcome | None:
+        """The row if it is there and was made under the settings that `key` stands for.
+
+        Args:
+            method: its name.
+            count: of blocks.
+            key: see `key_of`.
+            with_weights: whether another row starts from its weights, so that a row without them will not do.
+        """
+        file = self._file(method, count)
+        if not file.is_file():
+            return None
+        data = read_json(file, "finished row")
+        if data["key"] != key:
+            log.info("%s at %d: other settings than those of %s; done again.", method, count, file)
+            return None
+        if with_weights and data["trained"] and not self._weights_file(method, count).is_file():
+            log.info("%s at %d: its weights were not kept and are needed now; done again.", method, count)
+            return None
+        return Outcome.from_json(data["outcome"])
+
+    def put(self, outcome: Outcome, key: str, weights: Mapping[str, Tensor], *, with_weights: bool) -> None:
+        """Keep a finished row; the row's own file comes last."""
+        method, count = outcome.method, outcome.count
+        folder = self.plans / f"{method}_{count}"
+        folder.mkdir(parents=True, exist_ok=True)
+        outcome.plan.save(folder / PLAN_FILE)
+        outcome.policy.save(folder / POLICY_FILE, outcome.plan)
+        file = self._weights_file(method, count)
+        if weights and with_weights:
+            unfinished = file.with_name(f"{file.name}.unfinished")
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, unfinished)
+            unfinished.replace(file)
+        else:
+            file.unlink(missing_ok=True)
+        data = {"key": key, "trained": bool(weights), "outcome": outcome.to_json()}
+        write_whole(self._file(method, count), json.dumps(data, indent=2) + "\n")
+        self._spent_file(method, count).unlink(missing_ok=True)
+        self.journal(method, count).unlink(missing_ok=True)
+
+    def dense_accuracy(self, key: str) -> dict[str, float] | None:
+        """Accuracy of the unpruned model, if it was measured under these settings."""
+        file = self.rows / "dense.json"
+        data: Any = read_json(file, "accuracy of the dense model") if file.is_file() else {"key": None}
+        return data["accuracy"] if data["key"] == key else None
+
+    def put_dense_accuracy(self, accuracy: Mapping[str, float], key: str) -> None:
+        """Keep it."""
+        write_whole(self.rows / "dense.json", json.dumps({"key": key, "accuracy": dict(accuracy)}, indent=2) + "\n")
+
+    def weights(self, method: str, count: int) -> dict[str, Tensor]:
+        """The weights that a finished row has kept; none where it has trained none."""
+        file = self._weights_file(method, count)
+        return load_file(file) if file.is_file() else {}
+
+    def journal(self, method: str, count: int) -> Path:
+        """Where the row's search keeps its evaluations. Rows share none: each must cost what it costs alone."""
+        return self.rows / f"{method}_{count}.journal.jsonl"
+
+    def spent_before(self, method: str, count: int, key: str) -> Spent:
+        """What a killed run had spent on the row; its journal goes if it ran under other settings."""
+        file = self._spent_file(method, count)
+        if not file.is_file():
+            return Spent()
+        data = read_json(file, "cost of a killed search")
+        if data["key"] != key:  # what the journal knows would cost this row nothing
+            self.journal(method, count).unlink(missing_ok=True)
+            return Spent()
+        return Spent(**data["spent"])
+
+    def note_spent(self, method: str, count: int, key: str, spent: Spent) -> None:
+        """Keep what the row has cost so far."""
+        write_whole(self._spent_file(method, count), json.dumps({"key": key, "spent": vars(spent)}))
+
+    def _file(self, method: str, count: int) -> Path:
+        return self.rows / f"{method}_{count}.json"
+
+    def _weights_file(self, method: str, count: int) -> Path:
+        return self.rows / f"{method}_{count}.safetensors"
+
+    def _spent_file(self, method: str, count: int) -> Path:
+        return self.rows / f"{method}_{count}.spent.json"

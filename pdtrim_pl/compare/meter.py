@@ -1,0 +1,84 @@
+"""What a search costs: seconds, and how often a block ran over a token, counted at the blocks themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.gate import Gate, StagePass
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Cost of a search; training is not in it."""
+
+    seconds: float = 0.0
+    block_tokens: int = 0
+    """Forward passes of one block over one real token; projections of keys and values alone are not counted."""
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.seconds + other.seconds, self.block_tokens + other.block_tokens)
+
+
+class Meter:
+    """Counts while it runs; every student it watches counts."""
+
+    def __init__(self) -> None:
+        self._running = False
+        self._seconds = 0.0
+        self._started = 0.0
+        self._block_tokens = 0
+
+    @property
+    def spent(self) -> Spent:
+        """The cost so far."""
+        now = time.perf_counter() - self._started if self._running else 0.0
+        return Spent(self._seconds + now, self._block_tokens)
+
+    def watch(self, student: StagedCausalLM) -> None:
+        """Count the blocks of a student from now on."""
+        for gate in student.gates.values():
+            gate.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def add(self, spent: Spent) -> None:
+        """Count what was spent while paused."""
+        self._seconds += spent.seconds
+        self._block_tokens += spent.block_tokens
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count in here."""
+        with self._switched(True):
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count in here."""
+        with self._switched(False):
+            yield
+
+    @contextmanager
+    def _switched(self, on: bool) -> Iterator[None]:
+        before = self._running
+        self._set(on)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, on: bool) -> None:
+        self._seconds = self.spent.seconds
+        self._running, self._started = on, time.perf_counter()
+
+    def _count(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(gate, Gate)
+        current: StagePass = kwargs[gate.architecture.cache_argument]
+        reached = current.resume is None or gate.index >= current.resume.block
+        if self._running and reached and gate.index in current.runs:
+            self._block_tokens += int(current.tokens.valid.sum())

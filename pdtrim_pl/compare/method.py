@@ -1,0 +1,67 @@
+"""The base of every method that a comparison has a row for, and what a method leaves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.policy import KVRetentionPolicy
+
+if TYPE_CHECKING:
+    from pdtrim_pl.compare.bench import Bench
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method made of the model."""
+
+    plan: StagePlan
+    policy: KVRetentionPolicy | None = None
+    """None sends everything."""
+    weights: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    """Weights that are no longer the model's own, by their name in the student."""
+    trained_tokens: int = 0
+    """Tokens that any training of these weights has seen."""
+
+    def under(self, plan: StagePlan) -> Found:
+        """The same weights under another plan."""
+        return replace(self, plan=plan, policy=None if self.policy is None else self.policy.restricted_to(plan))
+
+
+class Method(ABC):
+    """One method, with a row for every count. A subclass writes `find`.
+
+    Args:
+        start: name of the method whose result at the same count this one starts from; it must come earlier in
+            `methods`. Its cost counts as this one's too.
+    """
+
+    def __init__(self, start: str | None = None) -> None:
+        self.start = start
+
+    @property
+    def continues(self) -> bool:
+        """Whether `find` starts from this method's own result at the count before, as a greedy choice may."""
+        return False
+
+    @property
+    def trains(self) -> bool:
+        """Whether the result depends on the `training` settings."""
+        return False
+
+    @abstractmethod
+    def find(self, bench: Bench, start: Found | None, count: int) -> Found:
+        """Remove `count` blocks per stage that the method touches.
+
+        Args:
+            bench: model, teacher, calibration text, training, and the costs' meter, which runs meanwhile.
+            start: the result of `start` at this count, or the method's own at the count before if it `continues`;
+                None where there is neither.
+            count: blocks to remove, those that `start` has removed included.
+        """

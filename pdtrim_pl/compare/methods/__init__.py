@@ -1,0 +1,10 @@
+"""The methods of the shipped comparison, one small class each."""
+
+from pdtrim_pl.compare.methods.distilled import Distilled
+from pdtrim_pl.compare.methods.drop import Drop
+from pdtrim_pl.compare.methods.drop_and_recover import DropAndRecover
+from pdtrim_pl.compare.methods.joint import Joint
+from pdtrim_pl.compare.methods.searched import Annealed
+from pdtrim_pl.compare.methods.streamline import ReplaceSpan
+
+__all__ = ["Annealed", "Distilled", "Drop", "DropAndRecover", "Joint", "ReplaceSpan"]

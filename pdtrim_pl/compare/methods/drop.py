@@ -1,0 +1,47 @@
+"""Blocks dropped by a criterion, one-shot or greedily."""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+
+from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.criteria import Criterion
+from pdtrim_pl.plan import Boundary, Relation, Target
+from pdtrim_pl.search.choose import choose_drops
+
+
+class Drop(Method):
+    """Drops `count` blocks, those that a criterion says hurt least; no training.
+
+    ShortGPT, SLEB and POP are this with their criterion, relation and boundary. A greedy criterion goes on from the
+    smaller count, on its way to which it would choose the same blocks; a one-shot criterion looks at the full model.
+
+    Args:
+        criterion: how harm is measured.
+        relation: how the stages relate.
+        target: the stage(s) that lose the blocks.
+        boundary: which stage handles the prompt's last token.
+    """
+
+    def __init__(
+        self, criterion: Criterion, relation: Relation = "unified", target: Target = "both",
+        boundary: Boundary = "prefill",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.criterion, self.relation, self.target, self.boundary = criterion, relation, target, boundary
+
+    @property
+    @override
+    def continues(self) -> bool:
+        return self.criterion.rescores
+
+    @override
+    def find(self, bench: Bench, start: Found | None, count: int) -> Found:
+        begun = start or Found(bench.full(self.relation, self.boundary))
+        gone = len(begun.plan.removed("decode" if self.target == "decode" else "prefill"))
+        context = bench.context(bench.student(begun))
+        with torch.no_grad():
+            plan = choose_drops(self.criterion, context, begun.plan, self.target, count - gone, guards=bench.guards)
+        return Found(plan)

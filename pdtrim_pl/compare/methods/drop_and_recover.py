@@ -1,0 +1,58 @@
+"""IteRABRe: drop one block, recover by distillation, repeat."""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+
+from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.criteria import Criterion
+from pdtrim_pl.plan import Boundary, Relation, Target
+from pdtrim_pl.search.choose import choose_drops
+
+
+class DropAndRecover(Method):
+    """Drops `at_once` blocks, distils, and scores the distilled student for the next round, until `count` are gone.
+
+    The rounds share the token budget evenly. IteRABRe is the case of one block a round and one plan for both stages.
+
+    Args:
+        criterion: how harm is measured.
+        at_once: blocks a round.
+        relation: how the stages relate.
+        target: the stage(s) that lose the blocks.
+        boundary: which stage handles the prompt's last token.
+
+    Raises:
+        ValueError: `at_once` below 1.
+    """
+
+    def __init__(
+        self, criterion: Criterion, at_once: int = 1, relation: Relation = "unified", target: Target = "both",
+        boundary: Boundary = "prefill",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if at_once < 1:
+            raise ValueError(f"`at_once` is {at_once}: give at least 1 block a round.")
+        self.criterion, self.at_once, self.relation, self.target = criterion, at_once, relation, target
+        self.boundary = boundary
+
+    @property
+    @override
+    def trains(self) -> bool:
+        return True
+
+    @override
+    def find(self, bench: Bench, start: Found | None, count: int) -> Found:
+        found = Found(bench.full(self.relation, self.boundary))
+        rounds = -(-count // self.at_once)
+        for index in range(rounds):
+            drops = min(self.at_once, count - index * self.at_once)
+            context = bench.context(bench.student(found))
+            with torch.no_grad():
+                plan = choose_drops(
+                    self.criterion, context, found.plan, self.target, drops, round=index, guards=bench.guards
+                )
+            found = bench.distil(found.under(plan), bench.training.tokens // rounds)
+        return found

@@ -1,0 +1,42 @@
+"""The joint search: any blocks of either stage, at the cost of another row."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from typing_extensions import override
+
+from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.cost import CostTarget
+from pdtrim_pl.search import Annealing, JointSearch, anneal
+
+
+class Joint(Method):
+    """Searches both stages together for the least KL, at no more than another method's costs.
+
+    Args:
+        start: name of that method; its plan only drops blocks.
+        annealing: moves and cooling.
+    """
+
+    def __init__(self, start: str, annealing: Annealing = Annealing()) -> None:
+        super().__init__(start)
+        self.annealing = annealing
+
+    @override
+    def find(self, bench: Bench, start: Found | None, count: int) -> Found:
+        assert start is not None
+        target = CostTarget(**asdict(bench.costs.shares(start.plan, start.policy)))
+        student = bench.student(Found(bench.full("free", start.plan.boundary)))
+        context = bench.context(student)
+        with torch.no_grad():
+            search = JointSearch(context.evaluator, student.plan, target, bench.costs, guards=bench.guards)
+            known = search.state_of(start.plan)
+            state, energy = search.greedy(context.progress)
+            if search.energy(known, limit=energy) is not None:
+                state = known
+            state, energy = anneal(search, state, self.annealing, context.progress)
+            found = search.final(state, 0, energy)
+        return Found(found.plan, found.policy)

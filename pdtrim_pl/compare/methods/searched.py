@@ -1,0 +1,63 @@
+"""PDTrim's own search: drops and merges within a round, improved by annealing."""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+
+from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.merging import Merging
+from pdtrim_pl.plan import Relation
+from pdtrim_pl.search import Annealing, RoundSearch, anneal
+from pdtrim_pl.search.rounds import Removals
+
+
+class Annealed(Method):
+    """Simulated annealing over the removals of both stages, from another method's drops.
+
+    Args:
+        start: name of that method; its plan only drops blocks, the same ones in both stages.
+        annealing: moves and cooling.
+        merging: let neighbours merge too, where one fitted block stands for them; null only drops.
+        relation: how the stages relate.
+    """
+
+    def __init__(
+        self, start: str, annealing: Annealing = Annealing(), merging: Merging | None = None,
+        relation: Relation = "nested",
+    ) -> None:  # fmt: skip
+        super().__init__(start)
+        self.annealing, self.merging, self.relation = annealing, merging, relation
+
+    @property
+    @override
+    def trains(self) -> bool:
+        return self.merging is not None
+
+    @override
+    def find(self, bench: Bench, start: Found | None, count: int) -> Found:
+        assert start is not None
+        student = bench.student(Found(bench.full(self.relation)))
+        fitted = None if self.merging is None else bench.fit_pairs(student, self.merging)
+        merges = [] if fitted is None else [run.move for run in fitted.accepted]
+        context = bench.context(student)
+        with torch.no_grad():
+            search = RoundSearch(
+                context.evaluator, student.plan, "both", count, bench.guards, merges=merges, merging=self.merging
+            )
+            state = search.drops(start.plan.removed("prefill"))
+            if merges:
+                state = _better(search, state, search.greedy(lazy=True)[0])
+            state, energy = anneal(search, state, self.annealing, context.progress)
+            plan = search.final(state, 0, "annealing", energy)
+            student.apply_plan(plan)
+        tokens = 0 if fitted is None else fitted.tokens // sum(len(run.move.run) for run in fitted.runs)
+        return Found(plan, None, bench.changed(student), tokens)
+
+
+def _better(search: RoundSearch, one: Removals, other: Removals) -> Removals:
+    energies = search.energy(one), search.energy(other)
+    assert energies[0] is not None
+    assert energies[1] is not None
+    return one if energies[0] <= energies[1] else other

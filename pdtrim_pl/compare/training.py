@@ -1,0 +1,80 @@
+"""Distillation of one row: the package's own module under a Lightning trainer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from pdtrim_pl.compare.settings import Subject, Training
+from pdtrim_pl.data import Batch
+from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.staged import StagedCausalLM
+
+log = logging.getLogger(__name__)
+
+
+class _Lines(Callback):
+    """The loss, ten times a training."""
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, steps = trainer.global_step, int(trainer.max_steps)
+        if step % max(steps // 10, 1) == 0:
+            log.info("  step %d of %d: loss %.4f", step, steps, float(trainer.callback_metrics["train/loss"]))
+
+
+def distil(
+    student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], training: Training, subject: Subject,
+    folder: Path,
+) -> Mapping[str, Tensor]:  # fmt: skip
+    """Train `student`, float32, on every batch once.
+
+    Args:
+        student: under its plan and policy.
+        teacher: the reference.
+        batches: one optimizer step each.
+        training: optimizer, schedule, losses and precision.
+        subject: where to train.
+        folder: Lightning's root.
+
+    Returns:
+        The weights that were trained, by name, on the CPU.
+    """
+    steps = len(batches)
+    module = PDTrimModule(
+        subject.name, training.losses, training.optimizer, lambda optimizer: training.schedule(optimizer, steps)
+    )
+    # `configure_model` leaves alone what is there.
+    module.student, module.teacher = student.train(), teacher
+    trainer = Trainer(
+        accelerator="gpu" if subject.device.type == "cuda" else "cpu",
+        devices=1,
+        precision=training.precision,
+        max_steps=steps,
+        max_epochs=-1,
+        gradient_clip_val=training.gradient_clip,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=[_Lines()],
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(0)  # of dropout, where a model has any
+        warnings.filterwarnings("ignore", "You defined a `validation_step`")  # the judge validates
+        warnings.filterwarnings("ignore", "Found .* in eval mode")  # the teacher is meant to be
+        trainer.fit(module, DataLoader(list(batches), batch_size=None, shuffle=False))  # type: ignore[arg-type]
+    return {name: p.detach().cpu() for name, p in student.named_parameters() if p.requires_grad}

@@ -1,0 +1,248 @@
+"""The parts of a comparison: budget, schedule, meter, judge, and the two searches that only a comparison has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.judge import Judge
+from pdtrim_pl.compare.ledger import Ledger
+from pdtrim_pl.compare.meter import Meter, Spent
+from pdtrim_pl.compare.method import Found
+from pdtrim_pl.compare.methods import Annealed, Drop, ReplaceSpan
+from pdtrim_pl.compare.methods.streamline import most_alike
+from pdtrim_pl.compare.settings import Measures, Rows, Subject, Training
+from pdtrim_pl.compare.texts import Texts, read_texts
+from pdtrim_pl.criteria import GreedyKL, LastN, ResponsePerplexity
+from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
+from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.merging import Merging
+from pdtrim_pl.plan import STAGES
+from pdtrim_pl.pretrained import load_tokenizer
+from pdtrim_pl.search import Annealing, Guards
+from pdtrim_pl.staged import Request, StagedCausalLM
+
+NO_GUARDS = Guards(0, 0)
+
+
+def text(folder: Path, word: str) -> TextSource:
+    """A text of some seventy windows."""
+    file = folder / f"{word}.txt"
+    file.write_text(" ".join(f"{word} {number} says {number**3 % 101}." for number in range(60)))
+    return TextSource(path=str(file))
+
+
+def data(model: Path, source: TextSource, test: int | float = 4) -> PromptResponseDataModule:
+    lengths = Lengths(max_length=24, min_prompt=8, max_prompt=16)
+    parts = Parts(validation=0, calibration=4, test=test, max_train=10)
+    return PromptResponseDataModule(str(model), source, lengths, parts, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    return read_texts(data(tiny_llama_dir, text(tmp_path_factory.mktemp("text"), "Line")), None)
+
+
+@pytest.fixture
+def bench(tiny_llama_dir: Path, texts: Texts, tmp_path: Path) -> Iterator[Bench]:
+    """A bench over the tiny model, metering."""
+    subject = Subject(str(tiny_llama_dir), dtype="float32", accelerator="cpu")
+    training = Training(tokens=300, batch_size=4, precision="32-true")
+    made = Bench(subject, texts, training, NO_GUARDS, texts.request(), tmp_path)
+    with made.row(tmp_path / "journal.jsonl", lambda spent: None):
+        yield made
+
+
+def changed_model(bench: Bench) -> StagedCausalLM:
+    student = bench.student(Found(bench.full("nested").drop("both", 1)))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return student
+
+
+@given(st.integers(100, 2000), st.integers(1, 7))
+@settings(max_examples=30)
+def test_training_batches_fill_the_budget_to_the_last_whole_batch(texts: Texts, tokens: int, size: int) -> None:
+    if tokens < size * 24:
+        with pytest.raises(ValueError, match=r"leaves .* tokens for one training, less than one batch"):
+            texts.training_batches(tokens, size)
+        return
+    batches, seen = texts.training_batches(tokens, size)
+    counted = [int(batch.prompt_mask.sum() + batch.response_mask.sum()) for batch in batches]
+    assert seen == sum(counted) <= tokens
+    assert tokens - seen < size * 24, "another batch would have fitted"
+    more, _ = texts.training_batches(tokens + size * 24, size)
+    assert all(torch.equal(a.prompt_ids, b.prompt_ids) for a, b in zip(batches, more, strict=False))
+
+
+def test_every_epoch_of_training_text_is_shuffled_anew_and_holds_each_example_once(texts: Texts) -> None:
+    batches, _ = texts.training_batches(2 * 10 * 24, 1)
+    rows = [tuple(torch.cat([batch.prompt_ids[0], batch.response_ids[0]]).tolist()) for batch in batches]
+    first, second = rows[:10], rows[10:20]
+    assert set(first) == set(second)
+    assert len(set(first)) == 10
+    assert first != second
+
+
+def test_the_three_texts_share_no_example(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    for held_out in (None, text(tmp_path, "Verse")):
+        found = read_texts(data(tiny_llama_dir, text(tmp_path, "Line")), held_out)
+        train, _ = found.training_batches(10 * 24, 1)
+        parts = [found.calibration, found.held_out, train]
+        seen = [
+            {
+                tuple(torch.cat([prompt[real], response]).tolist())
+                for batch in part
+                for prompt, real, response in zip(batch.prompt_ids, batch.prompt_mask, batch.response_ids, strict=True)
+            }
+            for part in parts
+        ]
+        assert [len(examples) for examples in seen] == [4, 4, 10]
+        assert len(seen[0] | seen[1] | seen[2]) == 18
+
+
+def test_a_share_of_another_source_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`data.parts.test` is 0.5: with `measures.held_out` give a number"):
+        read_texts(data(tiny_llama_dir, text(tmp_path, "Line"), test=0.5), text(tmp_path, "Verse"))
+
+
+def test_the_learning_rate_rises_and_falls_to_zero_on_a_cosine() -> None:
+    training = Training(warmup=0.2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = training.schedule(optimizer, 20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[12] == pytest.approx(0.5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("criterion", [GreedyKL(), ResponsePerplexity()], ids=lambda criterion: criterion.name)
+def test_the_meter_counts_what_the_evaluator_counts(bench: Bench, criterion: GreedyKL | ResponsePerplexity) -> None:
+    student = bench.student(Found(bench.full("unified")))
+    context = bench.context(student)
+    scored = criterion.score(context, student.plan, "both", (0, 1, 2, 3))
+    assert scored
+    redundancy = 4 * sum(
+        int(valid.sum())
+        for batch in bench.texts.calibration
+        for valid in Request.of(*batch.request, "prefill").valid.values()
+    )
+    passes = redundancy if "redundancy" in vars(context) else 0
+    assert bench._meter.spent.block_tokens == context.evaluator.block_tokens + passes
+
+
+def test_nothing_is_counted_while_the_meter_is_paused() -> None:
+    meter = Meter()
+    with meter.running(), meter.paused():
+        pass
+    assert meter.spent.seconds < 1.0
+    meter.add(Spent(100.0, 7))
+    assert meter.spent.seconds == pytest.approx(100.0, abs=1.0)
+    assert meter.spent.block_tokens == 7
+    stopped = meter.spent
+    assert meter.spent == stopped, "time stands still outside"
+
+
+def test_the_judge_measures_what_measure_quality_measures(bench: Bench) -> None:
+    student = changed_model(bench)
+    judge = Judge(bench, Measures(), load_tokenizer(bench.subject.name))
+    expected = measure_quality(student, bench.teacher, bench.texts.held_out)
+    judged = [judge.judge(student) for _ in range(2)]
+    assert judged[0] == judged[1]
+    assert (judged[0].nll, judged[0].dense_nll, judged[0].kl, judged[0].agreement) == pytest.approx(
+        (expected.nll, expected.teacher_nll, expected.kl, expected.agreement)
+    )
+    assert judge.accuracy(student) == {}
+
+
+def test_changed_weights_are_all_that_is_needed_to_make_a_student_again(bench: Bench) -> None:
+    student = changed_model(bench)
+    again = bench.student(Found(student.plan, None, bench.changed(student)))
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+    untouched = bench.student(Found(student.plan))
+    assert bench.changed(untouched) == {}
+
+
+def test_the_span_chosen_is_the_one_whose_input_and_output_are_most_alike(bench: Bench) -> None:
+    student = bench.student(Found(bench.full("unified")))
+    for count in (1, 2):
+        sums: dict[int, float] = dict.fromkeys(range(4 - count), 0.0)
+        for batch in bench.texts.calibration:
+            request = Request.of(*batch.request, "prefill")
+            seen: dict[str, dict[int, list[torch.Tensor]]] = {stage: {} for stage in STAGES}
+
+            def keep(stage: str, into: dict[str, dict[int, list[torch.Tensor]]] = seen):  # type: ignore[no-untyped-def]
+                return lambda block, before, after: into[stage].update({block: [before, after]})
+
+            with torch.no_grad():
+                student(*batch.request, observers={stage: keep(stage) for stage in STAGES})
+            for stage in STAGES:
+                for first in sums:
+                    pair = seen[stage][first][0], seen[stage][first + count][1]
+                    sums[first] += float(F.cosine_similarity(*pair, dim=-1)[request.valid[stage]].sum())
+        best = max(sums, key=lambda first: sums[first])
+        assert most_alike(bench, student, count) == tuple(range(best, best + count + 1))
+
+
+def test_a_replaced_span_is_trained_on_the_budget_and_only_its_block_changes(bench: Bench) -> None:
+    found = ReplaceSpan().find(bench, None, 2)
+    (into, run), *others = found.plan.merged["prefill"].items()
+    assert not others
+    assert len(run) == 3
+    assert found.plan.merged["decode"] == found.plan.merged["prefill"]
+    assert found.trained_tokens == (4 + 4 + 2) * 24, "a batch of a second epoch would be too many"
+    assert {name.split(".block.")[0] for name in found.weights} == {f"model.model.layers.{into}"}
+
+
+def test_annealing_with_merges_ends_no_worse_than_its_start(bench: Bench) -> None:
+    start = Drop(LastN(), "nested").find(bench, None, 2)
+    brief = Annealing(evaluations=6, temperature=0.5)
+    annealed = Annealed("last_n", brief).find(bench, start, 2)
+    merged = Annealed("last_n", brief, Merging(min_cosine=-1.0, steps=2)).find(bench, annealed, 2)
+    energies = []
+    for found in (start, annealed, merged):
+        student = bench.student(found)
+        energies.append(measure_quality(student, bench.teacher, bench.texts.calibration).kl)
+        assert found.plan.prefill == found.plan.decode
+        assert len(found.plan.removed("prefill")) == 2
+    assert energies[0] >= energies[1] - 1e-6
+    assert energies[1] >= energies[2] - 1e-6
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=r"`model.accelerator` is gpu, and torch sees none"):
+        _ = Subject("any", accelerator="gpu").device
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`rows.counts` is \[0\]"):
+        Rows(counts=(0,))
+    with pytest.raises(ValueError, match=r"`measures.choice_rows` is 0"):
+        Measures(choice_rows=0)
+    with pytest.raises(ValueError, match=r"`warmup` in \[0, 1\)"):
+        Training(warmup=1.0)
+
+
+def test_a_killed_rows_cost_and_journal_are_kept_for_the_same_settings_alone(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for key, kept in (("same", True), ("other", False)):
+        ledger.note_spent("nested", 3, "same", Spent(2.5, 7))
+        ledger.journal("nested", 3).touch()
+        assert ledger.spent_before("nested", 3, key) == (Spent(2.5, 7) if kept else Spent())
+        assert ledger.journal("nested", 3).is_file() is kept
+    assert ledger.spent_before("sleb", 3, "same") == Spent()
