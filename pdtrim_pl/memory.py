@@ -63,6 +63,8 @@ class Layout:
     processes: int = 1
     zero_stage: int = 0
     """0 where every process holds everything."""
+    fsdp: bool = False
+    """FSDP cuts up what ZeRO-3 does, and keeps no fp32 copies of 16-bit weights."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     student_bytes: int = 4
@@ -142,7 +144,7 @@ def _shards(layout: Layout, from_stage: int) -> int:
 
 def _optimizer_bytes(layout: Layout) -> int:
     """An engine keeps fp32 weights beside those in 16 bits, and its states are in fp32."""
-    if layout.zero_stage and layout.student_bytes < 4:
+    if layout.zero_stage and not layout.fsdp and layout.student_bytes < 4:
         return 4 * (layout.optimizer_states + 1)
     return layout.student_bytes * layout.optimizer_states
 
