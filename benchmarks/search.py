@@ -3,7 +3,7 @@
     python benchmarks/search.py [--json]
 
 Both sides take the same drops from decode, then from prefill, by least KL to the teacher on the same calibration set,
-and both keep the teacher's log-probabilities. The naive side runs every candidate through both stages to the end. Work
+and both keep the teacher's probabilities. The naive side runs every candidate through both stages to the end. Work
 is counted as tokens times blocks that ran; times are compared as a ratio, for these machines are shared. One repeat
 runs the two sides one after the other; medians over repeats are reported.
 """
@@ -57,11 +57,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="embedded name, directory or Hub id")
     parser.add_argument("--text", default="pydoc", help="source of the calibration text, as `data.source.path`")
-    parser.add_argument("--examples", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of every prompt")
+    parser.add_argument("--examples", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=192, help="tokens of every prompt")
     parser.add_argument("--response", type=int, default=64, help="tokens of every response")
-    parser.add_argument("--drops", type=int, default=2, help="blocks dropped from each stage")
+    parser.add_argument("--drops", type=int, default=1, help="blocks dropped from each stage")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser.parse_args()

@@ -2,8 +2,8 @@
 
 Shapes: N response tokens of a batch without padding, H hidden, V vocabulary.
 
-An evaluation adds batch after batch. Each can only add to the sums, so a plan is given up as soon as it cannot win, and
-continued later from where it stood.
+An evaluation takes batch after batch, those first that tell most. Each can only add to the energy, so a plan is given
+up as soon as it cannot win, and continued later from where it stood.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import heapq
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from pdtrim_pl.data.collate import Batch, fingerprint
-from pdtrim_pl.evaluation.journal import Journal, Partial
+from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
 from pdtrim_pl.evaluation.quality import Reference, final_hidden, score_tokens
 from pdtrim_pl.evaluation.ranks import Ranks
@@ -82,6 +83,8 @@ class Evaluator:
         with torch.no_grad():
             self.teacher_hidden = [final_hidden(teacher, batch) for batch in self.batches]
         self.references = self._kept_references(memory.teacher)
+        self.weight = [0.0] * self.count
+        """How much of the energy each batch has held so far: those that hold most come first, and give up most."""
         self.journal = Journal(journal, self.fingerprint(batches) if journal is not None else "", ranks)
 
     @property
@@ -100,14 +103,12 @@ class Evaluator:
 
     def measure(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> Energy:
         """Means over all response tokens under `plan` and `policy`, by default the student's."""
-        candidate = self.candidate(plan, policy)
-        known = self._extended(candidate, lambda partial: False)
+        known = self._extended(self.candidate(plan, policy))
         return Energy(known.kl / self.tokens, known.nll / self.tokens)
 
     def energy_below(self, plan: StagePlan, limit: float, policy: KVRetentionPolicy | None = None) -> float | None:
         """The energy if it is below `limit`, else None, as soon as that is certain."""
-        candidate = self.candidate(plan, policy)
-        energy = self._extended(candidate, lambda partial: partial.kl / self.tokens >= limit).kl / self.tokens
+        energy = self._extended(self.candidate(plan, policy), limit).kl / self.tokens
         return energy if energy < limit else None
 
     def best(
@@ -127,22 +128,33 @@ class Evaluator:
             progress: called with the number of batches evaluated so far.
         """
         texts = [described(candidate) for candidate in candidates]
+        evaluated = 0
 
         def bound(index: int) -> tuple[float, int]:
-            return key(index, getattr(self.journal.known(texts[index]), by) / self.tokens), index
+            return key(index, getattr(self._sum(texts[index]), by) / self.tokens), index
 
-        heap = [bound(index) for index in range(len(candidates))]
-        heapq.heapify(heap)
-        evaluated = 0
-        while True:
-            index = heap[0][1]
-            known = self.journal.known(texts[index])
-            if known.batches == self.count:
-                return index, float(getattr(known, by)) / self.tokens
-            self._extend(candidates[index], texts[index], known)
-            heapq.heapreplace(heap, bound(index))
+        def extend(index: int) -> None:
+            nonlocal evaluated
+            self._extend(candidates[index], texts[index])
             evaluated += 1
             progress(evaluated)
+
+        for index, text in enumerate(texts):
+            if not self.journal.known(text):
+                extend(index)
+        heap = [bound(index) for index in range(len(candidates))]
+        heapq.heapify(heap)
+        # The leader to the end first: it is likely to be needed, and teaches which batches tell most.
+        leader = heap[0][1]
+        while not self._complete(texts[leader]) and not any(self.weight):
+            extend(leader)
+        heapq.heapreplace(heap, bound(leader))
+        while True:
+            index = heap[0][1]
+            if self._complete(texts[index]):
+                return index, float(getattr(self._sum(texts[index]), by)) / self.tokens
+            extend(index)
+            heapq.heapreplace(heap, bound(index))
 
     def rebase(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> None:
         """Keep what `plan`'s neighbours have in common with it."""
@@ -164,37 +176,51 @@ class Evaluator:
         text = f"{held} {self.ranks.agree(offers)} {self.teacher.plan.to_json()} {fingerprint(batches)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _extended(self, candidate: Candidate, enough: Callable[[Partial], bool]) -> Partial:
+    def _extended(self, candidate: Candidate, limit: float = inf) -> Sums:
+        """Sums over all batches, or over some where their KL is certain to reach the limit."""
         text = described(candidate)
+        while not self._complete(text) and self._sum(text).kl / self.tokens < limit:
+            self._extend(candidate, text)
+        return self._sum(text)
+
+    def _complete(self, text: str) -> bool:
+        return len(self.journal.known(text)) == self.count
+
+    def _sum(self, text: str) -> Sums:
+        """Of the batches that are known, added in their own order, so that the total does not depend on any other."""
         known = self.journal.known(text)
-        while known.batches < self.count and not enough(known):
-            known = self._extend(candidate, text, known)
-        return known
+        return Sums(sum(known[batch].kl for batch in sorted(known)), sum(known[batch].nll for batch in sorted(known)))
 
     @torch.no_grad()
-    def _extend(self, candidate: Candidate, text: str, known: Partial) -> Partial:
-        """One more batch, or one more on every rank; sums grow batch by batch, whatever the number of ranks."""
-        chosen = range(known.batches, min(known.batches + self.ranks.parts, self.count))
-        mine = [self._sums(candidate, i // self.ranks.parts) for i in chosen if i % self.ranks.parts == self.ranks.part]
-        if self.ranks.parts == 1:
-            sums = self.ranks.agree(mine)
-        else:
-            by_rank = self.ranks.gather(mine)
-            sums = [by_rank[i % self.ranks.parts][0] for i in chosen]
-        for kl, nll in sums:
-            known = Partial(known.kl + kl, known.nll + nll, known.batches + 1)
-        self.journal.add(text, known)
-        return known
+    def _extend(self, candidate: Candidate, text: str) -> None:
+        """One more batch, or one more on every rank that has one left."""
+        parts, known = self.ranks.parts, self.journal.known(text)
+        left = sorted(set(range(self.count)) - set(known), key=lambda batch: (-self.weight[batch], batch))
+        chosen = [next((batch for batch in left if batch % parts == part), None) for part in range(parts)]
+        mine = chosen[self.ranks.part]
+        sums = None if mine is None else tuple(self._sums(candidate, mine // parts))
+        every = [self.ranks.agree(sums)] if parts == 1 else self.ranks.gather(sums)
+        for batch, found in zip(chosen, every, strict=True):
+            if batch is not None:
+                self.journal.add(text, batch, Sums(*found))
+        if self._complete(text):
+            self._weigh(text)
 
-    def _sums(self, candidate: Candidate, index: int) -> tuple[float, float]:
+    def _weigh(self, text: str) -> None:
+        """Learn from a plan that was evaluated on all batches how much of the energy each of them holds."""
+        known, total = self.journal.known(text), self._sum(text).kl
+        for batch, sums in known.items():
+            self.weight[batch] += sums.kl / total if total > 0 else 0.0
+
+    def _sums(self, candidate: Candidate, index: int) -> Sums:
         """KL and NLL of one of this rank's batches, summed over its response tokens in fp64."""
         hidden = self.neighbours.response(candidate, index)
         reference = self.references[index]
         if reference is not None:
-            return reference.compare(self.student.logits, hidden, self.targets[index])
+            return Sums(*reference.compare(self.student.logits, hidden, self.targets[index]))
         heads = (self.student.logits, self.teacher.logits)
         scores = score_tokens(hidden, self.teacher_hidden[index], self.targets[index], *heads)
-        return float(scores.kl.double().sum()), float(scores.nll.double().sum())
+        return Sums(float(scores.kl.double().sum()), float(scores.nll.double().sum()))
 
     def _kept_references(self, budget: int) -> list[Reference | None]:
         kept: list[Reference | None] = []

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from pdtrim_pl.evaluation.ranks import Ranks
 
 
-@dataclass(frozen=True)
-class Partial:
-    """Sums over the response tokens of the first `batches` batches, nats. Each further batch can only add to them."""
+class Sums(NamedTuple):
+    """Of a plan over the response tokens of one batch, nats."""
 
-    kl: float = 0.0
-    nll: float = 0.0
-    batches: int = 0
+    kl: float
+    nll: float
 
 
 class Journal:
-    """What is known of plans: one JSON line an evaluation, `search`, `plan`, `kl`, `nll`, `batches`.
+    """What is known of plans: one JSON line a batch, `search`, `plan`, `batch`, `kl`, `nll`.
 
     A line that a kill cut short is ignored, and so are lines of other searches.
 
@@ -32,21 +32,21 @@ class Journal:
     def __init__(self, path: Path | None = None, search: str = "", ranks: Ranks = Ranks()) -> None:
         self.path, self.search = path, search
         self.writes = path is not None and ranks.rank == 0
-        self._known: dict[str, Partial] = {}
+        self._known: dict[str, dict[int, Sums]] = defaultdict(dict)
         if path is not None:
-            found = self._read(path) if self.writes else {}
             # From one rank to all: the others may look only when it has already written more.
-            self._known = dict(ranks.agree(found))
+            for plan, batch, kl, nll in ranks.agree(self._read(path) if self.writes else []):
+                self._known[plan][batch] = Sums(kl, nll)
 
-    def known(self, plan: str) -> Partial:
-        """How far a plan was evaluated."""
-        return self._known.get(plan, Partial())
+    def known(self, plan: str) -> Mapping[int, Sums]:
+        """The batches that a plan was evaluated on, by their number."""
+        return self._known[plan]
 
-    def add(self, plan: str, partial: Partial) -> None:
+    def add(self, plan: str, batch: int, sums: Sums) -> None:
         """Keep an evaluation; on disk before this returns."""
-        self._known[plan] = partial
+        self._known[plan][batch] = sums
         if self.writes:
-            self._append(json.dumps({"search": self.search, "plan": plan, **asdict(partial)}))
+            self._append(json.dumps({"search": self.search, "plan": plan, "batch": batch, **sums._asdict()}))
 
     def _append(self, line: str) -> None:
         assert self.path is not None
@@ -58,13 +58,13 @@ class Journal:
                     line = "\n" + line
             file.write(line.encode() + b"\n")
 
-    def _read(self, path: Path) -> dict[str, Partial]:
-        known: dict[str, Partial] = {}
+    def _read(self, path: Path) -> list[tuple[str, int, float, float]]:
+        found = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
             if entry["search"] == self.search:
-                known[entry["plan"]] = Partial(**{field.name: entry[field.name] for field in fields(Partial)})
-        return known
+                found.append((entry["plan"], entry["batch"], entry["kl"], entry["nll"]))
+        return found

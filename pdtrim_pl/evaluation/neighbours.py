@@ -72,8 +72,17 @@ class Neighbours:
         """Keep what the neighbours of `candidate` have in common with it."""
         if self.stride is None or candidate == self._base:
             return
-        self._traces, self._base = [], None  # free the old base before the new one is made
-        self._traces = [self._traced(candidate, batch) for batch in self.batches]
+        known = self._base
+        if known is not None and known.plan.boundary != candidate.plan.boundary:
+            self._traces, known = [], None
+        self._base = None  # while some traces are of the old base, and some of the new one
+        if known is None:
+            self._traces = [self._traced(candidate, batch, None, {}) for batch in self.batches]
+        else:
+            for index, batch in enumerate(self.batches):
+                old = self._traces[index]
+                starts = self._first_differences(candidate, known, old, _wide(candidate.plan))
+                self._traces[index] = self._traced(candidate, batch, old, starts)
         self._base = candidate
 
     @torch.no_grad()
@@ -81,8 +90,11 @@ class Neighbours:
         """Final hidden states of one batch's response tokens, [N, H]."""
         batch, plan = self.batches[index], candidate.plan
         request = Request.of(*batch.request, plan.boundary)
-        trace = self._traces[index] if self._base is not None and self._base.plan.boundary == plan.boundary else None
-        starts = self._first_differences(candidate, trace) if trace is not None else {}
+        base = self._base
+        trace = self._traces[index] if base is not None and base.plan.boundary == plan.boundary else None
+        starts: Mapping[Stage, int | None] = {}
+        if base is not None and trace is not None:
+            starts = self._first_differences(candidate, base, trace, plan.decode)
         if trace is not None and starts["prefill"] is None:
             encoded = trace.encoded
         else:
@@ -100,28 +112,40 @@ class Neighbours:
             parts.append(out.hidden)
         return torch.cat(parts, dim=1)[batch.response_mask]
 
-    def _traced(self, candidate: Candidate, batch: Batch) -> _Trace:
+    def _traced(
+        self, candidate: Candidate, batch: Batch, old: _Trace | None, starts: Mapping[Stage, int | None]
+    ) -> _Trace:
+        """One batch under a new base, from where it differs from the old one."""
         plan = candidate.plan
         request = Request.of(*batch.request, plan.boundary)
+        resumes = {stage: _resume(old, stage, starts) for stage in STAGES}
         inputs: dict[Stage, dict[int, Tensor]] = {stage: {} for stage in STAGES}
-        observers = {stage: self._keeping(plan, stage, inputs[stage]) for stage in STAGES}
-        # A neighbour may put a block back into decode: keep the KV of every block that prefill runs.
-        sends = tuple(sorted({*plan.decode, *plan.prefill}))
-        merged = {"prefill": plan.merged["prefill"]}
-        wide = replace(plan, decode=sends, relation="free", merged=merged)  # type: ignore[arg-type]
-        tokens, valid = request.tokens["prefill"], request.valid["prefill"]
-        self._count(plan, "prefill", valid, None)
-        encoded = self.student.prefill(tokens, valid, plan=wide, observer=observers["prefill"])
-        fed, fed_valid = request.tokens["decode"], request.valid["decode"]
+        for stage, resume in resumes.items():
+            before = old.inputs[stage] if old is not None else {}
+            last = plan.model.num_blocks if old is not None and starts[stage] is None else 0
+            last = resume.block if resume is not None else last
+            inputs[stage].update({block: hidden for block, hidden in before.items() if block < last})
+        if old is not None and starts["prefill"] is None:
+            encoded = old.encoded
+        else:
+            wide = replace(plan, decode=_wide(plan), relation="free", merged={"prefill": plan.merged["prefill"]})
+            tokens, valid = request.tokens["prefill"], request.valid["prefill"]
+            observer = self._keeping(plan, "prefill", inputs["prefill"])
+            self._count(plan, "prefill", valid, resumes["prefill"])
+            encoded = self.student.prefill(tokens, valid, plan=wide, observer=observer, resume=resumes["prefill"])
+        fed, valid = request.tokens["decode"], request.valid["decode"]
         if fed.shape[1]:
-            self._count(plan, "decode", fed_valid, None)
-            sent = encoded.cache.retained(candidate.policy)
-            self.student.decode(fed, sent, fed_valid, plan=plan, keep_cache=False, observer=observers["decode"])
+            observer = self._keeping(plan, "decode", inputs["decode"])
+            self._count(plan, "decode", valid, resumes["decode"])
+            self.student.decode(
+                fed, encoded.cache.retained(candidate.policy), valid, plan=plan, keep_cache=False, observer=observer,
+                resume=resumes["decode"],
+            )  # fmt: skip
         return _Trace(replace(encoded, hidden=encoded.hidden[:, -1:]), inputs)
 
     def _keeping(self, plan: StagePlan, stage: Stage, inputs: dict[int, Tensor]) -> Observer:
         assert self.stride is not None
-        kept = set(plan.blocks(stage)[:: self.stride])
+        kept = {block for block in plan.blocks(stage) if block % self.stride == 0}
 
         def observe(block: int, before: Tensor, _: Tensor) -> None:
             if block in kept:
@@ -129,22 +153,31 @@ class Neighbours:
 
         return observe
 
-    def _first_differences(self, candidate: Candidate, trace: _Trace) -> dict[Stage, int | None]:
-        """Per stage, the first block whose work may differ from the base's; None where none does."""
-        assert self._base is not None
-        plan, base = candidate.plan, self._base.plan
-        differs: dict[Stage, set[int]] = {stage: set(plan.blocks(stage)) ^ set(base.blocks(stage)) for stage in STAGES}
+    def _first_differences(
+        self, candidate: Candidate, base: Candidate, trace: _Trace, wanted: Sequence[int]
+    ) -> dict[Stage, int | None]:
+        """Per stage, the first block whose work may differ from a base's; None where none does.
+
+        Args:
+            candidate: what is to be run.
+            base: what was run.
+            trace: what was kept of it.
+            wanted: blocks whose KV is wanted of prefill.
+        """
+        plan = candidate.plan
+        pairs = {stage: (set(plan.blocks(stage)), set(base.plan.blocks(stage))) for stage in STAGES}
+        differs: dict[Stage, set[int]] = {stage: new ^ old for stage, (new, old) in pairs.items()}
         # What decode alone adds or loses leaves prefill as it was, if the base has kept the KV that is now wanted.
-        differs["prefill"] |= set(plan.decode) - set(trace.encoded.cache.blocks)
+        differs["prefill"] |= set(wanted) - set(trace.encoded.cache.blocks)
         for stage in STAGES:
-            common = set(plan.blocks(stage)) & set(base.blocks(stage))
-            differs[stage] |= {b for b in common if candidate.weights(stage, b) != self._base.weights(stage, b)}
+            new, old = pairs[stage]
+            differs[stage] |= {b for b in new & old if candidate.weights(stage, b) != base.weights(stage, b)}
         # A KV-only block projects with prefill's weights.
-        kv_only = set(plan.kv_only) & set(base.kv_only)
-        differs["prefill"] |= {b for b in kv_only if (b in plan.untied["prefill"]) != (b in base.untied["prefill"])}
-        differs["decode"] |= {
-            b for b in set(plan.decode) & set(base.decode) if candidate.sends(b) != self._base.sends(b)
-        }
+        kv_only = set(plan.kv_only) & set(base.plan.kv_only)
+        changed = set(plan.untied["prefill"]) ^ set(base.plan.untied["prefill"])
+        differs["prefill"] |= kv_only & changed
+        new, old = pairs["decode"]
+        differs["decode"] |= {block for block in new & old if candidate.sends(block) != base.sends(block)}
         # From where prefill differs, the KV that decode reads differs too.
         return {
             "prefill": min(differs["prefill"], default=None),
@@ -163,6 +196,11 @@ class Neighbours:
         positions = prompt + sum(batch.response_ids.numel() for batch in self.batches)
         width = self.student.model.config.hidden_size * self.student.model.dtype.itemsize
         return None if left <= 0 else max(1, ceil(positions * blocks * width / left))
+
+
+def _wide(plan: StagePlan) -> tuple[int, ...]:
+    """Blocks whose KV a base keeps: a neighbour may put a block back into decode, so of all that prefill runs too."""
+    return tuple(sorted({*plan.decode, *plan.prefill}))
 
 
 def _resume(trace: _Trace | None, stage: Stage, starts: Mapping[Stage, int | None]) -> Resume | None:
