@@ -80,6 +80,16 @@ def test_every_state_meets_the_target_and_spares_what_it_can(model: StagedCausal
         state = other
 
 
+def test_choosing_one_stage_anew_never_hurts_and_meets_the_target(model: StagedCausalLM) -> None:
+    search = joint(model, cost_of(model, 2, 1))
+    start = search.state_of(StagePlan.full(model.plan.model, "unified").drop("both", 3))
+    before = search.energy(start)
+    state, energy = search.improved(start)
+    assert search.excess(state) == 0
+    assert before is not None
+    assert energy == search.energy(state) <= before
+
+
 def test_the_final_plan_and_policy_have_the_energy_that_the_search_says(model: StagedCausalLM) -> None:
     search = joint(model, CostTarget(0.9, 0.9, 0.4))
     state, energy = search.greedy()

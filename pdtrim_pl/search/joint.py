@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.evaluation.evaluator import Evaluator
@@ -18,6 +19,8 @@ from pdtrim_pl.search.rounds import order
 from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
 
 FIRST_LAST = Retention("first_last", 4, 0.2)
+KINDS = ("prefill", "decode", "wire")
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -107,31 +110,67 @@ class JointSearch(Space[JointState]):
         candidate = self.candidate(state)
         return self.target.excess(self.cost.shares(candidate.plan, candidate.policy))
 
-    def greedy(self, progress: Callable[[str], None] = lambda line: None) -> tuple[JointState, float]:
-        """One choice after another: the least rise of energy for what it brings nearer to the target.
+    def greedy(self, progress: Progress = lambda line: None) -> tuple[JointState, float]:
+        """One choice after another, the least rise of energy for what it brings nearer to the target; then `improved`.
 
         See `LazyGreedy`.
+
+        Raises:
+            ValueError: the target cannot be reached.
         """
-        state = JointState()
-        energy = self.energy(state)
-        assert energy is not None
-        excess, steps = self.excess(state), LazyGreedy(self)
+        return self.improved(self._reached(self._grown(JointState(), KINDS, progress)), progress)
+
+    def improved(self, state: JointState, progress: Progress = lambda line: None) -> tuple[JointState, float]:
+        """Choose anew for prefill alone, for decode alone, for the wire alone, in turns, for as long as it helps.
+
+        Exchanges of single choices do not get from a plan that drops the same blocks in both stages to one that does
+        not, for every KV-only block on the way costs prefill something.
+        """
+        energy, idle = self._known(state), 0
+        for kind in cycle(KINDS):
+            kept = state
+            for choice in state.choices:
+                kept = kept.without(choice) if _kind(choice) == kind else kept
+            other = state if kept == state else self._grown(kept, (kind,), progress)
+            idle += 1
+            if other is not None and other != state and self._known(other) < energy:
+                state, energy, idle = other, self._known(other), 0
+            if idle == len(KINDS):
+                break
+        return state, energy
+
+    def _grown(self, state: JointState, kinds: Sequence[str], progress: Progress) -> JointState | None:
+        """A state that meets the target, by choices of some kinds; None where they do not reach it."""
+        excess, energy, steps = self.excess(state), self._known(state), LazyGreedy(self)
         while excess > 0:
+            options = self._nearer(state, excess, kinds)
+            if not options:
+                return None
             self.rebase(state)
-            progress(f"joint greedy: {len(state.choices)} choices made, costs still {excess:.3f} too high in sum")
-            chosen, energy = steps.choose(self._nearer(state, excess), energy)
+            progress(f"{len(state.choices)} choices made for {' and '.join(kinds)}, costs still {excess:.3f} too high")
+            chosen, energy = steps.choose(options, energy)
             state = chosen.state
             excess = self.excess(state)
-        state = self._without_needless(state, random.Random(0))
+        return self._without_needless(state, random.Random(0))
+
+    def _reached(self, state: JointState | None) -> JointState:
+        if state is None:
+            raise ValueError(
+                f"`target` {self.target} cannot be reached with everything chosen that may be. Raise its shares, "
+                f"loosen `guards` {self.guards}, or let `retention` keep less than {self.retention}."
+            )
+        return state
+
+    def _known(self, state: JointState) -> float:
         energy = self.energy(state)
         assert energy is not None
-        return state, energy
+        return energy
 
     def state_of(self, plan: StagePlan) -> JointState:
         """The state whose plan drops what another plan of the same model lacks, to start a search from it.
 
         Raises:
-            ValueError: the plan merges blocks or keeps one that the start has lost.
+            ValueError: the plan merges blocks or keeps one that the start has lost, or the target cannot be reached.
         """
         state = JointState()
         for stage in STAGES:
@@ -140,7 +179,7 @@ class JointSearch(Space[JointState]):
                 raise ValueError("A joint search can only start from a plan that drops blocks of its first plan.")
             for block in sorted(before - kept):
                 state = state.with_(Move(stage, (block,)))
-        return self._met(state, random.Random(0))
+        return self._reached(self._met(state, random.Random(0)))
 
     def neighbour(self, state: JointState, draw: random.Random) -> JointState | None:
         """Exchange one choice for one of its kind, then choose on until the target is met, and undo what it spares."""
@@ -151,32 +190,25 @@ class JointSearch(Space[JointState]):
         same = [choice for choice in self._open(left) if choice != out and _kind(choice) == _kind(out)]
         if same:
             left = left.with_(draw.choice(same))
-        return self._without_needless(self._met(left, draw), draw)
+        met = self._met(left, draw)
+        return state if met is None else self._without_needless(met, draw)
 
-    def _met(self, state: JointState, draw: random.Random) -> JointState:
+    def _met(self, state: JointState, draw: random.Random) -> JointState | None:
+        """A state that meets the target, by drawn choices; None where they lead nowhere."""
         excess = self.excess(state)
         while excess > 0:
-            state = draw.choice(self._nearer(state, excess)).state
+            options = self._nearer(state, excess)
+            if not options:
+                return None
+            state = draw.choice(options).state
             excess = self.excess(state)
         return state
 
-    def _nearer(self, state: JointState, excess: float) -> list[Option[JointState]]:
-        """The states with one choice more that are nearer to the target; the gain is how much nearer.
-
-        Raises:
-            ValueError: there is none.
-        """
-        more = [(choice, state.with_(choice)) for choice in self._open(state)]
+    def _nearer(self, state: JointState, excess: float, kinds: Sequence[str] = KINDS) -> list[Option[JointState]]:
+        """The states with one choice more that are nearer to the target; the gain is how much nearer."""
+        more = [(choice, state.with_(choice)) for choice in self._open(state) if _kind(choice) in kinds]
         options = [Option(choice, other, excess - self.excess(other)) for choice, other in more]
-        nearer = [option for option in options if option.gain > 0]
-        if not nearer:
-            candidate = self.candidate(state)
-            raise ValueError(
-                f"`target` {self.target} cannot be reached: with everything chosen that may be, a request still costs "
-                f"{self.cost.shares(candidate.plan, candidate.policy)}. Raise its shares, loosen `guards` "
-                f"{self.guards}, or let `retention` keep less than {self.retention}."
-            )
-        return nearer
+        return [option for option in options if option.gain > 0]
 
     def _open(self, state: JointState) -> list[Move | Trim]:
         """What may be chosen beside a state's choices."""

@@ -33,10 +33,8 @@ class Joint(Method):
         context = bench.context(student)
         with torch.no_grad():
             search = JointSearch(context.evaluator, student.plan, target, bench.costs, guards=bench.guards)
-            known = search.state_of(start.plan)
-            state, energy = search.greedy(context.progress)
-            if search.energy(known, limit=energy) is not None:
-                state = known
+            known = search.improved(search.state_of(start.plan), context.progress)
+            state, _ = min(known, search.greedy(context.progress), key=lambda found: found[1])
             state, energy = anneal(search, state, self.annealing, context.progress)
             found = search.final(state, 0, energy)
         return Found(found.plan, found.policy)
