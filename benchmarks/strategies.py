@@ -6,7 +6,8 @@
 
 Every strategy runs in processes of its own: one epoch of the full model, a drop from each stage, one epoch more. A line
 of JSON for each: tokens of prompt and response per second over all devices (median step of the last epoch, its first
-two steps left out), peak memory of the first device, losses. Loss curves of the strategies should agree.
+two steps left out), peak memory of the first device, losses. ZeRO and FSDP train in bf16 (ZeRO with
+fp32 masters), the others in bf16-mixed, so that losses agree only roughly.
 """
 
 from __future__ import annotations

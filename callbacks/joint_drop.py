@@ -102,9 +102,10 @@ class JointDrop(RemovalRounds):
             if not any(module.record.redundancy.values()):
                 module.record.redundancy = context.redundancy
             plan, policy = self._chosen(context, module.plan, round)
-        plan = StagePlan.from_json(context.ranks.agree(plan.to_json()))
-        module.apply_plan(plan)
-        module.apply_policy(policy)
+        sent = None if policy is None else policy.to_json(plan)
+        structure, sent = context.ranks.agree((plan.to_json(), sent))
+        module.apply_plan(StagePlan.from_json(structure))
+        module.apply_policy(None if sent is None else KVRetentionPolicy.from_json(sent))
 
     def _chosen(
         self, context: ScoringContext, start: StagePlan, round: int

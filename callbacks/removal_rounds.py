@@ -54,8 +54,8 @@ class RemovalRounds(Callback):
             check_drops(trainer.strategy)
         if stage == "fit" and trainer.max_epochs not in (None, -1) and self.last_round >= (trainer.max_epochs or 0):
             raise MisconfigurationException(
-                f"`schedule` of the {self.title} has a round at epoch {self.last_round}, and `trainer.max_epochs` is "
-                f"{trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
+                f"`schedule` (`epochs`) of the {self.title} has a round at epoch {self.last_round}, and "
+                f"`trainer.max_epochs` is {trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
             )
 
     @override

@@ -90,6 +90,13 @@ def test_choosing_one_stage_anew_never_hurts_and_meets_the_target(model: StagedC
     assert energy == search.energy(state) <= before
 
 
+def test_nothing_is_trimmed_where_the_wire_may_cost_everything(model: StagedCausalLM) -> None:
+    search = joint(model, CostTarget(decode_bytes=0.85))
+    state, _ = search.greedy()
+    assert search.excess(state) == 0
+    assert state.trims == ()
+
+
 def test_the_final_plan_and_policy_have_the_energy_that_the_search_says(model: StagedCausalLM) -> None:
     search = joint(model, CostTarget(0.9, 0.9, 0.4))
     state, energy = search.greedy()

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations, pairwise
+from math import inf
 from pathlib import Path
 from threading import Barrier
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from pdtrim_pl.merging import Merging
 from pdtrim_pl.plan import Relation, StagePlan, Target
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
 from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops, distillation_set
+from pdtrim_pl.search.rounds import Removals
 from pdtrim_pl.staged import StagedCausalLM
 
 NO_GUARDS = Guards(0, 0)
@@ -80,6 +82,39 @@ def test_a_lazy_greedy_choice_looks_at_fewer_states(model: StagedCausalLM) -> No
         search.greedy(lazy=is_lazy)[0][0] for search, is_lazy in ((one_drop(exact), False), (one_drop(lazy), True))
     ]
     assert first[0] == first[1], "the first step is exact"
+
+
+class Tabled(RoundSearch):
+    """Energies from a table, by the blocks dropped."""
+
+    table: ClassVar[dict[tuple[int, ...], float]] = {(1,): 1.1, (2,): 1.2, (3,): 1.3, (1, 2): 1.8, (1, 3): 1.4}
+
+    def energy(self, state: Removals, limit: float = inf) -> float | None:
+        energy = self.table.get(tuple(move.run[0] for move in state), 9.0)
+        return energy if energy < limit else None
+
+
+def test_a_lazy_greedy_choice_counts_rises_from_the_energy_of_its_start(
+    model: StagedCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = Evaluator(model, model, batches())
+    monkeypatch.setattr(evaluator, "energy", lambda plan: 1.0)
+    search = Tabled(evaluator, model.plan, "decode", 2, NO_GUARDS)
+    assert search.greedy(lazy=True) == (search.drops([1, 3]), 1.4)
+
+
+def test_a_cap_holds_for_greedy_and_for_every_neighbour(model: StagedCausalLM) -> None:
+    evaluator = Evaluator(model, model, batches())
+    capped = RoundSearch(evaluator, model.plan, "decode", 3, Guards(0, 0, max_removed=2))
+    with pytest.raises(ValueError, match="Only 2 of 3 removals can be made in `decode`"):
+        capped.greedy()
+    nested = StagePlan.full(model.plan.model, "nested").drop("decode", 2)
+    search, draw = RoundSearch(evaluator, nested, "prefill", 2, Guards(0, 0, max_removed=2)), random.Random(0)
+    state = search.greedy()[0]
+    for _ in range(30):
+        plan = search.candidate(state).plan
+        assert max(len(plan.removed("prefill")), len(plan.removed("decode"))) <= 2
+        state = search.neighbour(state, draw) or state
 
 
 def one_drop(search: RoundSearch) -> RoundSearch:

@@ -69,6 +69,7 @@ class Bench:
             keep: called with the cost so far now and then, and on the way out of an error.
         """
         self._meter, self._keep, self._journal = Meter(), keep, journal
+        keep(self._meter.spent)
         try:
             with self._meter.running():
                 yield self._meter
@@ -157,7 +158,9 @@ class Bench:
         with self.unmetered(), torch.enable_grad():
             student = self.student(found, dtype="float32")
             settings = self.training
-            batches, seen = self.texts.training_batches(tokens, settings.batch_size, settings.prompt)
+            batches, seen = self.texts.training_batches(
+                tokens, settings.batch_size, settings.prompt, skip=found.trained_tokens
+            )
             log.info("  training on %d tokens", seen)
             weights = distil(student, self.teacher, batches, self.training, self.subject, self.folder)
             self.teacher.to(self.device)  # Lightning leaves what it has trained on the CPU

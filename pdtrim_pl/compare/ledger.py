@@ -99,6 +99,7 @@ class Ledger:
         """What a killed run had spent on the row; its journal goes if it ran under other settings."""
         file = self._spent_file(method, count)
         if not file.is_file():
+            self.journal(method, count).unlink(missing_ok=True)
             return Spent()
         data = read_json(file, "cost of a killed search")
         if data["key"] != key:  # what the journal knows would cost this row nothing

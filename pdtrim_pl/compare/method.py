@@ -65,3 +65,16 @@ class Method(ABC):
                 None where there is neither.
             count: blocks to remove, those that `start` has removed included.
         """
+
+
+def check_only_drops(start: Found, name: str | None) -> None:
+    """Refuse to search on from a result that is more than dropped blocks.
+
+    Raises:
+        ValueError: weights that are no longer the model's own, or merged blocks.
+    """
+    if start.weights or any(start.plan.merged.values()):
+        raise ValueError(
+            f"`start: {name}` trains or merges blocks, and a search begins with the model's own weights. Start from a "
+            "method that only drops blocks."
+        )

@@ -34,24 +34,30 @@ class Texts:
         parts = {"calibration": self.calibration, "held_out": self.held_out, "train": train}
         return {name: fingerprint(batches) for name, batches in parts.items()}
 
-    def training_batches(self, tokens: int, batch_size: int, prompt: int | None = None) -> tuple[list[Batch], int]:
+    def training_batches(
+        self, tokens: int, batch_size: int, prompt: int | None = None, skip: int = 0
+    ) -> tuple[list[Batch], int]:
         """Whole batches, shuffled anew every epoch, of at most `tokens` real tokens together; and how many they hold.
 
         Args:
             tokens: the budget.
             batch_size: examples in a batch.
             prompt: split every example after so many tokens instead of where it was split.
+            skip: leave out the batches of so many first tokens: an earlier training has seen them.
 
         Raises:
             ValueError: not even one batch fits.
         """
         batches: list[Batch] = []
-        taken, epoch = 0, 0
+        taken, passed, epoch = 0, 0, 0
         while True:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
             for start in range(0, len(order), batch_size):
                 batch = self.collate([_split(self.train[int(i)], prompt) for i in order[start : start + batch_size]])
                 size = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+                if passed < skip:
+                    passed += size
+                    continue
                 if taken + size > tokens:
                     if not batches:
                         raise ValueError(
@@ -83,6 +89,11 @@ def read_texts(data: PromptResponseDataModule, held_out: TextSource | None) -> T
         data.setup()
         judged = data.part("test")
     else:
+        if held_out == data.source:
+            raise ValueError(
+                f"`measures.held_out` is `data.source` itself ({held_out}): rows would be judged on training text. "
+                "Name another file, or leave it out and set `data.parts.test`."
+            )
         if not isinstance(most, int) or most < 1:
             raise ValueError(f"`data.parts.test` is {most}: with `measures.held_out` give a number of its examples.")
         other = _over(data, held_out, Parts(validation=0, calibration=0, test=0, max_train=most))

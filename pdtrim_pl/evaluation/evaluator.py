@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pdtrim_pl.data.collate import Batch, fingerprint
 from pdtrim_pl.evaluation.journal import Journal, Sums
@@ -161,19 +162,24 @@ class Evaluator:
         self.neighbours.rebase(self.candidate(plan, policy))
 
     def fingerprint(self, batches: Sequence[Batch]) -> str:
-        """What energies depend on besides plan and policy: weights, those on offer too, and the calibration set."""
+        """What energies depend on besides plan and policy: weights, arithmetic, and the calibration set."""
         sums = [
-            float(self.ranks.own(parameter).detach().double().sum())
+            _total(self.ranks.own(parameter))
             for model in (self.student, self.teacher)
             for parameter in model.parameters()
         ]
         offers = [
-            (block, stage, run, sum(float(parameter.double().sum()) for parameter in weights.parameters()))
+            (block, stage, run, sum(map(_total, weights.parameters())))
             for block, gate in self.student.gates.items()
             for (stage, run), weights in gate.offers.items()
         ]
         held = self.ranks.agree(sums) if self.ranks.whole else self.ranks.gather(sums)
-        text = f"{held} {self.ranks.agree(offers)} {self.teacher.plan.to_json()} {fingerprint(batches)}"
+        device = self.student.model.device.type
+        arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        sizes = [len(batch.response_mask) for batch in batches]
+        attention = self.student.model.config._attn_implementation
+        offered, plan = self.ranks.agree(offers), self.teacher.plan.to_json()
+        text = f"{arithmetic} {attention} {sizes} {held} {offered} {plan} {fingerprint(batches)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _extended(self, candidate: Candidate, limit: float = inf) -> Sums:
@@ -229,6 +235,11 @@ class Evaluator:
             budget -= len(hidden) * vocabulary * torch.float32.itemsize
             kept.append(Reference.of(self.teacher.logits, hidden) if budget >= 0 else None)
         return kept
+
+
+def _total(weights: Tensor) -> float:
+    """Sum in fp64, part by part, so that no fp64 copy of a whole embedding is made."""
+    return sum(float(part.double().sum()) for part in weights.detach().flatten().split(2**24))
 
 
 def described(candidate: Candidate) -> str:

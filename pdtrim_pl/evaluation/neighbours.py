@@ -172,10 +172,6 @@ class Neighbours:
         for stage in STAGES:
             new, old = pairs[stage]
             differs[stage] |= {b for b in new & old if candidate.weights(stage, b) != base.weights(stage, b)}
-        # A KV-only block projects with prefill's weights.
-        kv_only = set(plan.kv_only) & set(base.plan.kv_only)
-        changed = set(plan.untied["prefill"]) ^ set(base.plan.untied["prefill"])
-        differs["prefill"] |= kv_only & changed
         new, old = pairs["decode"]
         differs["decode"] |= {block for block in new & old if candidate.sends(block) != base.sends(block)}
         # From where prefill differs, the KV that decode reads differs too.

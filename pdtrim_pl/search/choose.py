@@ -29,7 +29,8 @@ def choose_drops(
         candidates = [b for b in plan.candidates(target, guards.protect_first, guards.protect_last)
                       if not _at_cap(plan, target, b, guards)]  # fmt: skip
         if candidates and (criterion.rescores or not asked.issuperset(candidates)):
-            scores, asked = criterion.score(context, plan, target, candidates), asked.union(candidates)
+            scores = context.ranks.agree(criterion.score(context, plan, target, candidates))
+            asked = asked.union(candidates)
             _check_finite(criterion, scores)
         left = [block for block in candidates if block in scores]
         if not left:

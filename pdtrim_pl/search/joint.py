@@ -14,6 +14,7 @@ from pdtrim_pl.merging.settings import Merging
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import STAGES, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.search.choose import warn_if_deep
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.rounds import order
 from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
@@ -64,7 +65,7 @@ class JointSearch(Space[JointState]):
         target: the most that prefill, decode and the wire may cost.
         cost: from plan and policy to costs.
         guards: blocks that no removal may touch, and a cap a stage.
-        retention: what a trimmed block sends.
+        retention: what a trimmed block sends; none is trimmed where `wire_bytes` of the target is 1.
         merges: merges that may be chosen beside drops; none is made in both stages at once.
         merging: how they were fitted.
 
@@ -93,7 +94,8 @@ class JointSearch(Space[JointState]):
             for stage in STAGES
             for block in start.drop_candidates(stage, guards.protect_first, guards.protect_last)
         )
-        trims = (Trim(block) for block in start.decode if self.policy is None or block not in self.policy.rules)
+        known = {} if self.policy is None else self.policy.rules
+        trims = (Trim(block) for block in start.decode if target.wire_bytes < 1 and block not in known)
         self.pool: list[Move | Trim] = [*drops, *merges, *trims]
 
     def candidate(self, state: JointState) -> Candidate:
@@ -103,6 +105,7 @@ class JointSearch(Space[JointState]):
     def final(self, state: JointState, round: int, energy: float) -> Candidate:
         """Plan and policy of the state that a search returned, the plan's history saying so."""
         plan = after(self.start, state.removals, self.merging, round=round, criterion="joint", score=energy)
+        warn_if_deep(plan)
         return Candidate(plan, self._policy(state, plan))
 
     def excess(self, state: JointState) -> float:

@@ -9,7 +9,8 @@ from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
 from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import StagePlan, Target
+from pdtrim_pl.plan import STAGES, StagePlan, Target
+from pdtrim_pl.search.choose import warn_if_deep
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
 
@@ -25,7 +26,7 @@ class RoundSearch(Space[Removals]):
         start: the plan before the round.
         target: the stage(s) that lose blocks.
         count: removals of the round.
-        guards: blocks that no drop may touch.
+        guards: blocks that no drop may touch, and a cap.
         merges: the distillation set: merges that may be chosen beside drops.
         merging: how they were fitted.
     """
@@ -36,6 +37,7 @@ class RoundSearch(Space[Removals]):
     ) -> None:  # fmt: skip
         super().__init__(evaluator)
         self.start, self.target, self.count, self.merging = start, target, count, merging or Merging()
+        self.guards = guards
         pool = start.candidates(target, guards.protect_first, guards.protect_last)
         if len(pool) < count:
             pool = start.drop_candidates(target, guards.protect_first, guards.protect_last)
@@ -46,13 +48,17 @@ class RoundSearch(Space[Removals]):
 
     def final(self, state: Removals, round: int, criterion: str, energy: float | None) -> StagePlan:
         """The plan of the state that a search returned, its history saying so."""
-        return after(self.start, state, self.merging, round=round, criterion=criterion, score=energy)
+        plan = after(self.start, state, self.merging, round=round, criterion=criterion, score=energy)
+        warn_if_deep(plan)
+        return plan
 
     def neighbour(self, state: Removals, draw: random.Random) -> Removals | None:
         out = draw.choice(state)
         rest = [move for move in state if move != out]
         left = [move for move in self.pool if move not in state and fits(move, rest)]
-        return tuple(sorted([*rest, draw.choice(left)], key=order)) if left else None
+        others = [tuple(sorted([*rest, move], key=order)) for move in left]
+        others = [other for other in others if self._allowed(other)]
+        return draw.choice(others) if others else None
 
     def greedy(self, lazy: bool = False) -> tuple[Removals, float]:
         """One removal after another, each the one of least energy.
@@ -64,11 +70,11 @@ class RoundSearch(Space[Removals]):
             ValueError: fewer removals are possible than the round asks for.
         """
         state: Removals = ()
-        energy, steps = 0.0, LazyGreedy(self)
+        energy, steps = self.evaluator.energy(self.start) if lazy else 0.0, LazyGreedy(self)
         for taken in range(self.count):
             self.rebase(state)
             options = [Option(m, tuple(sorted([*state, m], key=order))) for m in self.pool if fits(m, state)]
-            options = [option for option in options if self._runs(option.state)]
+            options = [option for option in options if self._allowed(option.state)]
             if not options:
                 raise ValueError(
                     f"Only {taken} of {self.count} removals can be made in `{self.target}` under the guards. Lower the "
@@ -86,11 +92,16 @@ class RoundSearch(Space[Removals]):
         """The state that drops these blocks."""
         return tuple(sorted((Move(self.target, (block,)) for block in blocks), key=order))
 
-    def _runs(self, state: Removals) -> bool:
-        """Whether every stage keeps a block."""
-        lost = sum(move.removed for move in state)
-        stages = {stage for move in state for stage in self.start.stages_losing(self.target, move.run[0])}
-        return all(len(self.start.blocks(stage)) > lost for stage in stages)
+    def _allowed(self, state: Removals) -> bool:
+        """Whether every stage keeps a block and loses no more than the guards let it."""
+        gone = [block for move in state for block in move.run if block != move.into]
+        cap, blocks = self.guards.max_removed, self.start.model.num_blocks
+        for stage in STAGES:
+            lost = sum(stage in self.start.stages_losing(self.target, block) for block in gone)
+            left = len(self.start.blocks(stage)) - lost
+            if lost and (left < 1 or (cap is not None and blocks - left > cap)):
+                return False
+        return True
 
 
 def order(move: Move) -> tuple[tuple[int, ...], int]:

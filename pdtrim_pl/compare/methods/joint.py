@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
-from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.compare.method import Found, Method, check_only_drops
 from pdtrim_pl.cost import CostTarget
 from pdtrim_pl.search import Annealing, JointSearch, anneal
 
@@ -28,6 +28,7 @@ class Joint(Method):
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
+        check_only_drops(start, self.start)
         target = CostTarget(**asdict(bench.costs.shares(start.plan, start.policy)))
         student = bench.student(Found(bench.full("free", start.plan.boundary)))
         context = bench.context(student)

@@ -6,7 +6,7 @@ import torch
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
-from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.compare.method import Found, Method, check_only_drops
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.plan import Relation
 from pdtrim_pl.search import Annealing, RoundSearch, anneal
@@ -38,6 +38,7 @@ class Annealed(Method):
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
+        check_only_drops(start, self.start)
         student = bench.student(Found(bench.full(self.relation)))
         fitted = None if self.merging is None else bench.fit_pairs(student, self.merging)
         merges = [] if fitted is None else [run.move for run in fitted.accepted]
@@ -52,7 +53,8 @@ class Annealed(Method):
             state, energy = anneal(search, state, self.annealing, context.progress)
             plan = search.final(state, 0, "annealing", energy)
             student.apply_plan(plan)
-        tokens = 0 if fitted is None else fitted.tokens // sum(len(run.move.run) for run in fitted.runs)
+        blocks = sum(len(run.move.run) for run in fitted.runs) if fitted is not None else 0
+        tokens = fitted.tokens // blocks if fitted is not None and blocks else 0
         return Found(plan, None, bench.changed(student), tokens)
 
 
