@@ -89,6 +89,7 @@ class Load:
     calibration_tokens: int = 0
     """Prompt and response positions of the calibration set; every process holds all of it."""
     search_cache_bytes: int = 4 * GIB
+    search_teacher_bytes: int = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,12 @@ def _logits(shape: Shape, load: Load) -> int:
 
 
 def _search(shape: Shape, layout: Layout, load: Load) -> int:
-    """Prompt caches of the calibration set up to their limit, and the teacher's last hidden states."""
-    caches = load.calibration_tokens * 2 * shape.kv * shape.blocks * layout.compute_bytes
-    reference = load.calibration_tokens * shape.hidden * layout.compute_bytes
-    return min(caches, load.search_cache_bytes) + reference
+    """Prompt caches and hidden states of the calibration set, and the teacher's distributions, up to their limits.
+
+    Fits of merged blocks are not counted: see `pairs_at_once` of `Merging`.
+    """
+    tokens = load.calibration_tokens
+    base = tokens * (2 * shape.kv + shape.hidden) * shape.blocks * layout.compute_bytes
+    reference = tokens * shape.hidden * layout.compute_bytes
+    distributions = tokens * shape.vocabulary * 4
+    return min(base, load.search_cache_bytes) + min(distributions, load.search_teacher_bytes) + reference
