@@ -129,7 +129,7 @@ def test_merges_that_a_strategy_cannot_take_up_are_refused_before_the_first_step
 # In two processes
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def alone(
     request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, PDTrimModule]:
@@ -137,13 +137,18 @@ def alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp_find_unused_parameters_true", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("alone", "strategy"),
+    [
+        ("own", "ddp_find_unused_parameters_true"),
+        *(("shared", strategy) for strategy in ("ddp_find_unused_parameters_true", "zero1", "zero2", "zero3")),
+    ],
+    indirect=["alone"],
+)
 def test_two_processes_merge_and_train_as_one_does(
     strategy: str, alone: tuple[str, PDTrimModule], model: Path, tmp_path: Path
 ) -> None:
     kind, module = alone
-    if kind == "own" and strategy.startswith("zero"):
-        pytest.skip("refused, and tested as such")
     command = [sys.executable, str(ROOT / "tests" / "merging_run.py"), strategy, "2", str(model), str(tmp_path), kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("w") as log:
