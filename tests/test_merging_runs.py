@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from merging_run import EPOCHS, fit
+from process_group import run_script
 from tiny_models import tiny_model
 
 from pdtrim_pl.checkpoint import CheckpointState
@@ -149,18 +146,7 @@ def test_two_processes_merge_and_train_as_one_does(
     strategy: str, alone: tuple[str, PDTrimModule], model: Path, tmp_path: Path
 ) -> None:
     kind, module = alone
-    command = [sys.executable, str(ROOT / "tests" / "merging_run.py"), strategy, "2", str(model), str(tmp_path), kind]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            status = run.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGKILL)  # the second process too
-    assert status == 0, (tmp_path / "log").read_text()[-5000:]
+    run_script("merging_run.py", strategy, "2", str(model), str(tmp_path), kind, folder=tmp_path, timeout=TIMEOUT)
     for part in ("whole", "continued"):
         told = json.loads((tmp_path / part / "told.json").read_text(encoding="utf-8"))
         assert StagePlan.from_json(told["plan"]).merged == module.plan.merged

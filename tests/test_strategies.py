@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +18,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
+from process_group import run_script
 from tiny_models import tiny_model
 
 from callbacks import BlockDrop
@@ -71,18 +68,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def together(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run in two processes, and continued from its first epoch."""
     folder = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, str(ROOT / "tests" / "distributed_run.py"), request.param, "2", str(model), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (folder / "log").open("w") as log:
-        run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            status = run.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGKILL)  # the second process too
-    assert status == 0, (folder / "log").read_text()[-5000:]
+    run_script("distributed_run.py", request.param, "2", str(model), str(folder), folder=folder, timeout=TIMEOUT)
     return folder
 
 
