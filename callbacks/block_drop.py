@@ -127,8 +127,6 @@ class BlockDrop(RemovalRounds):
         log.info("Round %d: choosing %d block(s) to drop from %s by %s.", round, count, self.stage, self.criterion.name)
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher)
-            if not any(module.record.redundancy.values()):
-                module.record.redundancy = context.redundancy
             plan = self._chosen(trainer, context, module.plan, count, round)
         module.apply_plan(StagePlan.from_json(context.ranks.agree(plan.to_json())))
 

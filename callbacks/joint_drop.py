@@ -99,8 +99,6 @@ class JointDrop(RemovalRounds):
         log.info("Round %d: searching both stages for %s.", round, self.share(round))
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher)
-            if not any(module.record.redundancy.values()):
-                module.record.redundancy = context.redundancy
             plan, policy = self._chosen(context, module.plan, round)
         sent = None if policy is None else policy.to_json(plan)
         structure, sent = context.ranks.agree((plan.to_json(), sent))

@@ -78,11 +78,14 @@ class RemovalRounds(Callback):
 def scoring_context(
     trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM
 ) -> ScoringContext:
-    """What criteria and searches look at in a run."""
-    return ScoringContext(
+    """What criteria and searches look at in a run; the run's record gets the redundancy that its first round sees."""
+    context = ScoringContext(
         student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks_of(trainer.strategy),
         journal_file(trainer),
     )  # fmt: skip
+    if not any(module.record.redundancy.values()):
+        module.record.redundancy = context.redundancy
+    return context
 
 
 def journal_file(trainer: Trainer) -> Path:

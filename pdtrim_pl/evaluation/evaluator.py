@@ -114,7 +114,6 @@ class Evaluator:
 
     def best(
         self, candidates: Sequence[Candidate], *, by: Measure = "kl",
-        key: Callable[[int, float], float] = lambda index, energy: energy,
         progress: Callable[[int], None] = lambda evaluated: None,
     ) -> tuple[int, float]:  # fmt: skip
         """The index of the best candidate, and its energy; the lower index where two are equal.
@@ -125,14 +124,13 @@ class Evaluator:
         Args:
             candidates: what to compare.
             by: KL to the teacher, or negative log-likelihood, nats.
-            key: from an index and energy to what is compared; must not fall where the energy rises.
             progress: called with the number of batches evaluated so far.
         """
         texts = [described(candidate) for candidate in candidates]
         evaluated = 0
 
         def bound(index: int) -> tuple[float, int]:
-            return key(index, getattr(self._sum(texts[index]), by) / self.tokens), index
+            return getattr(self._sum(texts[index]), by) / self.tokens, index
 
         def extend(index: int) -> None:
             nonlocal evaluated

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
 from pdtrim_pl.cost import CostModel, CostTarget
+from pdtrim_pl.criteria.base import Progress
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
@@ -21,7 +22,6 @@ from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
 
 FIRST_LAST = Retention("first_last", 4, 0.2)
 KINDS = ("prefill", "decode", "wire")
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

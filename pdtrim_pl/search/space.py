@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Generic, TypeVar
@@ -42,11 +42,9 @@ class Space(ABC, Generic[State]):
         candidate = self.candidate(state)
         self.evaluator.rebase(candidate.plan, candidate.policy)
 
-    def best(
-        self, states: list[State], key: Callable[[int, float], float] = lambda index, energy: energy
-    ) -> tuple[int, float]:
+    def best(self, states: list[State]) -> tuple[int, float]:
         """The index of the best of some states, and its energy."""
-        return self.evaluator.best([self.candidate(state) for state in states], key=key)
+        return self.evaluator.best([self.candidate(state) for state in states])
 
 
 @dataclass(frozen=True)
