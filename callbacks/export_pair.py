@@ -20,6 +20,7 @@ from pdtrim_pl.evaluation.summary import Summary, summarise
 from pdtrim_pl.evaluation.timing import Timing, measure_timing
 from pdtrim_pl.export import check_target, export_pair
 from pdtrim_pl.export.documents import write_documents
+from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.whole import whole_copy
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.pretrained import load_causal_lm
@@ -37,7 +38,8 @@ class ExportPair(Callback):
     Args:
         output: the directory to make.
         dtype: element type of the exported weights and of the KV on the wire.
-        overwrite: replace an earlier export there; else the run fails before its first step.
+        overwrite: replace an earlier export there; else the run fails before its first step, unless it wrote that one
+            itself and is continued because it was killed before it ended.
         measure: whether to measure quality on the validation part and times; without it the report has no table.
         prompt_tokens: length of the prompt for times and bytes.
         new_tokens: tokens generated for the decode time.
@@ -65,13 +67,15 @@ class ExportPair(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._exported = False
         if stage == "fit":
-            check_target(self.output, self.overwrite)
+            check_target(self.output, self.overwrite, Origin.of(self.output))  # no checkpoint has said yet who we are
             if trainer.is_global_zero:
                 check_writable(self.output.resolve().parent)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PDTrimModule)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            check_target(self.output, self.overwrite, _origin(trainer, pl_module))
         if not self.measure:
             return
         context = usable_context(pl_module.student.model.config.to_dict())
@@ -86,6 +90,11 @@ class ExportPair(Callback):
                 "ExportPair measures quality on a validation part, and there is none. Set `data.parts.validation`, or "
                 "`measure: false`."
             )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        check_target(self.output, self.overwrite, _origin(trainer, pl_module))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +135,7 @@ class ExportPair(Callback):
         log.info("Writing the pair and comparing it with the student.")
         target = export_pair(
             student, self.output, tokenizer=None if data is None else data.tokenizer, dtype=self.dtype,
-            overwrite=self.overwrite,
+            overwrite=self.overwrite, origin=_origin(trainer, module),
             extras=lambda folder: write_documents(
                 folder, student, module.record, summary, target=self.output, dtype=self.dtype
             ),
@@ -164,6 +173,10 @@ class ExportPair(Callback):
             base, plan=module.plan, policy=module.policy, prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
         )  # fmt: skip
+
+
+def _origin(trainer: Trainer, module: PDTrimModule) -> Origin:
+    return Origin(module.run_name, trainer.max_epochs, trainer.max_steps)
 
 
 def _untrained(module: PDTrimModule) -> StagedCausalLM:

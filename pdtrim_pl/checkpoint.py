@@ -5,13 +5,12 @@ Beside `NAME.ckpt` lie `NAME.stage_plan.json`, `NAME.kv_policy.json` (where ther
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,8 +23,6 @@ from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan, check_format, wri
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.record import RunRecord
 from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint
-
-log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "pdtrim.checkpoint/1"
 _UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -47,6 +44,8 @@ class CheckpointState:
     """Blocks with weights of their own in a stage, also those that have left the plan since: all are in the weights."""
     added: tuple[tuple[Stage, int], ...] = ()
     """Those of them that came after the optimizer was made, in that order, in which it holds their states, last."""
+    run: str = ""
+    """Name that the run gave itself when it started; it keeps it however often it is continued."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, so that a checkpoint loads with `weights_only`."""
@@ -56,7 +55,7 @@ class CheckpointState:
             "format": CHECKPOINT_FORMAT, "plan": self.plan.to_json(), "policy": policy, "record": record,
             "config": self.config, "processes": self.processes,
             "untied": {stage: list(blocks) for stage, blocks in self.untied.items()},
-            "added": [list(entry) for entry in self.added],
+            "added": [list(entry) for entry in self.added], "run": self.run,
         }  # fmt: skip
 
     @classmethod
@@ -66,42 +65,33 @@ class CheckpointState:
         Raises:
             ValueError: not a checkpoint of this package, or of another format version.
         """
-        data = checkpoint.get(cls.KEY, {})
+        return cls.from_json(checkpoint.get(cls.KEY, {}))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CheckpointState:
+        """Read what `to_json` wrote, also after a trip through JSON; errors as in `of`."""
         check_format(data, CHECKPOINT_FORMAT, "checkpoint")
         policy = None if data["policy"] is None else KVRetentionPolicy.from_json(data["policy"])
         plan, record = StagePlan.from_json(data["plan"]), RunRecord.from_json(data["record"])
-        # Checkpoints from before there were merges have none.
+        # Checkpoints from before there were merges have none added, and older runs have no name.
         added = tuple((stage, index) for stage, index in data.get("added", ()))
-        return cls(plan, policy, record, data["config"], data["processes"], _untied(data["untied"]), added)
+        untied, run = _untied(data["untied"]), data.get("run", "")
+        return cls(plan, policy, record, data["config"], data["processes"], untied, added, run)
 
     @classmethod
     def at(cls, checkpoint: str | os.PathLike[str] | None) -> CheckpointState | None:
-        """Read it from inside a checkpoint file, its weights left on disk; else from the files beside it.
+        """Read it from inside a checkpoint, whose weights stay on disk; None where there is no checkpoint.
 
-        Inside comes first: of a run that was killed between two writes, the files beside may be newer.
+        What lies beside counts for nothing: of a run that was killed between two writes, it may be newer.
 
         Raises:
             ValueError: a file that cannot be read, or not a checkpoint of this package.
         """
-        if checkpoint is None or not Path(checkpoint).is_file():
-            state = cls.beside(checkpoint)
-            if state is None or checkpoint is None or not Path(checkpoint).is_dir():
-                return state
-            note = ShardedCheckpoint.load(checkpoint)
-            return replace(state, processes=note.processes, untied=_untied(note.untied))
-        try:
-            return cls.of(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True))
-        except _UNREADABLE as error:
-            raise _unreadable(checkpoint, error) from error
-
-    @classmethod
-    def beside(cls, checkpoint: str | os.PathLike[str] | None) -> CheckpointState | None:
-        """Plan and policy from the files beside a checkpoint; None where there are none."""
-        if checkpoint is None or not sidecar(checkpoint, "stage_plan.json").is_file():
+        if checkpoint is None or not Path(checkpoint).exists():
             return None
-        plan = StagePlan.load(sidecar(checkpoint, "stage_plan.json"))
-        file = sidecar(checkpoint, "kv_policy.json")
-        return cls(plan, KVRetentionPolicy.load(file, plan) if file.is_file() else None, RunRecord(), "")
+        if Path(checkpoint).is_dir():
+            return cls.from_json(ShardedCheckpoint.load(checkpoint).state)
+        return cls.of(mapped(checkpoint))
 
     def write_beside(self, checkpoint: str | os.PathLike[str]) -> None:
         """Write the files beside a checkpoint."""
@@ -164,6 +154,7 @@ class PlanCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        check_file(path)
         try:
             return super().load_checkpoint(path, *args, **kwargs)
         except _UNREADABLE as error:
@@ -187,43 +178,17 @@ def remove_beside(checkpoint: str | os.PathLike[str]) -> None:
         sidecar(checkpoint, name).unlink(missing_ok=True)
 
 
-def latest_valid_checkpoint(
-    folder: str | os.PathLike[str], *, model: ModelRef | None = None, processes: int | None = None
-) -> Path | None:
-    """The newest checkpoint in a folder that a run can continue from; damaged and foreign ones are named in the log.
-
-    Args:
-        folder: where the run's `ModelCheckpoint` writes; it may be missing.
-        model: refuse checkpoints of another model.
-        processes: refuse checkpoints of runs with another number of processes.
-
-    Returns:
-        None where there is no checkpoint at all.
+def mapped(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint file whose tensors stay on disk until somebody looks at them.
 
     Raises:
-        ValueError: there are checkpoints, and every one is damaged or foreign.
+        ValueError: it cannot be read.
     """
-    found = sorted(Path(folder).glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-    faults = []
-    for path in found:
-        try:
-            state = CheckpointState.at(path)
-            if state is None:
-                raise ValueError(f"{sidecar(path, 'stage_plan.json').name} is missing beside it.")
-            if model is not None:
-                state.check_model(model)
-            if processes is not None:
-                state.check_processes(processes)
-        except ValueError as error:
-            log.warning("Checkpoint %s is passed over: %s", path, error)
-            faults.append(f"{path.name}: {error}")
-        else:
-            return path
-    if faults:
-        raise ValueError(
-            f"No checkpoint in {folder} can be continued from. {' '.join(faults)} Move them away to start anew."
-        )
-    return None
+    try:
+        loaded: dict[str, Any] = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    except _UNREADABLE as error:
+        raise _unreadable(checkpoint, error) from error
+    return loaded
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -241,6 +206,20 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             f"Nothing can be written to {folder} ({error}). Name another folder (`dirpath` of ModelCheckpoint, "
             "`output` of ExportPair, `trainer.default_root_dir`), or free it."
         ) from error
+
+
+def check_file(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse a directory of shards where a run continues a file.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if Path(checkpoint).is_dir():
+        raise ValueError(
+            f"The checkpoint {checkpoint} is a directory of shards. They are continued with `strategy: {{class_path: "
+            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy}` and the `stage` they were saved under; `pdtrim export` "
+            "takes them as they are."
+        )
 
 
 def check_weights(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:

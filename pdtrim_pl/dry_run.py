@@ -22,7 +22,7 @@ from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.pretrained import load_config
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_strategy
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_freezing, check_strategy
 
 ASSUMED_GPU = 79 * GIB
 """What a card sold as 80 GB has, where there is no GPU to ask."""
@@ -91,6 +91,7 @@ def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfi
     strategy = trainer.strategy
     if isinstance(strategy, Strategy):
         check_strategy(strategy)
+        check_freezing(strategy, module.loading.freeze_embeddings)
     elif any(name in str(strategy) for name in ("deepspeed", "fsdp")):
         raise ValueError(
             f"`trainer.strategy` is {strategy!r}, Lightning's own. Use `strategy: {{class_path: "
@@ -112,7 +113,7 @@ def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfi
         teacher_bytes=2 if half else _width(module.loading.teacher_dtype, teacher),
         compute_bytes=2 if half or "mixed" in precision else student,
         autocast="mixed" in precision and not half and student == 4,
-        optimizer_states=_states(module),
+        optimizer_states=_states(module), frozen_embeddings=module.loading.freeze_embeddings,
     )  # fmt: skip
 
 

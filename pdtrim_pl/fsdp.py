@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.torch_version import TorchVersion
 from typing_extensions import override
 
-from pdtrim_pl.checkpoint import CheckpointState, check_weights
+from pdtrim_pl.checkpoint import CheckpointState, check_file, check_weights, mapped
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.architectures import RoPE
 from pdtrim_pl.staged.cache import OneBlockCache
@@ -76,11 +76,7 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
-        if not Path(checkpoint_path).is_file():
-            raise ValueError(
-                f"`ckpt_path` {checkpoint_path} is no file. FSDP continues what it or DDP saved, not DeepSpeed's "
-                "directories; start a run from a plan alone with `structure.plan`."
-            )
+        check_file(checkpoint_path)
         state = CheckpointState.at(checkpoint_path)
         if state is not None and state.added:
             raise ValueError(
@@ -89,8 +85,7 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
                 "ddp_find_unused_parameters_true`."
             )
         # What Lightning loads into shards it compares with nothing. Mapped, the weights themselves stay on disk.
-        saved = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-        check_weights(saved, self.lightning_module.state_dict())
+        check_weights(mapped(checkpoint_path)["state_dict"], self.lightning_module.state_dict())
         return super().load_checkpoint(checkpoint_path, weights_only)
 
 

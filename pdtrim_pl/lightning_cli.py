@@ -15,9 +15,11 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from pdtrim_pl.checkpoint import PlanCheckpointIO, latest_valid_checkpoint
+from pdtrim_pl.checkpoint import PlanCheckpointIO
+from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -55,7 +57,7 @@ class PDTrimCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit" and kwargs.get("ckpt_path") == "last":
-            kwargs["ckpt_path"] = _newest_checkpoint(self.trainer)
+            kwargs["ckpt_path"] = _newest_checkpoint(self.trainer, self.model)
         return kwargs
 
     @override
@@ -86,20 +88,18 @@ def run_cli(args: Sequence[str]) -> int:
     return 0
 
 
-def _newest_checkpoint(trainer: Trainer) -> str | Path | None:
+def _newest_checkpoint(trainer: Trainer, module: PDTrimModule) -> str | Path | None:
     """What `--ckpt_path last` continues from: the newest checkpoint that is whole; None starts a new run.
 
     Lightning looks at `last*.ckpt` alone and takes the newest one, damaged or not.
     """
-    folders = {
-        str(saver.dirpath)
-        for saver in trainer.checkpoint_callbacks
-        if isinstance(saver, ModelCheckpoint) and saver.dirpath
-    }
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    folders = sorted({str(saver.dirpath) for saver in savers if saver.dirpath})
     if not folders or any("://" in folder for folder in folders):
         return "last"
-    found = [latest_valid_checkpoint(folder, processes=trainer.world_size) for folder in sorted(folders)]
-    return max((path for path in found if path is not None), key=lambda path: path.stat().st_mtime_ns, default=None)
+    strategy = trainer.strategy
+    stage = strategy.stage if isinstance(strategy, PDTrimDeepSpeedStrategy) else None
+    return latest_valid_checkpoint(*folders, run=Continuation(module.model_name, trainer.world_size, stage))
 
 
 def _has_checkpoint_io(plugins: Sequence[Any]) -> bool:

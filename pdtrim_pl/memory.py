@@ -27,6 +27,8 @@ class Shape:
     """What a model's memory depends on."""
 
     parameters: int
+    embeddings: int
+    """Of them, those of token embeddings and head."""
     largest: int
     """Parameters of the largest single weight."""
     hidden: int
@@ -50,9 +52,9 @@ class Shape:
         size = facts.get("head_dim") or config.hidden_size // heads
         sizes = [parameter.numel() for parameter in model.parameters()]
         return cls(
-            parameters=sum(sizes), largest=max(sizes), hidden=config.hidden_size, inner=config.intermediate_size,
-            kv=(facts.get("num_key_value_heads") or heads) * size, blocks=config.num_hidden_layers,
-            vocabulary=config.vocab_size,
+            parameters=sum(sizes), embeddings=_embeddings(model), largest=max(sizes), hidden=config.hidden_size,
+            inner=config.intermediate_size, kv=(facts.get("num_key_value_heads") or heads) * size,
+            blocks=config.num_hidden_layers, vocabulary=config.vocab_size,
         )  # fmt: skip
 
 
@@ -76,6 +78,8 @@ class Layout:
     """Weights in fp32 are cast for every step, and the copies are kept until its end."""
     optimizer_states: int = 2
     """State tensors of a weight's size: 2 for Adam."""
+    frozen_embeddings: bool = False
+    """Token embeddings and head have neither gradients nor optimizer states."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +117,24 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def _embeddings(model: PreTrainedModel) -> int:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
 def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Load) -> Memory:
     """The most one process needs at any time of a run."""
+    trained = student.parameters - (student.embeddings if layout.frozen_embeddings else 0)
     device = {
         "student": student.parameters * layout.student_bytes // _shards(layout, 3),
         "teacher": teacher.parameters * layout.teacher_bytes // _shards(layout, 3),
-        "gradients": student.parameters * layout.student_bytes // _shards(layout, 2),
-        "optimizer": student.parameters * _optimizer_bytes(layout) // _shards(layout, 1),
+        "gradients": trained * layout.student_bytes // _shards(layout, 2),
+        "optimizer": trained * _optimizer_bytes(layout) // _shards(layout, 1),
     }
     host = {}
     if layout.offload_optimizer:
         # The gradients wait for the step in fp32 beside the states.
-        host["optimizer"] = device.pop("optimizer") + student.parameters * 4 // _shards(layout, 2)
+        host["optimizer"] = device.pop("optimizer") + trained * 4 // _shards(layout, 2)
         device.pop("gradients")
     if layout.offload_parameters:
         host["student"], host["teacher"] = device.pop("student"), device.pop("teacher")

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from math import ceil
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningModule
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from pdtrim_pl.checkpoint import CheckpointState, check_weights, check_writable
 from pdtrim_pl.context import usable_context
+from pdtrim_pl.continuation import settle
 from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check_vocabulary
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
@@ -39,7 +41,7 @@ from pdtrim_pl.settings import Loading, Structure, dtype_of
 from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.generation import stop_ids_of
 from pdtrim_pl.staged.model import reference_to
-from pdtrim_pl.strategies import check_strategy, gathered, largest, shards_weights
+from pdtrim_pl.strategies import check_freezing, check_strategy, forget_gradients, gathered, largest, shards_weights
 
 RANDOM_STATES = "pdtrim_random"
 """Key of the random generators of every process in a checkpoint."""
@@ -83,6 +85,8 @@ class PDTrimModule(LightningModule):
         self.chunk_tokens = chunk_tokens
         self.record = RunRecord()
         self.run_config = ""
+        self.run_name = ""
+        """A random one for every new run; a continued run has that of its checkpoint."""
         self._unrecorded: tuple[int, Tensor] | None = None
         self._random: RandomState | None = None
         self._means: dict[str, MeanMetric] = {}
@@ -111,6 +115,8 @@ class PDTrimModule(LightningModule):
         change = None if self._trainer is None else WeightChange(self._trainer.strategy)
         self.student.apply_plan(plan, None if change is None else change.write)
         self.student.freeze_unused()
+        if self._trainer is not None:
+            forget_gradients(self._trainer.strategy)
         added = [key for key in self._own_weights() if key not in before]
         self._added += added
         if change is not None:
@@ -132,12 +138,15 @@ class PDTrimModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy, stage)
+        check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
+        self.run_name = self.trainer.strategy.broadcast(uuid4().hex)
 
     @override
     def configure_model(self) -> None:
         if "student" in self._modules:
             return
-        plan, policy, untied = self._starting_structure()
+        plan = StagePlan.load(self.structure.plan) if self.structure.plan else None
+        policy = KVRetentionPolicy.load(self.structure.policy, plan) if self.structure.policy else None
         loading = self.loading
         student = load_causal_lm(
             self.model_name, dtype=dtype_of(loading.dtype), attn_implementation=loading.attn_implementation
@@ -153,11 +162,12 @@ class PDTrimModule(LightningModule):
         if plan.model.model_type == reference.model_type and plan.model.num_blocks == reference.num_blocks:
             plan = replace(plan, model=reference)  # a plan file may name its model by another path
         self.student = StagedCausalLM(student).train()
-        for weights in (untied, plan.untied):
-            self._untie(weights)
+        self._untie(plan.untied)
         self.student.apply_plan(plan)
         self.student.apply_policy(policy)
         self.student.gradient_checkpointing = loading.gradient_checkpointing
+        if loading.freeze_embeddings:
+            self.student.freeze_embeddings()
         if self._trainer is None or not self._trainer.strategy.restore_checkpoint_after_setup:
             # An engine, though, must be built over the same parameters in every run: `on_fit_start` freezes then.
             self.student.freeze_unused()
@@ -185,17 +195,6 @@ class PDTrimModule(LightningModule):
 
     def _gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
         return nullcontext() if self._trainer is None else gathered(self._trainer.strategy, parameters)
-
-    def _starting_structure(
-        self,
-    ) -> tuple[StagePlan | None, KVRetentionPolicy | None, Mapping[Stage, Sequence[int]]]:
-        """Plan and policy files of `structure`, or, when a run continues, those of its checkpoint; untied blocks."""
-        state = CheckpointState.at(self._trainer.ckpt_path) if self._trainer is not None else None
-        if state is not None:
-            return state.plan, state.policy, state.untied
-        plan = StagePlan.load(self.structure.plan) if self.structure.plan else None
-        policy = KVRetentionPolicy.load(self.structure.policy, plan) if self.structure.policy else None
-        return plan, policy, {}
 
     @override
     def train(self, mode: bool = True) -> PDTrimModule:
@@ -358,9 +357,9 @@ class PDTrimModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._record_loss()
-        processes = self.trainer.world_size
+        processes, untied, added = self.trainer.world_size, self.student.untied, tuple(self._added)
         state = CheckpointState(
-            self.plan, self.policy, self.record, self.run_config, processes, self.student.untied, tuple(self._added)
+            self.plan, self.policy, self.record, self.run_config, processes, untied, added, self.run_name
         )
         checkpoint[CheckpointState.KEY] = state.to_json()
         checkpoint[RANDOM_STATES] = random_states(self.device)
@@ -370,11 +369,14 @@ class PDTrimModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = CheckpointState.of(checkpoint)
         state.check_model(self.plan.model)
+        if not self.trainer.strategy.restore_checkpoint_after_setup:  # under an engine none comes after the start
+            self._untie(state.untied)
         self.student.apply_plan(state.plan)
         self.student.apply_policy(state.policy)
         self.student.freeze_unused()
         self.record = state.record
         self._added = list(state.added)
+        self.run_name = state.run or self.run_name
         if "state_dict" in checkpoint:  # an engine has loaded its shards itself, and checked them
             check_weights(checkpoint["state_dict"], self.state_dict())
         if self.trainer.state.fn == TrainerFn.FITTING:
@@ -384,15 +386,26 @@ class PDTrimModule(LightningModule):
     @override
     def on_fit_start(self) -> None:
         self.student.freeze_unused()
-        if self.trainer.is_global_zero:
-            for saver in self.trainer.checkpoint_callbacks:
-                if isinstance(saver, ModelCheckpoint) and saver.dirpath and "://" not in str(saver.dirpath):
-                    check_writable(saver.dirpath)
+        for folder in self._checkpoint_folders():
+            check_writable(folder)
+
+    def _checkpoint_folders(self) -> list[str]:
+        """Where this process writes checkpoints, on file systems of its own."""
+        savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+        folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
+        return [folder for folder in folders if "://" not in folder and self.trainer.is_global_zero]
 
     @override
     def on_train_start(self) -> None:
+        for folder in self._checkpoint_folders():  # now that every process has read the checkpoint it continues
+            settle(folder)
         if self._random is not None:
             restore_random_state(self._random, self.device)
+
+    @override
+    def on_fit_end(self) -> None:
+        for folder in self._checkpoint_folders():  # a run that was continued after its last step trains no more
+            settle(folder)
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -1,6 +1,7 @@
 """A DeepSpeed checkpoint: a directory of shards, with a note that is written last and says what they are of.
 
-`NAME.ckpt/pdtrim.json` is that note; plan, policy and YAML lie beside the directory as beside a checkpoint file.
+`NAME.ckpt/pdtrim.json` is that note; plan, policy and YAML lie beside the directory as beside a checkpoint file. While
+it is written it is `NAME.ckpt.unfinished`, and the one whose name it takes is `NAME.ckpt.earlier` until it has it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdtrim_pl.plan import Stage
 from pdtrim_pl.staged import StagedCausalLM
 
 NOTE_FILE = "pdtrim.json"
-NOTE_FORMAT = "pdtrim.sharded_checkpoint/1"
+NOTE_FORMAT = "pdtrim.sharded_checkpoint/2"
 _TAG = "checkpoint"  # Lightning's name of the directory that DeepSpeed's files lie in
 _ENGINE_KEYS = frozenset(
     {"module", "optimizer", "lr_scheduler", "csr_tensor_module_names", "skipped_steps", "global_steps", "dp_world_size",
@@ -39,15 +39,17 @@ class ShardedCheckpoint:
     processes: int
     weights: str
     """SHA-256 of the names and shapes of the student's weights."""
-    untied: Mapping[Stage, Sequence[int]]
-    """Per stage, blocks with weights of their own."""
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """`CheckpointState` as JSON: what lies beside the directory is not replaced in the same instant."""
 
     @classmethod
-    def of(cls, stage: int, processes: int, student: StagedCausalLM) -> ShardedCheckpoint:
+    def of(
+        cls, stage: int, processes: int, student: StagedCausalLM, state: Mapping[str, Any] | None = None
+    ) -> ShardedCheckpoint:
         """Describe a run as it is now."""
         shapes = sorted((name, list(_whole_shape(parameter))) for name, parameter in student.named_parameters())
         weights = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-        return cls(stage, processes, weights, student.untied)
+        return cls(stage, processes, weights, state or {})
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the note; call it once every shard is on disk."""
@@ -134,14 +136,36 @@ def unfinished(path: str | PathLike[str]) -> str:
     return f"{os.fspath(path)}.unfinished"
 
 
+def earlier(path: str | PathLike[str]) -> str:
+    """Name of a checkpoint while another one takes its name."""
+    return f"{os.fspath(path)}.earlier"
+
+
 def put_in_place(path: str | PathLike[str]) -> None:
-    """Give a finished directory its name; an earlier one of that name goes."""
-    earlier = f"{os.fspath(path)}.earlier"
-    shutil.rmtree(earlier, ignore_errors=True)
+    """Give a finished directory its name; an earlier one of that name goes.
+
+    Killed at any point, it leaves the finished one whole under one of its names.
+    """
+    remove(earlier(path))
     if os.path.isdir(path):
-        os.replace(path, earlier)
+        os.replace(path, earlier(path))
     os.replace(unfinished(path), path)
-    shutil.rmtree(earlier, ignore_errors=True)
+    remove(earlier(path))
+
+
+def is_whole(directory: str | PathLike[str]) -> bool:
+    """Whether it was finished."""
+    try:
+        ShardedCheckpoint.load(directory)
+    except ValueError:
+        return False
+    return True
+
+
+def remove(directory: str | PathLike[str]) -> None:
+    """Delete a directory of shards if there is one, its note first: what a kill leaves is not taken for whole."""
+    (Path(directory) / NOTE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

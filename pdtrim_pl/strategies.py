@@ -24,7 +24,14 @@ from typing_extensions import override
 from pdtrim_pl.checkpoint import CheckpointState, remove_beside
 from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.fsdp import PDTrimFSDPStrategy
-from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, put_in_place, read_run_state, read_weights, unfinished
+from pdtrim_pl.sharded_checkpoint import (
+    ShardedCheckpoint,
+    put_in_place,
+    read_run_state,
+    read_weights,
+    remove,
+    unfinished,
+)
 from pdtrim_pl.staged import StagedCausalLM
 
 ZERO_STAGES = (1, 2, 3)
@@ -39,7 +46,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
       tables stay exact.
     - Checkpoints are directories with the plan, policy and YAML beside them, written under a temporary name; the
       teacher is never in them. One of another number of processes, ZeRO stage or model is refused by name.
-    - CPU offload takes any optimizer.
+    - CPU offload takes any optimizer, and a block that was dropped does not get its last gradient again and again.
 
     Args:
         stage: ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 weights too, the teacher's included.
@@ -101,6 +108,21 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         # Lightning has divided the loss by the number of accumulated batches already.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def forget_gradients(self) -> None:
+        """Empty the buffers in which an offloaded optimizer gets its gradients, between two optimizer steps.
+
+        A step writes there only what took part in it, so a block that was dropped would get its last gradient again
+        at every step, frozen or not (DeepSpeed 0.19).
+        """
+        assert isinstance(self.config, dict)
+        if "offload_optimizer" not in self.config["zero_optimization"]:
+            return
+        zero: Any = self.deepspeed_engine.optimizer
+        parts = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
+        for part in parts:
+            if part.grad is not None:
+                part.grad.zero_()
+
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -109,8 +131,9 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         super().save_checkpoint(checkpoint, unfinished(path), storage_options)
         self.barrier("every shard is written")
         if self.is_global_zero:
-            ShardedCheckpoint.of(self.stage, self.world_size, self._student()).save(unfinished(path))
-            CheckpointState.of(checkpoint).write_beside(path)
+            state = CheckpointState.of(checkpoint)
+            ShardedCheckpoint.of(self.stage, self.world_size, self._student(), state.to_json()).save(unfinished(path))
+            state.write_beside(path)
             put_in_place(path)
         self.barrier("the checkpoint is in place")
 
@@ -128,8 +151,8 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        super().remove_checkpoint(filepath)
         if self.is_global_zero:
+            remove(filepath)
             remove_beside(filepath)
 
     @override
@@ -153,6 +176,19 @@ def shards_weights(strategy: Strategy) -> bool:
     return isinstance(strategy, PDTrimFSDPStrategy) or _is_zero_3(strategy)
 
 
+def check_freezing(strategy: Strategy, freeze_embeddings: bool) -> None:
+    """Refuse frozen embeddings where they would be missing from checkpoints, or where nobody has tried them.
+
+    Raises:
+        ValueError: with the reason and the way out.
+    """
+    if freeze_embeddings and isinstance(strategy, PDTrimDeepSpeedStrategy | PDTrimFSDPStrategy):
+        raise ValueError(
+            "`loading.freeze_embeddings` does not go with a strategy that shards weights or optimizer: DeepSpeed's "
+            "checkpoints leave frozen weights out. Leave it off, or use `strategy: ddp`."
+        )
+
+
 def gathered(strategy: Strategy, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """Whole weights on every rank while the context lasts; every rank must enter it. Changes to them are lost.
 
@@ -163,6 +199,12 @@ def gathered(strategy: Strategy, parameters: Iterable[nn.Parameter]) -> Abstract
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def forget_gradients(strategy: Strategy) -> None:
+    """After a plan has changed: keep no gradient of a block that takes none any more."""
+    if isinstance(strategy, PDTrimDeepSpeedStrategy):
+        strategy.forget_gradients()
 
 
 def check_strategy(strategy: Strategy, stage: str = "fit") -> None:

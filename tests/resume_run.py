@@ -28,7 +28,8 @@ import pdtrim_pl.checkpoint
 import pdtrim_pl.export.documents
 import pdtrim_pl.export.pair
 from callbacks import BlockDrop, ExportPair, KVRetention, LossGuard, PlanLogger
-from pdtrim_pl.checkpoint import PlanCheckpointIO, latest_valid_checkpoint
+from pdtrim_pl.checkpoint import PlanCheckpointIO
+from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
 from pdtrim_pl.criteria import CosineRedundancy, GreedyKL
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.module import PDTrimModule
@@ -116,6 +117,8 @@ def arm(point: str) -> list[Callback]:
             setattr(PDTrimModule, "training_step", spoil)  # noqa: B010
         case "export":
             on_call(pdtrim_pl.export.pair, "verify_pair", 1, lambda *_: kill())
+        case "exported":
+            on_call(pdtrim_pl.export.pair, "_put_in_place", 1, lambda *_: kill(), after=True)
         case _:
             raise ValueError(f"unknown point {point}")
     return []
@@ -151,7 +154,8 @@ def fit(model: Path, folder: Path, processes: int, rank: int, traps: list[Callba
         devices=processes, strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, gradient_clip_val=1.0,
     )  # fmt: skip
-    trainer.fit(module, datamodule=data, ckpt_path=latest_valid_checkpoint(checkpoints, processes=processes))
+    newest = latest_valid_checkpoint(checkpoints, run=Continuation(str(model), processes))
+    trainer.fit(module, datamodule=data, ckpt_path=newest)
     if rank == 0:
         result = {
             "losses": module.record.losses, "validations": module.record.validations, "plan": module.plan.to_json(),
@@ -201,7 +205,8 @@ def main(model: Path, root: Path, processes: int, points: list[str]) -> None:
         ended: list[int | None] = []
         if name != "whole":
             # Rank 0 alone writes; elsewhere the other one dies.
-            victim = 0 if name in ("write", "rename", "export", "first_step") else processes - 1
+            alone = ("write", "rename", "export", "exported", "first_step")
+            victim = 0 if name in alone else processes - 1
             ended = run(model, folder, processes, name, victim)
             if name == "torn":
                 newest = latest_valid_checkpoint(folder / "checkpoints")

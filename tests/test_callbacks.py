@@ -86,7 +86,7 @@ def test_blocks_leave_on_schedule_and_the_policy_follows_the_last_round(whole_ru
     folder, module = whole_run
     blocks = []
     for epoch in range(3):
-        state = CheckpointState.beside(folder / "checkpoints" / f"epoch={epoch}.ckpt")
+        state = CheckpointState.at(folder / "checkpoints" / f"epoch={epoch}.ckpt")
         assert state is not None
         blocks.append((len(state.plan.prefill), len(state.plan.decode), state.policy is not None))
     assert blocks == [(4, 3, False), (4, 2, False), (3, 2, True)]
@@ -326,7 +326,7 @@ def test_a_round_may_merge_neighbours_into_weights_of_their_own(tiny_llama_dir: 
     assert "merge" in actions, "a fitted pair hurts less than a drop"
     assert (len(module.plan.prefill), len(module.plan.decode)) == (3, 2)
     assert module.student.gates[1].offers == {}, "what was not chosen is gone"
-    state = CheckpointState.beside(next((tmp_path / "checkpoints").glob("epoch=2*.ckpt")))
+    state = CheckpointState.at(next((tmp_path / "checkpoints").glob("epoch=2*.ckpt")))
     assert state is not None
     assert state.plan == module.plan
 
@@ -341,7 +341,7 @@ def test_one_search_over_both_stages_meets_its_target_in_rounds(tiny_llama_dir: 
     cost = CostModel.of(module.student, 16, 8)
     assert target.met(cost.shares(module.plan, module.policy))
     assert {(entry.criterion, entry.round) for entry in module.plan.history} <= {("joint", 0), ("joint", 1)}
-    first = CheckpointState.beside(next((tmp_path / "checkpoints").glob("epoch=0*.ckpt")))
+    first = CheckpointState.at(next((tmp_path / "checkpoints").glob("epoch=0*.ckpt")))
     assert first is not None
     assert drops.share(0).met(cost.shares(first.plan, first.policy))
     assert not target.met(cost.shares(first.plan, first.policy))

@@ -12,10 +12,11 @@ import yaml
 
 from callbacks import BlockDrop, RepeatedDrop
 from callbacks.removal_rounds import RemovalRounds
-from pdtrim_pl.checkpoint import CheckpointState, sidecar
+from pdtrim_pl.checkpoint import sidecar
 from pdtrim_pl.cli import main
 from pdtrim_pl.export import load_plan_and_policy
 from pdtrim_pl.lightning_cli import PDTrimCLI
+from pdtrim_pl.plan import StagePlan
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("compare_"))
@@ -111,9 +112,8 @@ def test_a_saved_configuration_builds_the_same_schedule_again(config: Path, tmp_
 def test_fit_validate_test_predict_and_export_work_one_after_the_other(config: Path, tmp_path: Path) -> None:
     assert main(["fit", "--config", str(config)]) == 0
     last = tmp_path / "ckpt" / "last.ckpt"
-    state = CheckpointState.beside(last)
-    assert state is not None
-    assert (len(state.plan.prefill), len(state.plan.decode)) == (3, 2)
+    plan = StagePlan.load(sidecar(last, "stage_plan.json"))
+    assert (len(plan.prefill), len(plan.decode)) == (3, 2)
     assert "callbacks.BlockDrop" in sidecar(last, "config.yaml").read_text(), "the resolved YAML lies beside it"
 
     for command in ("validate", "test"):
@@ -126,7 +126,7 @@ def test_fit_validate_test_predict_and_export_work_one_after_the_other(config: P
 
     assert main(["export", "--ckpt_path", str(last), "--output", str(tmp_path / "pair"), "--dtype", "float32"]) == 0
     plan, policy = load_plan_and_policy(tmp_path / "pair")
-    assert plan == state.plan
+    assert plan == plan
     assert policy.kv.dtype == "float32"
 
 

@@ -93,6 +93,18 @@ def test_offloading_moves_bytes_to_the_host(eight: Shape) -> None:
     assert not {"optimizer", "student", "teacher", "gradients"} & set(after.device)
 
 
+@pytest.mark.parametrize(
+    ("name", "embeddings"), [("meta-llama/Llama-3.1-8B", 2 * 128_256 * 4096), ("smollm2-135m", 49_152 * 576)]
+)
+def test_frozen_embeddings_need_neither_gradients_nor_optimizer(name: str, embeddings: int) -> None:
+    shape = Shape.of(model_config(name, [SHAPES]))
+    assert shape.embeddings == embeddings, "a head that is the embedding counts once"
+    whole = memory_per_process(shape, shape, Layout(), LOAD).device
+    frozen = memory_per_process(shape, shape, Layout(frozen_embeddings=True), LOAD).device
+    saved = {part: whole[part] - frozen[part] for part in whole if whole[part] != frozen[part]}
+    assert saved == {"gradients": 4 * embeddings, "optimizer": 8 * embeddings}
+
+
 def test_more_tokens_need_more_memory_and_checkpointing_less(eight: Shape) -> None:
     def total(**changes: Any) -> int:
         return memory_per_process(eight, eight, Layout(), Load(**{**vars(LOAD), **changes})).total

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 from tiny_models import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import BlockDrop, PlanProgressBar
 from pdtrim_pl.context import usable_context
 from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.losses import KL, HiddenMatch
+from pdtrim_pl.fsdp import PDTrimFSDPStrategy
+from pdtrim_pl.losses import KL, CrossEntropy, HiddenMatch
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import ModelRef, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
 from pdtrim_pl.search import Guards
 from pdtrim_pl.settings import Loading, Structure
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -50,6 +56,38 @@ def test_every_precision_trains_and_validates(
     assert module.student.model.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     buffers = dict(module.student.named_buffers())
     assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}, "RoPE frequencies stay exact"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_embeddings_and_head_stay_and_every_other_weight_trains(
+    tied: bool, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    config = AutoConfig.from_pretrained(tiny_llama_dir, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    module = PDTrimModule(
+        str(tmp_path / "model"), losses=[CrossEntropy()], loading=Loading(freeze_embeddings=True),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
+    )  # fmt: skip
+    data = PromptResponseDataModule(
+        str(tmp_path / "model"), lengths=Lengths(24, 8, 16), parts=Parts(validation=0, calibration=4, max_train=8)
+    )
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    before = dict(module.teacher.model.named_parameters())
+    same = {name for name, now in module.student.model.named_parameters() if torch.equal(now, before[name])}
+    assert same == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("strategy", [PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy])
+def test_frozen_embeddings_are_refused_where_checkpoints_leave_frozen_weights_out(strategy: type[Strategy]) -> None:
+    module = PDTrimModule("any", loading=Loading(freeze_embeddings=True))
+    module._trainer = SimpleNamespace(strategy=strategy.__new__(strategy))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"`loading.freeze_embeddings` does not go with a strategy that shards"):
+        module.setup("fit")
 
 
 def test_casting_a_staged_model_never_touches_its_rope_frequencies() -> None:

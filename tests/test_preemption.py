@@ -292,9 +292,14 @@ def test_last_is_the_newest_whole_checkpoint_and_a_new_run_where_there_is_none(
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert main([*command, "--trainer.max_epochs=1"]) == 0
     first = CheckpointState.of(torch.load(last, weights_only=True)).record.losses
+    foreign = torch.load(last, weights_only=True)
+    foreign["pdtrim"]["processes"] = 8
+    torch.save(foreign, last.with_name("foreign.ckpt"))
     os.truncate(last, 1000)
     assert main([*command, "--trainer.max_epochs=2", "--model.optimizer.init_args.lr=0.5"]) == 0
-    assert re.search(r"last.ckpt is passed over: .*cannot be read", capfd.readouterr().err)
+    said = capfd.readouterr().err
+    assert re.search(r"last.ckpt is passed over: .*cannot be read", said)
+    assert re.search(r"foreign.ckpt is passed over: .*a run of 8 process\(es\), and this one has 1", said)
     second = CheckpointState.of(torch.load(last.with_name("epoch=1-step=4.ckpt"), weights_only=True)).record.losses
     assert len(second) == 2 * len(first) == 4
     assert second[:2] == first, "continued, for a new run at such a rate has another second loss"

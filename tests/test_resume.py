@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,22 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 import pdtrim_pl.checkpoint
+import pdtrim_pl.export.documents
 from callbacks import BlockDrop, ExportPair
 from pdtrim_pl import cli
-from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, check_writable, latest_valid_checkpoint
+from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, check_writable
+from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
 from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.export import export_pair
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import ModelRef
 from pdtrim_pl.random_state import random_state, restore_random_state
 from pdtrim_pl.search import Guards
 from pdtrim_pl.staged import StagedCausalLM
 
 SCRIPT = Path(__file__).with_name("resume_run.py")
-ALONE = ("first_step", "step", "last_step", "drop", "search", "write", "rename", "export", "torn")
-TOGETHER = ("step", "last_step", "drop", "search", "write", "export")
+ALONE = ("first_step", "step", "last_step", "drop", "search", "write", "rename", "export", "exported", "torn")
+TOGETHER = ("step", "last_step", "drop", "search", "write", "export", "exported")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,8 @@ def together(dropout_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def assert_same_end(run: Path, whole: Path) -> None:
-    """Losses, validations, plan, policy and every tensor of the export, exactly."""
+    """Losses, validations, plan, policy and every tensor of the export, exactly; nothing unfinished is left."""
+    assert not [*run.glob(".*"), *(run / "checkpoints").glob("*.unfinished")]
     assert json.loads((run / "result.json").read_text()) == json.loads((whole / "result.json").read_text())
     tensors = sorted(path.relative_to(whole) for path in (whole / "export").rglob("*.safetensors"))
     assert len(tensors) == 2
@@ -176,8 +179,8 @@ def fit(folder: Path, model: Path, ckpt_path: Path | None = None, **kwargs: Any)
         parts=Parts(validation=4, calibration=4, max_train=8), num_workers=kwargs.pop("num_workers", 0),
     )  # fmt: skip
     module = PDTrimModule(str(model), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3))
-    steps = Steps()
-    drop = BlockDrop("decode", CosineRedundancy(), {1: 1, 2: 1}, Guards(0, 1))
+    steps = kwargs.pop("extra", None) or Steps()
+    drop = kwargs.pop("drop", None) or BlockDrop("decode", CosineRedundancy(), {1: 1, 2: 1}, Guards(0, 1))
     saver = kwargs.pop("saver", None) or ModelCheckpoint(
         folder / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=1
     )
@@ -225,6 +228,28 @@ def saved(dropout_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run of three epochs of two steps, its checkpoints after every step."""
     folder = tmp_path_factory.mktemp("saved")
     return (folder / "checkpoints", *fit(folder, dropout_llama_dir))
+
+
+class OwnWeights(Callback):
+    """Gives block 2 weights of its own in decode, and takes it out of decode an epoch later."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        plan = pl_module.plan
+        if trainer.current_epoch == 1:
+            pl_module.apply_plan(replace(plan, untied={"decode": (2,)}))
+        if trainer.current_epoch == 2:
+            pl_module.apply_plan(plan.drop("decode", 2))
+
+
+def test_a_run_continues_though_a_block_with_weights_of_its_own_has_left(
+    dropout_llama_dir: Path, tmp_path: Path
+) -> None:
+    whole, _ = fit(tmp_path / "whole", dropout_llama_dir, drop=OwnWeights())
+    path = tmp_path / "whole" / "checkpoints" / "step=5.ckpt"
+    module, _ = fit(tmp_path / "again", dropout_llama_dir, path, drop=OwnWeights())
+    assert module.student.untied["decode"] == (2,)
+    assert 2 not in module.plan.decode
+    assert_same_run(module, whole)
 
 
 def test_after_an_epochs_last_step_its_validation_and_the_next_epochs_start_still_come(
@@ -278,6 +303,44 @@ def test_a_checkpoint_holds_the_generators_of_every_process_and_loads_as_plain_d
     assert [sorted(state) for state in checkpoint["pdtrim_random"]] == [["cuda", "numpy", "python", "torch"]]
 
 
+# The export of a run that is continued
+
+
+@pytest.fixture
+def exported(dropout_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that has exported, as it is left by a kill after that."""
+    monkeypatch.setattr(pdtrim_pl.export.documents, "write_report", lambda *_, **__: None)
+    fit(tmp_path, dropout_llama_dir, drop=ExportPair(tmp_path / "export", "float32", measure=False))
+    (tmp_path / "weights").write_bytes((tmp_path / "export" / "decode" / "model.safetensors").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_run_killed_after_its_export_exports_again(dropout_llama_dir: Path, exported: Path, step: int) -> None:
+    made = (exported / "export").stat().st_ino
+    run, _ = fit(
+        exported, dropout_llama_dir, exported / "checkpoints" / f"step={step}.ckpt",
+        drop=ExportPair(exported / "export", "float32", measure=False),
+    )  # fmt: skip
+    assert (exported / "export").stat().st_ino != made
+    assert (exported / "export" / "decode" / "model.safetensors").read_bytes() == (exported / "weights").read_bytes()
+    assert json.loads((exported / "export" / "origin.json").read_text())["run"] == run.run_name
+
+
+@pytest.mark.parametrize("other", ["run", "end", "export without an origin"])
+def test_what_another_run_exported_is_not_replaced(dropout_llama_dir: Path, exported: Path, other: str) -> None:
+    if other == "export without an origin":
+        (exported / "export" / "origin.json").unlink()
+    export, steps = ExportPair(exported / "export", "float32", measure=False), Steps()
+    with pytest.raises(ValueError, match=r"The export target .* exists.*`overwrite: true`"):
+        fit(
+            exported, dropout_llama_dir, None if other == "run" else exported / "checkpoints" / "step=4.ckpt",
+            drop=export, extra=steps, max_epochs=4 if other == "end" else 3,
+        )  # fmt: skip
+    assert steps.epochs == [], "before the first step"
+    assert (exported / "export" / "decode" / "model.safetensors").read_bytes() == (exported / "weights").read_bytes()
+
+
 # What cannot go on
 
 
@@ -299,19 +362,20 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
     size = (folder / "step=3.ckpt").stat().st_size
     os.truncate(folder / "step=3.ckpt", int(kept * size) if isinstance(kept, float) else kept)
     os.utime(folder / "step=3.ckpt", (2000, 2000))
-    with caplog.at_level(logging.WARNING, "pdtrim_pl.checkpoint"):
+    with caplog.at_level(logging.WARNING, "pdtrim_pl.continuation"):
         assert latest_valid_checkpoint(folder) == folder / "step=2.ckpt"
     assert "step=3.ckpt is passed over" in caplog.text
 
 
-def test_checkpoints_of_another_model_or_number_of_processes_are_refused_by_name(folder: Path) -> None:
-    state = CheckpointState.at(folder / "step=3.ckpt")
-    assert state is not None
-    assert latest_valid_checkpoint(folder, model=state.plan.model, processes=1) == folder / "step=3.ckpt"
-    with pytest.raises(ValueError, match=r"No checkpoint in .*step=3.ckpt: The checkpoint is of a run of 1 process"):
-        latest_valid_checkpoint(folder, processes=2)
-    with pytest.raises(ValueError, match=r"step=1.ckpt: The checkpoint is of .*llama, 4 blocks.*Move them away"):
-        latest_valid_checkpoint(folder, model=ModelRef("other", "qwen3", 36))
+def test_a_checkpoint_of_another_number_of_processes_that_is_named_outright_is_refused(
+    dropout_llama_dir: Path, folder: Path, tmp_path: Path
+) -> None:
+    assert latest_valid_checkpoint(folder, run=Continuation(str(dropout_llama_dir), 1)) == folder / "step=3.ckpt"
+    checkpoint = torch.load(folder / "step=3.ckpt", weights_only=True)
+    checkpoint["pdtrim"]["processes"] = 2
+    torch.save(checkpoint, folder / "step=3.ckpt")
+    with pytest.raises(ValueError, match=r"a run of 2 process\(es\), and this one has 1"):
+        fit(tmp_path, dropout_llama_dir, folder / "step=3.ckpt")
 
 
 def test_a_checkpoint_of_another_format_is_passed_over(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -319,7 +383,7 @@ def test_a_checkpoint_of_another_format_is_passed_over(folder: Path, caplog: pyt
     checkpoint["pdtrim"]["format"] = "pdtrim.checkpoint/9"
     torch.save(checkpoint, folder / "step=3.ckpt")
     torch.save({"state_dict": {}}, folder / "foreign.ckpt")
-    with caplog.at_level(logging.WARNING, "pdtrim_pl.checkpoint"):
+    with caplog.at_level(logging.WARNING, "pdtrim_pl.continuation"):
         assert latest_valid_checkpoint(folder) == folder / "step=2.ckpt"
     assert "'pdtrim.checkpoint/9'" in caplog.text
     assert "foreign.ckpt is passed over" in caplog.text

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pdtrim_pl.export.checkpoints import write_checkpoint
 from pdtrim_pl.export.kv_only import write_kv_only
+from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.verify import verify_pair
 from pdtrim_pl.plan import PLAN_FILE, STAGES
 from pdtrim_pl.policy import POLICY_FILE, KVRetentionPolicy
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 def export_pair(
     staged: StagedCausalLM, target: Path, *, tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype | None = None, overwrite: bool = False, extras: Callable[[Path], None] | None = None,
+    origin: Origin | None = None,
 ) -> Path:  # fmt: skip
     """Write `prefill/`, `decode/`, `stage_plan.json` and `kv_policy.json`, all of it or nothing.
 
@@ -40,6 +44,8 @@ def export_pair(
         dtype: element type of the weights and of the KV on the wire; None means the student's own.
         overwrite: replace an earlier export at `target`.
         extras: writes further files (report, model card) into the directory it is given, before the check.
+        origin: the run that exports, written into the export. One that it wrote before it was killed is replaced, and
+            what a kill left of an unfinished one goes.
 
     Returns:
         The absolute path of the export.
@@ -49,11 +55,15 @@ def export_pair(
         OSError: it cannot be written.
     """
     target = target.resolve()
-    check_target(target, overwrite)
+    check_target(target, overwrite, origin)
     dtype = dtype or staged.model.dtype
     policy = _complete_policy(staged, dtype)
     _check_blocks(staged)
-    with _writing(target), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+    prefix = f".{target.name}.{'' if origin is None else f'{origin.run}.'}"
+    if origin is not None:
+        for left in target.parent.glob(f"{escape(prefix)}*"):
+            shutil.rmtree(left)
+    with _writing(target), tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
         fresh.mkdir()
         for stage in STAGES:
@@ -61,25 +71,32 @@ def export_pair(
         write_kv_only(staged, fresh / "prefill", dtype)
         staged.plan.save(fresh / PLAN_FILE)
         policy.save(fresh / POLICY_FILE, staged.plan)
+        if origin is not None:
+            origin.save(fresh)
         if extras is not None:
             extras(fresh)
         difference = verify_pair(fresh, staged, dtype=dtype)
-        check_target(target, overwrite)  # again: writing a large model takes minutes
+        check_target(target, overwrite, origin)  # again: writing a large model takes minutes
         _make_readable(fresh)
         _put_in_place(fresh, target, aside=Path(scratch) / "replaced")
     log.info("Exported to %s; the reloaded pair's logits differ from the student's by %.2g", target, difference)
     return target
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, origin: Origin | None = None) -> None:
     """Refuse a target that is taken. Worth calling before a run that exports at its end.
 
+    Args:
+        target: where an export is to be made.
+        overwrite: whether any export there may be replaced.
+        origin: a run whose own export there may be.
+
     Raises:
-        ValueError: it exists and `overwrite` is off, or it is not an export, which is never deleted.
+        ValueError: it exists and may not be replaced, or it is not an export, which is never deleted.
     """
     if not target.exists():
         return
-    if not overwrite:
+    if not overwrite and (origin is None or Origin.of(target) != origin):
         raise ValueError(
             f"The export target {target} exists. Name another one, or set `overwrite: true` (`--overwrite`) to "
             "replace it."

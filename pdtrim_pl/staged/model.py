@@ -172,6 +172,11 @@ class StagedCausalLM(nn.Module):
             for parameter in gate.parameters():
                 parameter.requires_grad_(id(parameter) in used)
 
+    def freeze_embeddings(self) -> None:
+        """Let token embeddings and head take no gradients, whatever the plan."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            module.requires_grad_(False)
+
     def rebuild_rope(self) -> None:
         """Make the RoPE tables anew, in fp32, where a loader made them in the weights' element type."""
         base = self.model.base_model

@@ -1,0 +1,142 @@
+"""Which checkpoint a run continues from, and what a killed save has left beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from pdtrim_pl.checkpoint import CheckpointState, check_file, check_weights, mapped
+from pdtrim_pl.plan import ModelRef
+from pdtrim_pl.pretrained import load_config
+from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, earlier, is_whole, put_in_place, remove, unfinished
+from pdtrim_pl.staged import StagedCausalLM
+
+log = logging.getLogger(__name__)
+
+
+class Continuation:
+    """What a run asks of a checkpoint that it is to continue from.
+
+    Args:
+        model: name, path or Hub id of the model that is trimmed.
+        processes: how many processes train.
+        zero_stage: DeepSpeed's, whose checkpoints are directories of shards; None where they are files.
+    """
+
+    def __init__(self, model: str, processes: int, zero_stage: int | None = None) -> None:
+        self.model, self.processes, self.zero_stage = model, processes, zero_stage
+
+    def check(self, path: Path) -> None:
+        """Refuse a checkpoint that is damaged, or not one of such a run.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        if self.zero_stage is None:
+            check_file(path)
+            self._check_file(path)
+        else:
+            self._check_shards(path, self.zero_stage)
+
+    def _check_file(self, path: Path) -> None:
+        checkpoint = mapped(path)
+        student = self._student(CheckpointState.of(checkpoint))
+        saved = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("student.")}
+        check_weights(saved, {f"student.{name}": value for name, value in student.state_dict().items()})
+
+    def _check_shards(self, path: Path, stage: int) -> None:
+        saved = ShardedCheckpoint.load(path)
+        student = self._student(CheckpointState.from_json(saved.state))
+        saved.check(ShardedCheckpoint.of(stage, self.processes, student), path)
+
+    def _student(self, state: CheckpointState) -> StagedCausalLM:
+        """The student of such a checkpoint, without memory for its weights."""
+        state.check_model(ModelRef(self.model, self._config.model_type, self._config.num_hidden_layers))
+        state.check_processes(self.processes)
+        with torch.device("meta"):
+            student = StagedCausalLM(AutoModelForCausalLM.from_config(self._config, attn_implementation="eager"))
+            for stage, blocks in state.untied.items():
+                for block in blocks:
+                    student.gates[block].untie(stage)
+        return student
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        return load_config(self.model)
+
+
+def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation | None = None) -> Path | None:
+    """The newest checkpoint that a run can continue from; damaged and foreign ones are named in the log.
+
+    A directory of shards that was finished counts also where a kill kept it from getting its name; see `settle`.
+
+    Args:
+        *folders: where the run's `ModelCheckpoint`s write; they may be missing.
+        run: refuse what is not of such a run.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        ValueError: there are checkpoints, and every one is damaged or foreign.
+    """
+    found = [path for folder in folders for path in _candidates(Path(folder))]
+    faults = []
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+        try:
+            if run is None:
+                CheckpointState.at(path)
+            else:
+                run.check(path)
+        except ValueError as error:
+            log.warning("Checkpoint %s is passed over: %s", path, error)
+            faults.append(f"{path.name}: {error}")
+        else:
+            return path
+    if faults:
+        where = ", ".join(map(str, folders))
+        raise ValueError(
+            f"No checkpoint in {where} can be continued from. {' '.join(faults)} Move them away to start anew."
+        )
+    return None
+
+
+def settle(folder: str | os.PathLike[str]) -> None:
+    """Put right what killed saves have left in a folder of checkpoints.
+
+    A directory of shards that was finished gets its name, one that lost its name to none gets it back, and the rest
+    goes. One process calls it, while none writes or reads there.
+    """
+    for left in sorted(Path(folder).glob("*.unfinished")):
+        path = left.with_name(left.name.removesuffix(".unfinished"))
+        if left.is_file():
+            left.unlink()
+        elif is_whole(left):
+            put_in_place(path)
+            _write_beside(path)
+        else:
+            remove(left)
+    for left in sorted(Path(folder).glob("*.ckpt.earlier")):
+        path = left.with_name(left.name.removesuffix(".earlier"))
+        if path.exists() or not is_whole(left):
+            remove(left)
+        else:
+            os.replace(left, path)
+            _write_beside(path)
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    yield from (path for path in folder.glob("*.ckpt") if path.exists())  # not a link to one that is gone
+    yield from (path for name in (unfinished, earlier) for path in folder.glob(name("*.ckpt")) if is_whole(path))
+
+
+def _write_beside(path: Path) -> None:
+    state = CheckpointState.at(path)
+    assert state is not None
+    state.write_beside(path)

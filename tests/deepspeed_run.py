@@ -1,0 +1,208 @@
+"""Short runs of `test_deepspeed.py` on the real DeepSpeed engine, two CPU processes, one run after the other.
+
+    python tests/deepspeed_run.py MODEL FOLDER
+
+Lightning starts the second process by running this script again. FOLDER/told-RANK.json says how every run went.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed_run import CPUDeepSpeed, Named, strategy_of
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from typing_extensions import override
+
+from callbacks import BlockDrop, Preemption
+from callbacks.preemption import Preempted
+from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
+from pdtrim_pl.losses import KL, CrossEntropy
+from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.search import Guards
+from pdtrim_pl.sharded_checkpoint import unfinished
+from pdtrim_pl.staged import StagedCausalLM
+
+torch.set_num_threads(1)
+DROPPED = 2
+GLOBAL_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of three epochs of two steps; a block leaves both stages when the second epoch starts."""
+
+    stage: int = 2
+    precision: Any = "32-true"
+    offload: tuple[str, ...] = ()
+    without: tuple[type[Any], str] | None = None
+    """A cure to leave out: the class and its method."""
+
+
+OFFLOADED = ("offload_optimizer", "offload_parameters")
+WHOLE: dict[str, Run] = {
+    "zero2": Run(),
+    "zero2 bf16": Run(precision="bf16-true"),
+    "zero2 offloaded": Run(offload=OFFLOADED[:1]),
+    "zero2 offloaded, gradients kept": Run(offload=OFFLOADED[:1], without=(CPUDeepSpeed, "forget_gradients")),
+    "zero3": Run(3),
+    "zero3 bf16": Run(3, precision="bf16-true"),
+    "zero3 not frozen": Run(3, without=(StagedCausalLM, "freeze_unused")),
+    "zero3 offloaded": Run(3, offload=OFFLOADED),
+}
+INTERRUPTED = ("zero2", "zero3 offloaded")
+"""Of these, a second run is asked to leave, and continued."""
+
+
+class Watch(Callback):
+    """After every step: this process's part of the dropped block, and the norm of all gradients."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+        self.norms: list[float] = []
+        self.offloaded: list[str] = []
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, CPUDeepSpeed):
+            # What the engine itself says; ZeRO-2 has another name for the first.
+            names = ("cpu_offload", "offload_optimizer", "offload_param")
+            self.offloaded = [name for name in names if vars(trainer.strategy.deepspeed_engine.optimizer).get(name)]
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        self.weights.append(own_part(pl_module.student.gates[DROPPED].block))
+        if isinstance(trainer.strategy, CPUDeepSpeed):
+            self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0))
+
+    def moves(self) -> list[float]:
+        """Largest change of a weight from step to step."""
+        return [float((after - before).abs().max()) for before, after in pairwise(self.weights)]
+
+
+class Notify(Callback):
+    """Sends the second process, and no other, a signal in the middle of the first step after the drop."""
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx, trainer.global_rank) == (1, 0, 1):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def own_part(module: nn.Module) -> Tensor:
+    """All weights, or this process's shards of them, in one vector."""
+    parts = [vars(parameter).get("ds_tensor", parameter) for parameter in module.parameters()]
+    return torch.cat([part.detach().float().flatten().clone() for part in parts])
+
+
+def fit(
+    model: Path, strategy: Strategy | str, processes: int, *extra: Callback, precision: Any = "32-true",
+    ckpt_path: Path | None = None,
+) -> tuple[PDTrimModule, Watch]:  # fmt: skip
+    """One run to its end."""
+    seed_everything(0, verbose=False)
+    # Without momentum or decay, a block that gets no gradient does not move.
+    module = PDTrimModule(
+        str(model), losses=[KL(), CrossEntropy(1.0)], optimizer=partial(torch.optim.SGD, lr=0.3), chunk_tokens=16
+    )
+    drop, watch = BlockDrop("both", Named(DROPPED), {1: 1}, Guards(1, 1)), Watch()
+    trainer = Trainer(
+        max_epochs=3, accelerator="cpu", devices=processes, strategy=strategy, callbacks=[drop, watch, *extra],
+        precision=precision, gradient_clip_val=0.5, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=model,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in extra),
+    )  # fmt: skip
+    data = PromptResponseDataModule(
+        str(model), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=8),
+        batch_size=GLOBAL_BATCH // processes,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, watch
+
+
+def engine(run: Run) -> CPUDeepSpeed:
+    return CPUDeepSpeed(run.stage, process_group_backend="gloo", **dict.fromkeys(run.offload, True))
+
+
+def told(module: PDTrimModule, watch: Watch, model: Path) -> dict[str, Any]:
+    tables = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).named_buffers())
+    kinds = {"student": module.student, "teacher": module.teacher}
+    return {
+        "losses": module.record.losses, "validations": module.record.validations, "moves": watch.moves(),
+        "norms": watch.norms, "offloaded": watch.offloaded,
+        "types": {name: sorted({str(x.dtype) for x in kind.parameters()}) for name, kind in kinds.items()},
+        "tables are exact": {
+            name: [torch.equal(buffer, tables[key]) for key, buffer in kind.model.named_buffers()]
+            for name, kind in kinds.items()
+        },
+        "weights": hashlib.sha256(own_part(module.student).numpy().tobytes()).hexdigest(),
+    }  # fmt: skip
+
+
+def uncured(run: Run, go: Callable[[], Any]) -> Any:
+    """Call it with a method of some class made to do nothing."""
+    if run.without is None:
+        return go()
+    owner, name = run.without
+    kept = getattr(owner, name)
+    setattr(owner, name, lambda *_: None)
+    try:
+        return go()
+    finally:
+        setattr(owner, name, kept)
+
+
+def interrupted(run: Run, model: Path, folder: Path) -> dict[str, Any]:
+    """Leaves when it is asked to; its checkpoint, which a kill has kept from its name, is found and continued."""
+
+    def callbacks() -> list[Callback]:
+        return [ModelCheckpoint(folder, save_top_k=0, save_last=True), Preemption()]
+
+    try:
+        fit(model, engine(run), 2, Notify(), *callbacks())
+    except Preempted as left:
+        status = left.code
+    path = folder / "last.ckpt"
+    if torch.distributed.get_rank() == 0:
+        path.rename(unfinished(path))
+    torch.distributed.barrier()
+    found = latest_valid_checkpoint(folder, run=Continuation(str(model), 2, run.stage))
+    torch.distributed.barrier()
+    module, watch = fit(model, engine(run), 2, *callbacks(), ckpt_path=found)
+    left_there = sorted(entry.name for entry in folder.iterdir())
+    return {
+        **told(module, watch, model), "status": status, "found": None if found is None else found.name,
+        "left": left_there,
+    }  # fmt: skip
+
+
+def main(model: Path, folder: Path) -> None:
+    strategy_of("zero2")  # sets DeepSpeed up
+    every: dict[str, Any] = {}
+    for name, run in WHOLE.items():
+        module, watch = uncured(run, partial(fit, model, engine(run), 2, precision=run.precision))
+        every[name] = told(module, watch, model)
+    for name in INTERRUPTED:
+        run = WHOLE[name]
+        every[f"{name} interrupted"] = interrupted(run, model, folder / name)
+    (folder / f"told-{module.global_rank}.json").write_text(json.dumps(every), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

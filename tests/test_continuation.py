@@ -1,0 +1,275 @@
+"""`--ckpt_path last` takes the newest checkpoint that is of this run; a kill in the middle of a save loses none."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+
+from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, sidecar
+from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint, settle
+from pdtrim_pl.record import RunRecord
+from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, earlier, is_whole, put_in_place, unfinished
+from pdtrim_pl.staged import StagedCausalLM
+
+age = count(1)
+SHARDS = ("latest", *(f"checkpoint/shard_{rank}.pt" for rank in range(2)), *(f"{name}.py" for name in "az"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(folder)
+    return folder
+
+
+def student_of(family: str = "llama", **overrides: Any) -> StagedCausalLM:
+    """With a block that has weights of its own in decode."""
+    staged = StagedCausalLM(tiny_model(family, tie_word_embeddings=True, **overrides))
+    staged.gates[1].untie("decode")
+    return staged
+
+
+def state_of(student: StagedCausalLM, processes: int = 1, loss: float = 0.0) -> CheckpointState:
+    record = RunRecord(losses=[(1, loss)])
+    return CheckpointState(student.plan, None, record, "", processes, student.untied)
+
+
+def save_file(path: Path, student: StagedCausalLM | None = None, processes: int = 1) -> Path:
+    """A checkpoint file, newer than all before it."""
+    student = student or student_of()
+    weights = {f"student.{name}": value for name, value in student.state_dict().items()}
+    torch.save({CheckpointState.KEY: state_of(student, processes).to_json(), "state_dict": weights}, path)
+    return made_newest(path)
+
+
+def save_shards(
+    path: Path | str, student: StagedCausalLM | None = None, *, stage: int = 2, processes: int = 2, loss: float = 0.0
+) -> Path:
+    """A finished directory of shards, which are empty, newer than all before it."""
+    student = student or student_of()
+    Path(path, "checkpoint").mkdir(parents=True)
+    for name in SHARDS:
+        Path(path, name).touch()
+    state = state_of(student, processes, loss).to_json()
+    ShardedCheckpoint.of(stage, processes, student, state).save(path)
+    return made_newest(Path(path))
+
+
+def made_newest(path: Path) -> Path:
+    now = next(age)
+    os.utime(path, (now, now))
+    return path
+
+
+# Foreign checkpoints
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_without_memory_has_the_weights_of_a_loaded_one(family: str, tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(family, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    student = StagedCausalLM(model)
+    student.gates[2].untie("prefill")
+    Continuation(str(tmp_path), 1).check(save_file(tmp_path / "a.ckpt", student))
+    Continuation(str(tmp_path), 2, 3).check(save_shards(tmp_path / "b.ckpt", student, stage=3))
+
+
+def with_plan_format(path: Path) -> Path:
+    checkpoint = torch.load(save_file(path), weights_only=True)
+    checkpoint[CheckpointState.KEY]["plan"]["format"] = "pdtrim.stage_plan/9"
+    torch.save(checkpoint, path)
+    return made_newest(path)
+
+
+FOREIGN_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "family": (lambda path: save_file(path, student_of("qwen3")), "is of .*qwen3, 4 blocks.*llama, 4 blocks"),
+    "blocks": (lambda path: save_file(path, student_of(blocks=6)), "llama, 6 blocks"),
+    "weights": (lambda path: save_file(path, student_of(intermediate_size=40)), "weights: tensors 15 of another shape"),
+    "processes": (lambda path: save_file(path, processes=4), r"a run of 4 process\(es\), and this one has 1"),
+    "plan format": (with_plan_format, "stage plan has `format` 'pdtrim.stage_plan/9'"),
+    "shards": (save_shards, "is a directory of shards. They are continued with .*PDTrimDeepSpeedStrategy"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN_FILES)
+def test_a_foreign_checkpoint_is_passed_over_by_name_and_the_one_before_it_taken(
+    kind: str, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, reason = FOREIGN_FILES[kind]
+    before = save_file(tmp_path / "before.ckpt")
+    run = Continuation(str(llama), 1)
+    check_passed_over(make(tmp_path / "foreign.ckpt"), before, run, reason, caplog)
+
+
+FOREIGN_SHARDS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "stage": (lambda path: save_shards(path, stage=3), "saved under ZeRO stage 3, and this run has `stage: 2`"),
+    "processes": (lambda path: save_shards(path, processes=8), "a run of 8 process"),
+    "weights": (lambda path: save_shards(path, student_of(intermediate_size=40)), "weights of other names or shapes"),
+    "file": (save_file, "is no directory of shards. DeepSpeed continues only what DeepSpeed saved"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN_SHARDS)
+def test_foreign_shards_are_passed_over_by_name_and_those_before_them_taken(
+    kind: str, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, reason = FOREIGN_SHARDS[kind]
+    before = save_shards(tmp_path / "before.ckpt")
+    run = Continuation(str(llama), 2, 2)
+    check_passed_over(make(tmp_path / "foreign.ckpt"), before, run, reason, caplog)
+
+
+def check_passed_over(
+    foreign: Path, before: Path, run: Continuation, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "pdtrim_pl.continuation"):
+        assert latest_valid_checkpoint(foreign.parent, run=run) == before
+    (said,) = caplog.messages
+    assert said.startswith(f"Checkpoint {foreign} is passed over: ")
+    with pytest.raises(ValueError, match=reason) as error:
+        run.check(foreign)
+    assert str(error.value) in said
+
+
+def test_a_folder_of_foreign_checkpoints_alone_is_refused_with_every_reason(llama: Path, tmp_path: Path) -> None:
+    for name, (make, _) in FOREIGN_FILES.items():
+        make(tmp_path / f"{name}.ckpt")
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be continued from.*Move them away") as error:
+        latest_valid_checkpoint(tmp_path, run=Continuation(str(llama), 1))
+    assert all(f"{name}.ckpt: " in str(error.value) for name in FOREIGN_FILES)
+
+
+def test_the_newest_of_several_folders_is_taken_though_another_holds_only_foreign_ones(
+    llama: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    own = save_file(tmp_path / "a" / "own.ckpt")
+    save_file(tmp_path / "b" / "foreign.ckpt", processes=4)
+    assert latest_valid_checkpoint(tmp_path / "a", tmp_path / "b", run=Continuation(str(llama), 1)) == own
+
+
+def test_a_link_to_a_checkpoint_that_is_gone_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").symlink_to(tmp_path / "gone.ckpt")
+    assert latest_valid_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", ["processes", "shards"])
+def test_a_foreign_checkpoint_that_is_named_outright_is_refused(kind: str, llama: Path, tmp_path: Path) -> None:
+    make, reason = FOREIGN_FILES[kind]
+    path = make(tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match=reason):
+        CheckpointState.of(PlanCheckpointIO().load_checkpoint(path)).check_processes(1)
+
+
+# Kills in the middle of a save of shards
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing catches it."""
+
+
+def killed_after(steps: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Put a directory in place, but die instead of the call number `steps` that changes the disk; whether it died."""
+    left = count()
+
+    def may_die(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*args: Any, **kwargs: Any) -> None:
+            if next(left) == steps:
+                raise Killed
+            change(*args, **kwargs)
+
+        return changed
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rmdir", "unlink"):
+            patch.setattr(os, name, may_die(getattr(os, name)))
+        try:
+            put_in_place(path)
+        except Killed:
+            return True
+    return False
+
+
+def test_a_kill_while_a_checkpoint_gets_its_name_loses_neither_the_new_one_nor_leaves_the_old_one(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Continuation(str(llama), 2, 2)
+    for step in count():
+        folder = tmp_path / str(step)
+        path = folder / "last.ckpt"
+        save_shards(path, loss=1.0)
+        save_shards(unfinished(path), loss=2.0)
+        died = killed_after(step, path, monkeypatch)
+        newest = latest_valid_checkpoint(folder, run=run)
+        assert newest is not None
+        assert losses(newest) == [(1, 2.0)]
+        for found in folder.iterdir():
+            assert not is_whole(found) or all((found / name).is_file() for name in SHARDS)
+        settle(folder)
+        assert losses(path) == [(1, 2.0)]
+        assert not list(folder.glob("*.unfinished")) + list(folder.glob("*.earlier"))
+        if not died:
+            break
+    assert step >= 4, "one to put aside, one to rename, and some to delete"
+
+
+def losses(path: Path) -> list[tuple[int, float]]:
+    state = CheckpointState.at(path)
+    assert state is not None
+    return state.record.losses
+
+
+def test_a_save_that_a_kill_cut_short_counts_for_nothing_and_goes(llama: Path, tmp_path: Path) -> None:
+    path = save_shards(tmp_path / "last.ckpt", loss=1.0)
+    Path(unfinished(path), "checkpoint").mkdir(parents=True)
+    (tmp_path / "step=4.ckpt.unfinished").write_bytes(b"half of a file")
+    assert latest_valid_checkpoint(tmp_path, run=Continuation(str(llama), 2, 2)) == path
+    settle(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_whose_first_save_was_cut_short_starts_at_the_beginning(tmp_path: Path) -> None:
+    Path(unfinished(tmp_path / "last.ckpt")).mkdir()
+    assert latest_valid_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_that_was_put_aside_for_one_that_is_damaged_is_found_and_gets_its_name_back(
+    llama: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "last.ckpt"
+    aside = save_shards(earlier(path), loss=1.0)
+    Path(unfinished(path)).mkdir()
+    assert latest_valid_checkpoint(tmp_path, run=Continuation(str(llama), 2, 2)) == aside
+    settle(tmp_path)
+    assert losses(path) == [(1, 1.0)]
+
+
+def test_a_settled_checkpoint_has_its_own_plan_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    student = student_of()
+    state_of(student_of()).write_beside(path)
+    student.apply_plan(student.plan.drop("decode", 2))
+    save_shards(unfinished(path), student)
+    settle(tmp_path)
+    assert json.loads(sidecar(path, "stage_plan.json").read_text()) == student.plan.to_json()
+
+
+def test_what_lies_beside_shards_does_not_count(tmp_path: Path) -> None:
+    """The files beside are written first: a kill may leave those of a save that has not taken the name yet."""
+    path = save_shards(tmp_path / "last.ckpt")
+    before = CheckpointState.at(path)
+    assert before is not None
+    replace(before, plan=before.plan.drop("decode", 2)).write_beside(path)
+    assert CheckpointState.at(path) == before

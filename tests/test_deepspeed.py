@@ -1,0 +1,119 @@
+"""What only the real engine can show, on two CPU processes: dropped blocks stand still, bf16, offload, preemption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed_run import INTERRUPTED, WHOLE, fit
+from process_group import run_script
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.slow
+TIMEOUT = 400
+CURED = tuple(name for name, run in WHOLE.items() if run.without is None)
+EXACT = tuple(name for name in CURED if "bf16" not in name)
+BF16 = tuple(name for name in CURED if "bf16" in name)
+Told = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four blocks and tied embeddings."""
+    folder = tmp_path_factory.mktemp("model")
+    settings = {"vocab_size": 259, "tie_word_embeddings": True, "initializer_range": 0.1}
+    tiny_model("llama", **settings).save_pretrained(folder)
+    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
+    """What both processes say of every run."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    run_script("deepspeed_run.py", str(model), str(folder), folder=folder, timeout=TIMEOUT)
+    return [json.loads((folder / f"told-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> Told:
+    """The same runs in one process, without an engine."""
+    runs = {precision: fit(model, "auto", 1, precision=precision)[0] for precision in ("32-true", "bf16-true")}
+    return {name: module.record.to_json() for name, module in runs.items()}
+
+
+def losses(run: dict[str, Any]) -> list[float]:
+    return [loss for _, loss in run["losses"]]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_processes_train_what_one_trains(name: str, told: list[Told], alone: Told) -> None:
+    whole = alone["32-true"]
+    assert losses(told[0][name]) == pytest.approx(losses(whole), abs=1e-5)
+    for (_, ours), (_, theirs) in zip(told[0][name]["validations"], whole["validations"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_two_processes_train_in_bf16_what_one_trains_in_bf16(name: str, told: list[Told], alone: Told) -> None:
+    for rank in told:
+        assert rank[name]["types"] == {"student": ["torch.bfloat16"], "teacher": ["torch.bfloat16"]}
+        assert rank[name]["tables are exact"] == {"student": [True, True], "teacher": [True, True]}
+    # The engine keeps an fp32 copy of the weights, which the one process does not; the run gains 1.0.
+    assert losses(told[0][name]) == pytest.approx(losses(alone["bf16-true"]), abs=1e-2)
+    assert losses(told[0][name]) != pytest.approx(losses(alone["32-true"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", CURED)
+def test_a_dropped_block_stands_still(name: str, told: list[Told]) -> None:
+    for rank in told:
+        before, *after = rank[name]["moves"]
+        assert before > 1e-3
+        assert after == [0.0] * 4
+
+
+def test_a_dropped_block_that_is_not_frozen_gets_its_last_gradient_again_under_zero_3(told: list[Told]) -> None:
+    """Why `freeze_unused` is called: DeepSpeed's stale gradients."""
+    for rank in told:
+        assert min(rank["zero3 not frozen"]["moves"][1:]) > 1e-3
+    ours, cured = told[0]["zero3 not frozen"]["norms"], told[0]["zero3"]["norms"]
+    assert ours[:2] == cured[:2]
+    assert all(norm > 1.04 * right for norm, right in zip(ours[2:], cured[2:], strict=True)), "it is clipped for it too"
+
+
+def test_an_offloaded_optimizer_gets_the_last_gradient_of_a_dropped_block_again_though_it_is_frozen(
+    told: list[Told],
+) -> None:
+    """Why `forget_gradients` is called."""
+    for rank in told:
+        assert min(rank["zero2 offloaded, gradients kept"]["moves"][1:]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("zero2 offloaded", ["cpu_offload"]), ("zero3 offloaded", ["offload_optimizer", "offload_param"])],
+)
+def test_the_engine_offloads_what_it_is_asked_to(name: str, parts: list[str], told: list[Told]) -> None:
+    assert told[0][name]["offloaded"] == parts
+    assert told[0][name.split()[0]]["offloaded"] == []
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_a_run_of_which_one_process_is_asked_to_leave_continues_to_the_same_end(name: str, told: list[Told]) -> None:
+    for rank in told:
+        run, whole = rank[f"{name} interrupted"], rank[name]
+        assert run["status"] == 75
+        assert len(run["moves"]) == 2, "three steps of the six were left"
+        for what in ("losses", "validations", "weights"):
+            assert run[what] == whole[what], what
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_a_checkpoint_that_a_kill_kept_from_its_name_is_continued_and_gets_it(name: str, told: list[Told]) -> None:
+    for rank in told:
+        assert rank[f"{name} interrupted"]["found"] == "last.ckpt.unfinished"
+    left = told[0][f"{name} interrupted"]["left"]
+    assert left == ["last.ckpt", "last.config.yaml", "last.stage_plan.json"]
