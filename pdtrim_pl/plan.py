@@ -81,6 +81,12 @@ class StagePlan:
         object.__setattr__(self, "merged", MappingProxyType(merged))
         object.__setattr__(self, "untied", MappingProxyType(untied))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Read-only mappings cannot be pickled; without this no model that holds a plan could be copied or spawned.
+        merged = {stage: dict(runs) for stage, runs in self.merged.items()}
+        shared = (self.model, self.prefill, self.decode, self.relation, self.boundary)
+        return StagePlan, (*shared, merged, dict(self.untied), self.history)
+
     @classmethod
     def full(cls, model: ModelRef, relation: Relation = "nested", boundary: Boundary = "prefill") -> StagePlan:
         """The plan of the unpruned model: both stages run every block."""

@@ -119,6 +119,9 @@ class KVRetentionPolicy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", MappingProxyType(dict(sorted(self.rules.items()))))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KVRetentionPolicy, (self.boundary, self.kv, dict(self.rules))  # a read-only mapping cannot be pickled
+
     def rule(self, block: int) -> Retention:
         """The rule of one block, by original index."""
         return self.rules.get(block, KEEP_ALL)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from math import ceil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import plans, policies
 
 from pdtrim_pl.plan import ModelRef, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention, handled_positions
@@ -121,3 +124,13 @@ def test_a_broken_policy_file_is_refused(tmp_path: Path, change: dict[str, objec
     path.write_text(json.dumps({**KVRetentionPolicy("prefill", SHAPE).to_json(PLAN), **change}))
     with pytest.raises(ValueError, match=message):
         KVRetentionPolicy.load(path)
+
+
+@given(st.data())
+def test_plans_and_policies_can_be_pickled_and_copied(data: st.DataObject) -> None:
+    plan = data.draw(plans(6))
+    policy = data.draw(policies(plan))
+    for original in (plan, policy):
+        for again in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
+            assert again == original
+            assert type(again) is type(original)
