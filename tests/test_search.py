@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, pairwise
 from math import inf
 from pathlib import Path
@@ -101,6 +103,29 @@ def test_a_lazy_greedy_choice_counts_rises_from_the_energy_of_its_start(
     monkeypatch.setattr(evaluator, "energy", lambda plan: 1.0)
     search = Tabled(evaluator, model.plan, "decode", 2, NO_GUARDS)
     assert search.greedy(lazy=True) == (search.drops([1, 3]), 1.4)
+
+
+def spoilt(model: StagedCausalLM, *blocks: int) -> StagedCausalLM:
+    """A copy that overflows wherever one of these blocks runs."""
+    student = copy.deepcopy(model)
+    for block in blocks:
+        next(student.gates[block].parameters()).data.fill_(float("nan"))
+    return student
+
+
+def test_a_plan_that_overflows_is_never_chosen(model: StagedCausalLM) -> None:
+    search = RoundSearch(Evaluator(spoilt(model, 2), model, batches()), model.plan, "both", 1, NO_GUARDS)
+    state, energy = search.greedy()
+    assert state == search.drops([2])
+    assert anneal(search, state, Annealing(5)) == (state, energy)
+    assert search.evaluator.energy(search.candidate(search.drops([1])).plan) == inf
+
+
+def test_a_search_among_plans_that_all_overflow_says_so(model: StagedCausalLM) -> None:
+    search = RoundSearch(Evaluator(spoilt(model, 1, 2), model, batches()), model.plan, "both", 1, NO_GUARDS)
+    for start in (search.greedy, partial(anneal, search, search.drops([1]), Annealing(5))):
+        with pytest.raises(ValueError, match="KL to the teacher on the calibration set is not finite"):
+            start()
 
 
 def test_a_cap_holds_for_greedy_and_for_every_neighbour(model: StagedCausalLM) -> None:

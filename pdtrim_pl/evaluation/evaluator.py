@@ -13,7 +13,7 @@ import heapq
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite, isnan
 from pathlib import Path
 from typing import Literal
 
@@ -206,13 +206,16 @@ class Evaluator:
         every = [self.ranks.agree(sums)] if parts == 1 else self.ranks.gather(sums)
         for batch, found in zip(chosen, every, strict=True):
             if batch is not None:
-                self.journal.add(text, batch, Sums(*found))
+                # A candidate that overflows is no worse than impossible; where all do, the search says so.
+                self.journal.add(text, batch, Sums(*(inf if isnan(value) else value for value in found)))
         if self._complete(text):
             self._weigh(text)
 
     def _weigh(self, text: str) -> None:
         """Learn from a plan that was evaluated on all batches how much of the energy each of them holds."""
         known, total = self.journal.known(text), self._sum(text).kl
+        if not isfinite(total):
+            return
         for batch, sums in known.items():
             self.weight[batch] += sums.kl / total if total > 0 else 0.0
 

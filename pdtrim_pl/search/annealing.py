@@ -43,8 +43,7 @@ def anneal(
 ) -> tuple[State, float]:
     """Search from `first`; returns the best state ever seen and its energy. The same seed gives the same result."""
     draw = random.Random(settings.seed)
-    first_energy = space.energy(first)
-    assert first_energy is not None
+    first_energy = space.known_energy(first)
     current, current_energy = first, first_energy
     best, best_energy = first, first_energy
     temperature, accepted, started = settings.temperature * max(first_energy, 1e-12), 0, time.monotonic()

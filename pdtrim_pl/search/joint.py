@@ -129,22 +129,22 @@ class JointSearch(Space[JointState]):
         Exchanges of single choices do not get from a plan that drops the same blocks in both stages to one that does
         not, for every KV-only block on the way costs prefill something.
         """
-        energy, idle = self._known(state), 0
+        energy, idle = self.known_energy(state), 0
         for kind in cycle(KINDS):
             kept = state
             for choice in state.choices:
                 kept = kept.without(choice) if _kind(choice) == kind else kept
             other = state if kept == state else self._grown(kept, (kind,), progress)
             idle += 1
-            if other is not None and other != state and self._known(other) < energy:
-                state, energy, idle = other, self._known(other), 0
+            if other is not None and other != state and self.known_energy(other) < energy:
+                state, energy, idle = other, self.known_energy(other), 0
             if idle == len(KINDS):
                 break
         return state, energy
 
     def _grown(self, state: JointState, kinds: Sequence[str], progress: Progress) -> JointState | None:
         """A state that meets the target, by choices of some kinds; None where they do not reach it."""
-        excess, energy, steps = self.excess(state), self._known(state), LazyGreedy(self)
+        excess, energy, steps = self.excess(state), self.known_energy(state), LazyGreedy(self)
         while excess > 0:
             options = self._nearer(state, excess, kinds)
             if not options:
@@ -163,11 +163,6 @@ class JointSearch(Space[JointState]):
                 f"loosen `guards` {self.guards}, or let `retention` keep less than {self.retention}."
             )
         return state
-
-    def _known(self, state: JointState) -> float:
-        energy = self.energy(state)
-        assert energy is not None
-        return energy
 
     def state_of(self, plan: StagePlan) -> JointState:
         """The state whose plan drops what another plan of the same model lacks, to start a search from it.

@@ -16,6 +16,10 @@ from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import StagePlan
 
 State = TypeVar("State")
+NOT_FINITE = (
+    "The KL to the teacher on the calibration set is not finite, of the plan that a search starts from or of all that "
+    "it may choose. Check the model's weights, and use bfloat16 or float32 if they are float16."
+)
 
 
 class Space(ABC, Generic[State]):
@@ -32,10 +36,21 @@ class Space(ABC, Generic[State]):
     def neighbour(self, state: State, draw: random.Random) -> State | None:
         """A state that differs from this one by an exchange; None where there is nothing to exchange."""
 
-    def energy(self, state: State, limit: float = float("inf")) -> float | None:
+    def energy(self, state: State, limit: float = inf) -> float | None:
         """The state's energy, nats, if it is below `limit`, else None."""
         candidate = self.candidate(state)
         return self.evaluator.energy_below(candidate.plan, limit, candidate.policy)
+
+    def known_energy(self, state: State) -> float:
+        """The state's energy, nats.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        energy = self.energy(state)
+        if energy is None:
+            raise ValueError(NOT_FINITE)
+        return energy
 
     def rebase(self, state: State) -> None:
         """Make this state the one whose neighbours are cheap."""
@@ -44,7 +59,10 @@ class Space(ABC, Generic[State]):
 
     def best(self, states: list[State]) -> tuple[int, float]:
         """The index of the best of some states, and its energy."""
-        return self.evaluator.best([self.candidate(state) for state in states])
+        index, energy = self.evaluator.best([self.candidate(state) for state in states])
+        if energy == inf:
+            raise ValueError(NOT_FINITE)
+        return index, energy
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,8 @@ class LazyGreedy(Generic[State]):
             self.known[option.choice] = rise
             if found is not None and rise < least:
                 best, least = (option, found), rise
-        assert best is not None
+        if best is None:
+            raise ValueError(NOT_FINITE)
         return best
 
 
