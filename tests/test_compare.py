@@ -152,7 +152,7 @@ def choices(path: Path) -> Path:
 def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
     write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write(EVERY, measures={"choices": {"words": str(choices(tmp_path / "words.jsonl"))}})
+    config = write(EVERY, measures={"choices": {"words": str(choices(tmp_path / "words.jsonl"))}, "look_back": 2})
     assert main(["compare", "--config", str(config)]) == 0
     out = tmp_path / "out"
     table = rows(out)
@@ -171,7 +171,7 @@ def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
             assert len(plan.removed("decode")) == int(row["decode_removed"])
     accuracy = rows(out, "tiny_accuracy.csv")
     assert [row["method"] for row in accuracy] == ["dense", *(row["method"] for row in table)]
-    assert list(accuracy[0]) == ["method", "prefill_removed", "decode_removed", "words", "mean"]
+    assert list(accuracy[0]) == ["method", "prefill_removed", "decode_removed", "words", "mean", "look_back"]
     text = (out / "tiny.md").read_text()
     assert "## 1 blocks" in text
     assert "| merged* | nested | 2/2 |" in text
@@ -286,6 +286,19 @@ def test_a_changed_setting_redoes_only_the_rows_it_touches(write: Callable[..., 
     assert found == {"Drop": 4, "Distilled": 4}
     parse_and_run(config, "--training.tokens=200", "--methods.nested.init_args.criterion.init_args.pool=2")
     assert found == {"Drop": 6, "Distilled": 6}, "what starts from a row that is made again is made again"
+
+
+def test_other_questions_in_the_same_file_redo_every_row(
+    write: Callable[..., Path], found: Counter[str], tmp_path: Path
+) -> None:
+    file = choices(tmp_path / "words.jsonl")
+    config = write({"shortgpt": EVERY["shortgpt"]}, measures={"choices": {"words": str(file)}}, rows={"counts": [1]})
+    for runs in (1, 1):
+        parse_and_run(config)
+        assert found == {"Drop": runs}
+    file.write_text(file.read_text().replace("two", "four"))
+    parse_and_run(config)
+    assert found == {"Drop": 2}
 
 
 def test_chosen_rows_bring_what_they_start_from(write: Callable[..., Path], tmp_path: Path) -> None:

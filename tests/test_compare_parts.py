@@ -22,6 +22,7 @@ from pdtrim_pl.compare.settings import Measures, Rows, Subject, Training
 from pdtrim_pl.compare.texts import Texts, read_texts
 from pdtrim_pl.criteria import GreedyKL, LastN, ResponsePerplexity
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
+from pdtrim_pl.evaluation.look_back import measure_recall, said_again
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.plan import STAGES
@@ -166,6 +167,9 @@ def test_the_judge_measures_what_measure_quality_measures(bench: Bench) -> None:
         (expected.nll, expected.teacher_nll, expected.kl, expected.agreement)
     )
     assert judge.accuracy(student) == {}
+    looking = Judge(bench, Measures(look_back=3), load_tokenizer(bench.subject.name))
+    again = said_again(bench.texts.held_out, bench.texts.collate, 3)
+    assert looking.accuracy(student) == {"look_back": measure_recall(student, again)}
 
 
 def test_changed_weights_are_all_that_is_needed_to_make_a_student_again(bench: Bench) -> None:
@@ -233,6 +237,10 @@ def test_settings_out_of_range_are_refused() -> None:
         Rows(counts=(0,))
     with pytest.raises(ValueError, match=r"`measures.choice_rows` is 0"):
         Measures(choice_rows=0)
+    with pytest.raises(ValueError, match=r"`measures.look_back` is -1: give a number of examples, or 0"):
+        Measures(look_back=-1)
+    with pytest.raises(ValueError, match=r"`measures.choices` names a set look_back, which is a column already"):
+        Measures(choices={"look_back": Path("any.jsonl")})
     with pytest.raises(ValueError, match=r"`warmup` in \[0, 1\)"):
         Training(warmup=1.0)
 

@@ -7,7 +7,7 @@ Shapes: B batch, P prompt tokens, R response tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -29,15 +29,6 @@ TOLERANCE = 1e-4
 SEND_EVERYTHING = (None, Retention(), Retention("first_last", 0.5, 0.5), Retention("first_last", 3, 20))
 few = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads make matrices of this size slower, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

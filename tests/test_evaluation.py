@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example
+from pdtrim_pl.evaluation.look_back import measure_recall, said_again
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import Quality, measure_quality
 from pdtrim_pl.evaluation.redundancy import block_redundancy
@@ -249,3 +250,30 @@ def test_bytes_are_shown_with_a_unit_that_keeps_them_short(count: int) -> None:
     factor = 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
     assert float(value) * factor == pytest.approx(count, rel=0.006, abs=0.5)
     assert float(value) <= 1024
+
+
+def test_an_example_is_said_again_whole_and_without_padding() -> None:
+    collate = Collator(pad_id=0)
+    examples = [Example(torch.tensor([5, 6, 7]), torch.tensor([8])), Example(torch.tensor([9]), torch.tensor([1, 2]))]
+    batches = [collate(examples), collate(examples[:1])]
+    again = said_again(batches, collate, 3)
+    assert [row[real].tolist() for b in again for row, real in zip(b.prompt_ids, b.prompt_mask, strict=True)] == [
+        [5, 6, 7, 8], [9, 1, 2], [5, 6, 7, 8],
+    ]  # fmt: skip
+    for batch in again:
+        for prompt, response, seen, said in zip(
+            batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, strict=True
+        ):
+            assert prompt[seen].tolist() == response[said].tolist()
+    assert [len(batch.prompt_ids) for batch in said_again(batches, collate, 1)] == [1]
+    assert said_again(batches, collate, 0) == []
+
+
+def test_recall_is_the_share_of_tokens_that_the_plain_model_would_say() -> None:
+    model, collate = tiny_model("llama"), Collator(pad_id=0)
+    drawn = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 64, (length,), generator=drawn) for length in (9, 14, 5)]
+    batches = [collate([Example(text, text) for text in texts[:2]]), collate([Example(texts[2], texts[2])])]
+    says = [model(torch.cat([text, text])[None]).logits[0].argmax(dim=-1)[len(text) - 1 : -1] for text in texts]
+    right = sum(int((said == text).sum()) for said, text in zip(says, texts, strict=True))
+    assert measure_recall(StagedCausalLM(model), batches, chunk_tokens=4) == right / 28

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,15 +32,6 @@ from pdtrim_pl.staged.model import reference_to
 TARGETS: tuple[Target, ...] = ("prefill", "decode", "both")
 QUICK = Merging(min_cosine=-1, steps=3)
 few = settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def staged(family: str = "llama", relation: Relation = "free", boundary: Boundary = "prefill") -> StagedCausalLM:

@@ -45,13 +45,10 @@ RULES = {0: Retention("first_last", 2, 0.2), 3: Retention("first_last", 1, 30)}
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Threads make matrices of this size slower; the workers read the environment."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """As in the tests themselves; the workers read the environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from pdtrim_pl.compare.bench import Bench
@@ -14,7 +15,7 @@ from pdtrim_pl.compare.meter import Spent
 from pdtrim_pl.compare.method import Found, Method
 from pdtrim_pl.compare.outcome import Outcome, accuracy_row
 from pdtrim_pl.compare.settings import Measures, Output, Rows, Subject, Training
-from pdtrim_pl.compare.texts import read_texts
+from pdtrim_pl.compare.texts import Texts, read_texts
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.policy import KVRetentionPolicy
 
@@ -83,16 +84,11 @@ class Comparison:
         """
         ledger = Ledger(self.output.folder)
         texts = read_texts(self.data, self.measures.held_out)
-        shared = {
-            "rows": ROWS,
-            "texts": texts.fingerprint(),
-            **{name: settings[name] for name in ("model", "measures")},
-        }
         prompt, response = texts.request()
         request = (self.measures.prompt or prompt, self.measures.response or response)
         bench = Bench(self.model, texts, self.training, self.rows.guards, request, ledger.rows)
         judge = Judge(bench, self.measures, self.data.tokenizer)
-        run = _Run(self.methods, bench, judge, ledger, settings, shared)
+        run = _Run(self.methods, bench, judge, ledger, settings, self._shared(texts, settings))
         accuracy = run.dense_accuracy()
         results = Results((), (accuracy_row(DENSE, bench.full("nested"), accuracy),) if accuracy else ())
         for count in self.rows.counts:
@@ -100,6 +96,15 @@ class Comparison:
                 results = results.with_(run.outcome(name, count))
                 on_row(results)
         return results
+
+    def _shared(self, texts: Texts, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What every row depends on."""
+        return {
+            "rows": ROWS,
+            "texts": texts.fingerprint(),
+            "choices": {name: sha256(path.read_bytes()).hexdigest() for name, path in self.measures.choices.items()},
+            **{name: settings[name] for name in ("model", "measures")},
+        }
 
 
 class _Run:

@@ -10,10 +10,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.outcome import Judged
-from pdtrim_pl.compare.settings import Measures
+from pdtrim_pl.compare.settings import LOOK_BACK, Measures
 from pdtrim_pl.context import usable_context
+from pdtrim_pl.evaluation.look_back import measure_recall, said_again
 from pdtrim_pl.evaluation.multiple_choice import TokenQuestion, encode_questions, measure_accuracy, read_questions
-from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
+from pdtrim_pl.evaluation.quality import final_hidden, measure_quality
 from pdtrim_pl.staged import StagedCausalLM
 
 
@@ -34,6 +35,8 @@ class Judge:
             name: encode_questions(read_questions(path, measures.choice_rows), tokenizer, longest)
             for name, path in measures.choices.items()
         }
+        again = said_again(bench.texts.held_out, bench.texts.collate, measures.look_back)
+        self.again = [batch.on(bench.device) for batch in again]
         self._reference: list[Tensor] = []
 
     @torch.no_grad()
@@ -42,21 +45,19 @@ class Judge:
         teacher = self.bench.teacher
         if not self._reference:
             self._reference = [final_hidden(teacher, batch) for batch in self.batches]
-        sums, tokens = torch.zeros(4, dtype=torch.float64), 0
-        for batch, reference in zip(self.batches, self._reference, strict=True):
-            targets = batch.response_ids[batch.response_mask]
-            hidden = final_hidden(student, batch)
-            scores = score_tokens(hidden, reference, targets, student.logits, teacher.logits)
-            columns = (scores.nll, scores.teacher_nll, scores.kl, scores.agreement)
-            sums += torch.stack([column.double().sum() for column in columns]).cpu()
-            tokens += len(targets)
+        quality = measure_quality(student, teacher, self.batches, device=self.bench.device, references=self._reference)
+        values = (quality.nll, quality.teacher_nll, quality.kl, quality.agreement)
         costs = self.bench.costs.shares(student.plan, student.policy)
-        return Judged(*(sums / tokens).tolist(), **asdict(costs))
+        return Judged(*values, **asdict(costs))
 
     def accuracy(self, model: StagedCausalLM) -> dict[str, float]:
-        """Share of right answers, by multiple-choice set; by log-likelihood for each character of the choice."""
+        """Share of right answers, by multiple-choice set; by log-likelihood for each character of the choice.
+
+        And of tokens found again, where that is asked for.
+        """
         device = self.bench.device
-        return {
+        shares = {
             name: measure_accuracy(model, questions, device=device).normalised
             for name, questions in self.questions.items()
         }
+        return {**shares, LOOK_BACK: measure_recall(model, self.again)} if self.again else shares

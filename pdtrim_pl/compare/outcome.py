@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pdtrim_pl.compare.meter import Spent
+from pdtrim_pl.compare.settings import LOOK_BACK
 from pdtrim_pl.plan import STAGES, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
 
@@ -43,7 +44,7 @@ class Outcome:
     """By the method and by what it started from."""
     judged: Judged
     accuracy: Mapping[str, float]
-    """Share of right answers, by multiple-choice set."""
+    """Share of right answers, by multiple-choice set, and of tokens found again under `LOOK_BACK`."""
 
     def row(self) -> dict[str, Any]:
         """The row's values under `COLUMNS`, in their order."""
@@ -60,7 +61,7 @@ class Outcome:
         return {column: facts[column] for column in COLUMNS}
 
     def accuracy_row(self) -> dict[str, Any]:
-        """The row of the accuracy table: a column a set, and their mean."""
+        """The row of the accuracy table: a column a set, their mean, and the tokens found again."""
         return accuracy_row(self.method, self.plan, self.accuracy)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,4 +95,7 @@ class Outcome:
 def accuracy_row(method: str, plan: StagePlan, accuracy: Mapping[str, float]) -> dict[str, Any]:
     """A row of the accuracy table."""
     removed = {f"{stage}_removed": len(plan.removed(stage)) for stage in STAGES}
-    return {"method": method, **removed, **accuracy, "mean": fmean(accuracy.values())}
+    sets = {name: share for name, share in accuracy.items() if name != LOOK_BACK}
+    mean = {"mean": fmean(sets.values())} if sets else {}
+    recall = {LOOK_BACK: accuracy[LOOK_BACK]} if LOOK_BACK in accuracy else {}
+    return {"method": method, **removed, **sets, **mean, **recall}

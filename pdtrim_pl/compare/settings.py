@@ -16,6 +16,9 @@ from pdtrim_pl.losses import KL, LossTerm, check_terms
 from pdtrim_pl.search import Guards
 from pdtrim_pl.settings import DType
 
+LOOK_BACK = "look_back"
+"""Column of the share of tokens found again."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -68,6 +71,9 @@ class Measures:
     """First rows of each set that are scored."""
     choice_tokens: int = 1024
     """Longest context and choice; longer contexts keep their end. The model's own context is a limit too."""
+    look_back: int = 0
+    """Held-out examples that are said again, prompt and response together as both prompt and response; the share of
+    tokens found again tells whether a student still looks far back. 0 leaves it out."""
     prompt: int | None = None
     """Prompt tokens of the request that costs are counted for; the held-out mean by default."""
     response: int | None = None
@@ -78,6 +84,10 @@ class Measures:
             value: int | None = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"`measures.{name}` is {value}: give at least 1.")
+        if self.look_back < 0:
+            raise ValueError(f"`measures.look_back` is {self.look_back}: give a number of examples, or 0.")
+        if LOOK_BACK in self.choices:
+            raise ValueError(f"`measures.choices` names a set {LOOK_BACK}, which is a column already. Rename it.")
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class Training:
         warmup: share of the steps in which the learning rate rises.
         precision: Lightning's; weights are float32.
         gradient_clip: largest norm of a gradient.
+        freeze_embeddings: keep token embeddings and head as they are.
     """
 
     def __init__(
@@ -117,6 +128,7 @@ class Training:
         warmup: float = 0.05,
         precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed",
         gradient_clip: float = 1.0,
+        freeze_embeddings: bool = False,
     ) -> None:
         if tokens < 1 or batch_size < 1 or not 0 <= warmup < 1:
             raise ValueError(
@@ -134,6 +146,7 @@ class Training:
         self.warmup = warmup
         self.precision = precision
         self.gradient_clip = gradient_clip
+        self.freeze_embeddings = freeze_embeddings
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
         """Warmup and cosine over so many optimizer steps."""

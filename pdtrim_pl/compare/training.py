@@ -55,6 +55,8 @@ def distil(
     module = PDTrimModule(
         subject.name, training.losses, training.optimizer, lambda optimizer: training.schedule(optimizer, steps)
     )
+    if training.freeze_embeddings:
+        student.freeze_embeddings()
     # `configure_model` leaves alone what is there.
     module.student, module.teacher = student.train(), teacher
     trainer = Trainer(

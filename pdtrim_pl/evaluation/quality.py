@@ -5,7 +5,7 @@ Shapes: B batch, R response tokens, N response tokens without padding, H hidden,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -120,6 +120,7 @@ class Reference:
 def measure_quality(
     model: StagedCausalLM, teacher: StagedCausalLM, batches: Iterable[Batch], *, plan: StagePlan | None = None,
     policy: KVRetentionPolicy | None = None, device: torch.device | str = "cpu",
+    references: Sequence[Tensor] | None = None,
 ) -> Quality:  # fmt: skip
     """Teacher-forced quality of `model` under a plan and policy, against `teacher` under its own.
 
@@ -130,14 +131,16 @@ def measure_quality(
         plan: plan to run `model` under; its own plan and policy by default.
         policy: with `plan`, the policy.
         device: where both models are.
+        references: the teacher's `final_hidden` of every batch, where it is known.
 
     Raises:
         ValueError: no response token at all.
     """
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
-    for raw in batches:
+    for index, raw in enumerate(batches):
         batch = raw.on(device)
-        ours, theirs = final_hidden(model, batch, plan, policy), final_hidden(teacher, batch)
+        ours = final_hidden(model, batch, plan, policy)
+        theirs = final_hidden(teacher, batch) if references is None else references[index]
         targets = batch.response_ids[batch.response_mask]
         scores = score_tokens(ours, theirs, targets, model.logits, teacher.logits)
         columns = (scores.nll, scores.teacher_nll, scores.kl, scores.agreement)

@@ -16,6 +16,8 @@ from pdtrim_pl.search import Annealing, JointSearch, anneal
 class Joint(Method):
     """Searches both stages together for the least KL, at no more than another method's costs.
 
+    From that method's plan it chooses anew for one stage at a time, for as long as that helps, and then anneals.
+
     Args:
         start: name of that method; its plan only drops blocks.
         annealing: moves and cooling.
@@ -34,8 +36,7 @@ class Joint(Method):
         context = bench.context(student)
         with torch.no_grad():
             search = JointSearch(context.evaluator, student.plan, target, bench.costs, guards=bench.guards)
-            known = search.improved(search.state_of(start.plan), context.progress)
-            state, _ = min(known, search.greedy(context.progress), key=lambda found: found[1])
+            state, _ = search.improved(search.state_of(start.plan), context.progress)
             state, energy = anneal(search, state, self.annealing, context.progress)
             found = search.final(state, 0, energy)
         return Found(found.plan, found.policy)

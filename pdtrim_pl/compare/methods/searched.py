@@ -59,7 +59,4 @@ class Annealed(Method):
 
 
 def _better(search: RoundSearch, one: Removals, other: Removals) -> Removals:
-    energies = search.energy(one), search.energy(other)
-    assert energies[0] is not None
-    assert energies[1] is not None
-    return one if energies[0] <= energies[1] else other
+    return one if search.known_energy(one) <= search.known_energy(other) else other

@@ -1,0 +1,260 @@
+"""How calibration text, its size and the rule of choice change the quality of what is left, on text no rule has seen.
+
+    python benchmarks/calibration.py --text wikitext=TRAIN.raw --text c4=C4.jsonl --held_out VALID.raw [--output CSV]
+    python benchmarks/calibration.py --target prefill --again 0.5 --text wikitext=TRAIN.raw --held_out VALID.raw
+
+Blocks leave both stages, or prefill alone, one after another. With `--again` the first text is also tried with that
+share of its windows said again: prompt and response together are then the prompt, and the response once more. Every
+choice is judged by its KL and NLL on held-out text, and by the share of held-out tokens it finds when they are said
+again (`look_back`, see `pdtrim_pl.evaluation.look_back`).
+
+Candidates are scored on parts of eight windows; a candidate whose KL is
+more than twice the best after the first part is not scored on the others (no rule would choose it). Rules:
+
+    cosine   the most redundant blocks by cosine of input and output, chosen at once (ShortGPT)
+    nll      least mean response NLL (SLEB)
+    kl       least mean KL to the teacher
+    kl_pool  the same among the twelve most redundant blocks by cosine
+    kl_se    least mean KL plus its standard error over the parts
+    kl_worst least KL on the worst part
+    kl_cross cross-fitted: the three best on one half of the parts, of those the best on the other half, and the
+             reverse; of the two winners the one with the lower mean KL
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import sqrt
+from statistics import mean, stdev
+
+import torch
+import transformers
+
+from pdtrim_pl.criteria import CosineRedundancy, ScoringContext
+from pdtrim_pl.data import Batch, Collator, Lengths, Parts, PromptResponseDataModule, TextSource
+from pdtrim_pl.evaluation.evaluator import Energy, Evaluator
+from pdtrim_pl.evaluation.look_back import measure_recall, said_again
+from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.plan import StagePlan, Target
+from pdtrim_pl.pretrained import load_causal_lm
+from pdtrim_pl.staged import StagedCausalLM
+
+COLUMNS = (
+    "text", "windows", "rule", "target", "removed", "blocks",
+    "calibration_kl", "held_out_kl", "held_out_nll", "look_back",
+)  # fmt: skip
+PART, POOL, SHORTLIST, HOPELESS = 8, 12, 3, 2.0
+Blocks = tuple[tuple[int, ...], tuple[int, ...]]
+COLLATE = Collator(pad_id=0)
+Scores = Mapping[int, Sequence[Energy]]
+"""Of every candidate block, on each part."""
+
+
+def _kl(parts: Sequence[Energy]) -> float:
+    return mean(part.kl for part in parts)
+
+
+def _nll(parts: Sequence[Energy]) -> float:
+    return mean(part.nll for part in parts)
+
+
+def _with_error(parts: Sequence[Energy]) -> float:
+    return _kl(parts) + stdev([part.kl for part in parts]) / sqrt(len(parts))
+
+
+def _worst(parts: Sequence[Energy]) -> float:
+    return max(part.kl for part in parts)
+
+
+def least(score: Callable[[Sequence[Energy]], float]) -> Callable[[Scores], int]:
+    return lambda scores: min(scores, key=lambda block: (score(scores[block]), block))
+
+
+def cross_fitted(scores: Scores) -> int:
+    half = len(next(iter(scores.values()))) // 2
+    halves = [{b: parts[:half] for b, parts in scores.items()}, {b: parts[half:] for b, parts in scores.items()}]
+    winners = set()
+    for proposes, decides in (halves, halves[::-1]):
+        shortlist = sorted(proposes, key=lambda block: (_kl(proposes[block]), block))[:SHORTLIST]
+        winners.add(min(shortlist, key=lambda block: (_kl(decides[block]), block)))
+    return min(winners, key=lambda block: (_kl(scores[block]), block))
+
+
+RULES: dict[str, Callable[[Scores], int]] = {
+    "nll": least(_nll),
+    "kl": least(_kl),
+    "kl_pool": least(_kl),
+    "kl_se": least(_with_error),
+    "kl_worst": least(_worst),
+    "kl_cross": cross_fitted,
+}
+
+
+@dataclass
+class Walk:
+    """One rule on so many windows of a text, and what it has dropped so far."""
+
+    rule: str
+    windows: int
+    plan: StagePlan
+    by_count: dict[int, tuple[StagePlan, float]] = field(default_factory=dict)
+
+
+class Bench:
+    """A model and the parts of one calibration text."""
+
+    def __init__(
+        self, student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], target: Target
+    ) -> None:
+        self.student, self.teacher, self.batches, self.target = student, teacher, batches, target
+        self.evaluators = [Evaluator(student, teacher, [batch]) for batch in batches]
+        self.known: dict[tuple[Blocks, int], Energy] = {}
+        self.full = full_plan(student, target)
+
+    def scores(self, plan: StagePlan, blocks: Sequence[int], parts: int) -> dict[int, list[Energy]]:
+        """Of every candidate block that has a chance, on the first so many parts."""
+        first = self._on(0, plan, blocks)
+        limit = HOPELESS * min(energy.kl for energy in first.values())
+        able = [block for block in blocks if first[block].kl <= limit]
+        found = [self._on(part, plan, able) for part in range(parts)]
+        return {block: [energies[block] for energies in found] for block in able}
+
+    def _on(self, part: int, plan: StagePlan, blocks: Sequence[int]) -> dict[int, Energy]:
+        trials = {block: plan.drop(self.target, block) for block in blocks}
+        keys = {block: (left(trial), part) for block, trial in trials.items()}
+        new = [block for block in blocks if keys[block] not in self.known]
+        if new:
+            self.evaluators[part].rebase(plan)
+            self.known |= {keys[block]: self.evaluators[part].measure(trials[block]) for block in new}
+        return {block: self.known[keys[block]] for block in blocks}
+
+    def influence(self, parts: int) -> dict[int, float]:
+        """Cosine redundancy of the full model's blocks, lower is more redundant."""
+        context = ScoringContext(self.student, self.teacher, self.batches[:parts])
+        return CosineRedundancy().score(context, self.full, self.target, self.full.drop_candidates(self.target))
+
+
+def full_plan(student: StagedCausalLM, target: Target) -> StagePlan:
+    """The unpruned model; where prefill alone is thinned, decode handles the prompt's last token (as in POP)."""
+    if target == "both":
+        return StagePlan.full(student.plan.model, "unified")
+    return StagePlan.full(student.plan.model, "prefill_only", "decode")
+
+
+def left(plan: StagePlan) -> Blocks:
+    """What is left of the model; in which order the other blocks went makes no difference."""
+    return plan.prefill, plan.decode
+
+
+@torch.no_grad()
+def main() -> None:
+    options = arguments()
+    student, teacher = (StagedCausalLM(load_causal_lm(options.model, dtype=torch.bfloat16)).eval() for _ in range(2))
+    held_out = read(options, options.held_out, options.judged)
+    again = said_again(held_out, COLLATE, options.judged // 3)
+    judged: dict[Blocks, tuple[float, float, float]] = {}
+    rows: list[list[object]] = []
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}", file=sys.stderr)
+    for name, batches, sizes in sources(options):
+        bench = Bench(student, teacher, batches, options.target)
+        for made in searched(bench, sizes, options):
+            for count, (plan, energy) in sorted(made.by_count.items()):
+                key = left(plan)
+                if key not in judged:
+                    student.apply_plan(plan)
+                    quality = measure_quality(student, teacher, held_out)
+                    judged[key] = quality.kl, quality.nll, measure_recall(student, again)
+                    student.apply_plan(bench.full)
+                values = [f"{value:.4f}" for value in (energy, *judged[key])]
+                removed = " ".join(map(str, plan.removed("prefill")))
+                rows.append([name, made.windows, made.rule, options.target, count, removed, *values])
+                print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
+    with open(options.output, "w", newline="") if options.output else nullcontext(sys.stdout) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+
+
+def sources(options: argparse.Namespace) -> Iterator[tuple[str, list[Batch], list[int]]]:
+    """Name, parts and sizes of every calibration set."""
+    for index, given in enumerate(options.text):
+        name, path = given.split("=", 1)
+        sizes = options.sizes if index == 0 else [options.windows]
+        parts = read(options, path, max(sizes))
+        yield name, parts, sizes
+        if options.again and index == 0:
+            kept = parts[: options.windows // PART]
+            mixed = said_again(kept, COLLATE, round(options.again * PART * len(kept)))
+            yield f"{name}, {options.again:g} said again", [*kept[len(mixed) :], *mixed], [options.windows]
+
+
+def searched(bench: Bench, sizes: Sequence[int], options: argparse.Namespace) -> list[Walk]:
+    """Every rule on every size, to the highest count; what one walk has evaluated the others know."""
+    influence = {size: bench.influence(size // PART) for size in sizes}
+    walks = [Walk(rule, size, bench.full) for size in sizes for rule in rules_on(size, options)]
+    for count in range(1, max(options.counts) + 1):
+        for walk in walks:
+            blocks = list(walk.plan.drop_candidates(bench.target))
+            if walk.rule == "kl_pool":
+                blocks = sorted(blocks, key=influence[walk.windows].__getitem__)[:POOL]
+            scores = bench.scores(walk.plan, blocks, walk.windows // PART)
+            block = RULES[walk.rule](scores)
+            walk.plan = walk.plan.drop(bench.target, block)
+            if count in options.counts:
+                walk.by_count[count] = walk.plan, _kl(scores[block])
+    return [*walks, *(one_shot(bench, size, influence[size], options.counts) for size in sizes)]
+
+
+def rules_on(size: int, options: argparse.Namespace) -> list[str]:
+    """All that were asked for where there are parts enough to speak of, else those that need one."""
+    return [rule for rule in options.rules if size == options.windows or rule in ("nll", "kl")]
+
+
+def one_shot(bench: Bench, windows: int, influence: Mapping[int, float], counts: Sequence[int]) -> Walk:
+    """The most redundant blocks of the full model, by cosine; no energy belongs to them."""
+    walk, order = Walk("cosine", windows, bench.full), sorted(influence, key=lambda block: (influence[block], block))
+    for count in counts:
+        plan = bench.full
+        for block in order[:count]:
+            plan = plan.drop(bench.target, block)
+        walk.by_count[count] = plan, float("nan")
+    return walk
+
+
+def read(options: argparse.Namespace, path: str, windows: int) -> list[Batch]:
+    """The first windows of a text, in batches of one part."""
+    data = PromptResponseDataModule(
+        options.model, TextSource(path), Lengths(options.prompt + options.response, options.prompt, options.prompt),
+        Parts(validation=0, calibration=windows), eval_batch_size=PART,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    return list(data.calibration_dataloader())
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="embedded name, directory or Hub id")
+    parser.add_argument("--text", action="append", required=True, help="NAME=SOURCE; sizes vary on the first")
+    parser.add_argument("--held_out", required=True, help="source of the text that judges")
+    parser.add_argument("--judged", type=int, default=96, help="windows of it")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="windows, multiples of 8")
+    parser.add_argument("--windows", type=int, default=32, help="where all rules are compared; one of the sizes")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="cosine is always there")
+    parser.add_argument("--target", choices=["both", "prefill"], default="both", help="the stage that loses blocks")
+    parser.add_argument("--again", type=float, default=0.0, help="share of windows said again in one more set")
+    parser.add_argument("--counts", type=int, nargs="+", default=[3, 6])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of every prompt")
+    parser.add_argument("--response", type=int, default=64, help="tokens of every response")
+    parser.add_argument("--output", help="CSV file; standard output by default")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
