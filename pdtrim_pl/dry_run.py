@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
 from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
@@ -20,6 +21,7 @@ from typing_extensions import override
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
+from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.pretrained import load_config
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_freezing, check_strategy
@@ -65,7 +67,8 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     teacher_config = config if teacher is None else model_config(teacher, folders)
     layout = layout_of(parsed.model, parsed.trainer_settings, teacher_config)
     shape = Shape.of(config)
-    memory = memory_per_process(shape, Shape.of(teacher_config), layout, load_of(parsed.model, parsed.datamodule))
+    load = load_of(parsed.model, parsed.datamodule, parsed.trainer_settings.callbacks)
+    memory = memory_per_process(shape, Shape.of(teacher_config), layout, load)
     limit = _limit(parsed.trainer_settings, layout, options.device_memory)
     print(_table(parsed.model.model_name, shape, layout, memory, limit), file=out or sys.stdout)
     if memory.total > limit:
@@ -117,14 +120,26 @@ def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfi
     )  # fmt: skip
 
 
-def load_of(module: PDTrimModule, data: PromptResponseDataModule) -> Load:
-    """What one process has in hand under these settings."""
+@runtime_checkable
+class Merges(Protocol):
+    """A callback that may merge blocks."""
+
+    merging: Merging | None
+
+
+def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Sequence[Callback] | None = None) -> Load:
+    """What one process has in hand under these settings.
+
+    Of callbacks that merge, the one that fits most pairs at once counts: they take turns.
+    """
+    merges = [callback.merging for callback in callbacks or () if isinstance(callback, Merges) and callback.merging]
     calibration = data.parts.calibration
     examples = calibration if isinstance(calibration, int) else 256
     return Load(
-        batch=data.batch_size, tokens=data.lengths.max_length, chunk_tokens=module.chunk_tokens,
-        gradient_checkpointing=module.loading.gradient_checkpointing,
+        batch=data.batch_size, eval_batch=data.eval_batch_size, tokens=data.lengths.max_length,
+        chunk_tokens=module.chunk_tokens, gradient_checkpointing=module.loading.gradient_checkpointing,
         calibration_tokens=examples * data.lengths.max_length,
+        merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
     )  # fmt: skip
 
 

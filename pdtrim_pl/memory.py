@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pdtrim_pl.merging import Merging
 from pdtrim_pl.staged import architecture_of
 
 GIB = 2**30
@@ -29,6 +30,8 @@ class Shape:
     parameters: int
     embeddings: int
     """Of them, those of token embeddings and head."""
+    block: int
+    """Parameters of one block."""
     largest: int
     """Parameters of the largest single weight."""
     hidden: int
@@ -46,15 +49,17 @@ class Shape:
             ValueError: no adapter for its family.
         """
         model = meta_model(config)
-        architecture_of(config)
+        block = architecture_of(config).blocks(model)[0]
         facts = config.to_dict()
         heads = config.num_attention_heads
         size = facts.get("head_dim") or config.hidden_size // heads
         sizes = [parameter.numel() for parameter in model.parameters()]
         return cls(
-            parameters=sum(sizes), embeddings=_embeddings(model), largest=max(sizes), hidden=config.hidden_size,
-            inner=config.intermediate_size, kv=(facts.get("num_key_value_heads") or heads) * size,
-            blocks=config.num_hidden_layers, vocabulary=config.vocab_size,
+            parameters=sum(sizes), embeddings=_embeddings(model),
+            block=sum(parameter.numel() for parameter in block.parameters()), largest=max(sizes),
+            hidden=config.hidden_size, inner=config.intermediate_size,
+            kv=(facts.get("num_key_value_heads") or heads) * size, blocks=config.num_hidden_layers,
+            vocabulary=config.vocab_size,
         )  # fmt: skip
 
 
@@ -87,11 +92,15 @@ class Load:
     """What one process has in hand at a time."""
 
     batch: int
+    eval_batch: int
+    """Examples in a batch of the calibration set and of the text that merged blocks are fitted on."""
     tokens: int
     chunk_tokens: int
     gradient_checkpointing: bool
     calibration_tokens: int = 0
     """Prompt and response positions of the calibration set; every process holds all of it."""
+    merging: Merging | None = None
+    """How merged blocks are fitted, where any are."""
     search_cache_bytes: int = 4 * GIB
     search_teacher_bytes: int = 2 * GIB
 
@@ -143,7 +152,8 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
     device["communication"] = _communication(student, teacher, layout)
     device["activations or search"] = max(
         _activations(student, layout, load) + _activations(teacher, layout, load, kept=False) + _logits(student, load),
-        _search(student, layout, load) + _logits(student, load),
+        _search(student, layout, load) + _logits(student, load) + _offers(student, layout, load),
+        _fits(student, layout, load) + _offers(student, layout, load),
     )
     device["reserve"] = CONTEXT_BYTES
     return Memory(device, host)
@@ -188,12 +198,27 @@ def _logits(shape: Shape, load: Load) -> int:
 
 
 def _search(shape: Shape, layout: Layout, load: Load) -> int:
-    """Prompt caches and hidden states of the calibration set, and the teacher's distributions, up to their limits.
-
-    Fits of merged blocks are not counted: see `pairs_at_once` of `Merging`.
-    """
+    """Prompt caches and hidden states of the calibration set, and the teacher's distributions, up to their limits."""
     tokens = load.calibration_tokens
     base = tokens * (2 * shape.kv + shape.hidden) * shape.blocks * layout.compute_bytes
     reference = tokens * shape.hidden * layout.compute_bytes
     distributions = tokens * shape.vocabulary * 4
     return min(base, load.search_cache_bytes) + min(distributions, load.search_teacher_bytes) + reference
+
+
+def _fits(shape: Shape, layout: Layout, load: Load) -> int:
+    """Hidden states to fit to, and the blocks in training: fp32 weights, gradients and Adam's two moments.
+
+    A pair is fitted from both of its blocks.
+    """
+    if load.merging is None:
+        return 0
+    places = (
+        load.merging.batches * load.eval_batch * load.tokens * shape.hidden * layout.teacher_bytes * (shape.blocks + 1)
+    )
+    return min(places, load.merging.cache_bytes) + 2 * load.merging.pairs_at_once * 16 * shape.block
+
+
+def _offers(shape: Shape, layout: Layout, load: Load) -> int:
+    """Every pair's fitted block waits beside the student until the round is over."""
+    return 0 if load.merging is None else (shape.blocks - 1) * shape.block * layout.student_bytes

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from tiny_models import tiny_model
 from torch import Tensor
 
+from callbacks import BlockDrop, PlanLogger
 from pdtrim_pl import cli
-from pdtrim_pl.dry_run import model_config, run
+from pdtrim_pl.criteria import LastN
+from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.dry_run import load_of, model_config, run
 from pdtrim_pl.memory import GIB, Layout, Load, Shape, block_elements, memory_per_process
+from pdtrim_pl.merging import Merging
+from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.staged import StagedCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +32,9 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
     "Qwen/Qwen3-8B": 8_190_735_360,
 }
-LOAD = Load(batch=2, tokens=4096, chunk_tokens=1024, gradient_checkpointing=True, calibration_tokens=256 * 4096)
+LOAD = Load(
+    batch=2, eval_batch=2, tokens=4096, chunk_tokens=1024, gradient_checkpointing=True, calibration_tokens=256 * 4096
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +112,31 @@ def test_frozen_embeddings_need_neither_gradients_nor_optimizer(name: str, embed
     frozen = memory_per_process(shape, shape, Layout(frozen_embeddings=True), LOAD).device
     saved = {part: whole[part] - frozen[part] for part in whole if whole[part] != frozen[part]}
     assert saved == {"gradients": 4 * embeddings, "optimizer": 8 * embeddings}
+
+
+def test_merges_need_every_fitted_block_and_those_in_training(eight: Shape) -> None:
+    assert eight.block == 218_112_000
+    layout = Layout(student_bytes=2, teacher_bytes=2, compute_bytes=2)
+    merging = Merging(steps=6, pairs_at_once=8, cache_bytes=10**15)
+    load = replace(LOAD, calibration_tokens=64, eval_batch=1, tokens=512, merging=merging)
+    without, whole = (
+        memory_per_process(eight, eight, layout, asked).device["activations or search"]
+        for asked in (replace(load, merging=None), load)
+    )
+    states = 8 * 512 * 33 * 4096 * 2
+    fits = 2 * 8 * 16 * eight.block
+    assert whole == states + fits + 31 * eight.block * 2, "eight batches of one example: six steps, and two that judge"
+    assert without < whole
+    capped = replace(load, merging=replace(merging, cache_bytes=1000))
+    assert memory_per_process(eight, eight, layout, capped).device["activations or search"] == whole - states + 1000
+
+
+def test_a_dry_run_counts_the_largest_merges_of_all_callbacks(tiny_llama_dir: Path) -> None:
+    module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
+    small, large = Merging(pairs_at_once=2), Merging(pairs_at_once=3)
+    drops: list[Callback] = [BlockDrop("decode", LastN(), {0: 1}, merging=each) for each in (None, small, large)]
+    assert load_of(module, data, [*drops, PlanLogger()]).merging == large
+    assert load_of(module, data, drops[:1]).merging is load_of(module, data).merging is None
 
 
 def test_more_tokens_need_more_memory_and_checkpointing_less(eight: Shape) -> None:

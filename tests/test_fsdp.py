@@ -85,7 +85,7 @@ def test_a_dry_run_counts_its_shards(tiny_llama_dir: Path) -> None:
 
 def test_sixteen_bit_weights_have_sixteen_bit_states() -> None:
     shape = Shape.of(tiny_model("llama").config)
-    load = Load(batch=1, tokens=8, chunk_tokens=8, gradient_checkpointing=False)
+    load = Load(batch=1, eval_batch=1, tokens=8, chunk_tokens=8, gradient_checkpointing=False)
     sharded = Layout(processes=8, zero_stage=3, fsdp=True, student_bytes=2, teacher_bytes=2, compute_bytes=2)
     device = memory_per_process(shape, shape, sharded, load).device
     parts = [device[what] for what in ("student", "teacher", "gradients", "optimizer")]
