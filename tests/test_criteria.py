@@ -110,6 +110,8 @@ def test_a_neighbour_costs_only_the_blocks_from_where_it_differs(pair: tuple[Sta
     student, teacher = pair
     evaluator = Evaluator(student, teacher, batches())
     evaluator.rebase(student.plan)
+    assert evaluator.block_tokens == 0, "nothing has been asked for yet"
+    evaluator.energy(student.plan.drop("decode", 2))
     before = evaluator.block_tokens
     evaluator.energy(student.plan.drop("decode", 3))
     fed = sum(int(batch.response_mask[:, 1:].sum()) for batch in batches())

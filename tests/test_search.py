@@ -64,6 +64,20 @@ def test_annealing_finds_the_best_of_all_states_on_a_small_model(model: StagedCa
     assert energy <= first_energy
 
 
+def test_after_exchanges_no_single_one_helps_and_annealing_starts_from_there(model: StagedCausalLM) -> None:
+    search, states = round_search(model), list(combinations(range(7), 3))
+    for first in states[::4]:
+        state, energy = search.improved(search.drops(first))
+        assert energy == search.known_energy(state) <= search.known_energy(search.drops(first))
+        blocks = {move.run[0] for move in state}
+        near = [search.drops(other) for other in states if len(blocks.intersection(other)) == 2]
+        assert len(near) == 12
+        assert min(map(search.known_energy, near)) >= energy
+        assert anneal(search, search.drops(first), Annealing(1, temperature=1e-9))[1] <= energy
+        alone = anneal(search, search.drops(first), Annealing(1, temperature=1e-9, descend=False))[0]
+        assert len(set(alone) & set(search.drops(first))) >= 2, "one exchange at most"
+
+
 def test_the_greedy_state_is_the_one_that_greedy_kl_chooses(model: StagedCausalLM) -> None:
     search = round_search(model)
     state, energy = search.greedy()

@@ -84,6 +84,7 @@ class Evaluator:
         with torch.no_grad():
             self.teacher_hidden = [final_hidden(teacher, batch) for batch in self.batches]
         self.references = self._kept_references(memory.teacher)
+        self._next_base: Candidate | None = None
         self.weight = [0.0] * self.count
         """How much of the energy each batch has held so far: those that hold most come first, and give up most."""
         self.journal = Journal(journal, self.fingerprint(batches) if journal is not None else "", ranks)
@@ -156,8 +157,8 @@ class Evaluator:
             heapq.heapreplace(heap, bound(index))
 
     def rebase(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> None:
-        """Keep what `plan`'s neighbours have in common with it."""
-        self.neighbours.rebase(self.candidate(plan, policy))
+        """Keep what `plan`'s neighbours have in common with it, from the next evaluation on that is not known."""
+        self._next_base = self.candidate(plan, policy)
 
     def fingerprint(self, batches: Sequence[Batch]) -> str:
         """What energies depend on besides plan and policy: weights, arithmetic, and the calibration set."""
@@ -221,6 +222,9 @@ class Evaluator:
 
     def _sums(self, candidate: Candidate, index: int) -> Sums:
         """KL and NLL of one of this rank's batches, summed over its response tokens in fp64."""
+        if self._next_base is not None:
+            self.neighbours.rebase(self._next_base)
+            self._next_base = None
         hidden = self.neighbours.response(candidate, index)
         reference = self.references[index]
         if reference is not None:

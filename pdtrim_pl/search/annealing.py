@@ -30,6 +30,9 @@ class Annealing:
     cooling: float = 0.98
     """Factor on the temperature after every move."""
     seed: int = 0
+    descend: bool = True
+    """First take larger steps downhill, to where none helps: in a round, exchange each removal for the best other one;
+    in a joint search, choose one stage anew. They end by themselves and count as no evaluations."""
 
     def __post_init__(self) -> None:
         if self.evaluations < 1 or self.temperature <= 0 or not 0 < self.cooling <= 1:
@@ -43,7 +46,7 @@ def anneal(
 ) -> tuple[State, float]:
     """Search from `first`; returns the best state ever seen and its energy. The same seed gives the same result."""
     draw = random.Random(settings.seed)
-    first_energy = space.known_energy(first)
+    first, first_energy = space.improved(first, progress) if settings.descend else (first, space.known_energy(first))
     current, current_energy = first, first_energy
     best, best_energy = first, first_energy
     temperature, accepted, started = settings.temperature * max(first_energy, 1e-12), 0, time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from pdtrim_pl.criteria.base import Progress
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
@@ -53,12 +54,28 @@ class RoundSearch(Space[Removals]):
         return plan
 
     def neighbour(self, state: Removals, draw: random.Random) -> Removals | None:
-        out = draw.choice(state)
+        others = self._exchanges(state, draw.choice(state))
+        return draw.choice(others) if others else None
+
+    def improved(self, state: Removals, progress: Progress = lambda line: None) -> tuple[Removals, float]:
+        """Exchange one removal for the best other one, in turns, until no single exchange helps."""
+        energy, turn, idle = self.known_energy(state), 0, 0
+        while idle < len(state):
+            out = state[turn % len(state)]
+            progress(f"exchanging {turn + 1}: energy {energy:.4f}, {idle} of {len(state)} removals stay")
+            self.rebase(tuple(move for move in state if move != out))
+            # The state itself runs too: its energy is known, so others are evaluated no further than to exceed it.
+            options = [state, *self._exchanges(state, out)]
+            chosen, energy = self.best(options)
+            turn, idle, state = turn + 1, 0 if chosen else idle + 1, options[chosen]
+        return state, energy
+
+    def _exchanges(self, state: Removals, out: Move) -> list[Removals]:
+        """The states with another removal in place of this one."""
         rest = [move for move in state if move != out]
         left = [move for move in self.pool if move not in state and fits(move, rest)]
         others = [tuple(sorted([*rest, move], key=order)) for move in left]
-        others = [other for other in others if self._allowed(other)]
-        return draw.choice(others) if others else None
+        return [other for other in others if self._allowed(other)]
 
     def greedy(self, lazy: bool = False) -> tuple[Removals, float]:
         """One removal after another, each the one of least energy.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, Generic, TypeVar
 
+from pdtrim_pl.criteria.base import Progress
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
@@ -35,6 +36,10 @@ class Space(ABC, Generic[State]):
     @abstractmethod
     def neighbour(self, state: State, draw: random.Random) -> State | None:
         """A state that differs from this one by an exchange; None where there is nothing to exchange."""
+
+    @abstractmethod
+    def improved(self, state: State, progress: Progress = lambda line: None) -> tuple[State, float]:
+        """A state that the space's own larger steps lead to from this one, and its energy; no worse than this one."""
 
     def energy(self, state: State, limit: float = inf) -> float | None:
         """The state's energy, nats, if it is below `limit`, else None."""

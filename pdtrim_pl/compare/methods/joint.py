@@ -16,7 +16,7 @@ from pdtrim_pl.search import Annealing, JointSearch, anneal
 class Joint(Method):
     """Searches both stages together for the least KL, at no more than another method's costs.
 
-    From that method's plan it chooses anew for one stage at a time, for as long as that helps, and then anneals.
+    It starts from that method's plan, which meets them.
 
     Args:
         start: name of that method; its plan only drops blocks.
@@ -36,7 +36,6 @@ class Joint(Method):
         context = bench.context(student)
         with torch.no_grad():
             search = JointSearch(context.evaluator, student.plan, target, bench.costs, guards=bench.guards)
-            state, _ = search.improved(search.state_of(start.plan), context.progress)
-            state, energy = anneal(search, state, self.annealing, context.progress)
+            state, energy = anneal(search, search.state_of(start.plan), self.annealing, context.progress)
             found = search.final(state, 0, energy)
         return Found(found.plan, found.policy)

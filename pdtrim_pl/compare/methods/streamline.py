@@ -21,11 +21,17 @@ class ReplaceSpan(Method):
     Args:
         learning_rate: highest rate of the local training.
         relation: how the stages relate.
+        share: of the token budget that the local training takes; the rest is left to rows that start from this one.
+
+    Raises:
+        ValueError: `share` outside (0, 1].
     """
 
-    def __init__(self, learning_rate: float = 1e-3, relation: Relation = "unified") -> None:
+    def __init__(self, learning_rate: float = 1e-3, relation: Relation = "unified", share: float = 1.0) -> None:
         super().__init__()
-        self.learning_rate, self.relation = learning_rate, relation
+        if not 0 < share <= 1:
+            raise ValueError(f"`share` is {share}: give a share of the token budget, above 0 and at most 1.")
+        self.learning_rate, self.relation, self.share = learning_rate, relation, share
 
     @property
     @override
@@ -37,7 +43,8 @@ class ReplaceSpan(Method):
         plan = bench.full(self.relation)
         student = bench.student(Found(plan))
         span = most_alike(bench, student, count)
-        batches, tokens = bench.texts.training_batches(bench.training.tokens, bench.training.batch_size)
+        budget = int(self.share * bench.training.tokens)
+        batches, tokens = bench.texts.training_batches(budget, bench.training.batch_size)
         settings = Merging(min_cosine=-1.0, steps=len(batches), learning_rate=self.learning_rate, pairs_at_once=1)
         with bench.unmetered():
             fitted = bench.fit(student, batches, [span], settings)
