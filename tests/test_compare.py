@@ -54,10 +54,11 @@ EVERY = {
     "annealed": ours("Annealed", start="nested", annealing=BRIEF),
     "merged": ours("Annealed", start="annealed", annealing=BRIEF, merging={"steps": 2, "min_cosine": 0.0}),
     "merged_distilled": ours("Distilled", start="merged"),
+    "span": ours("ReplaceSpan", relation="nested", share=0.4),
+    "span_distilled": ours("Distilled", start="span"),
     "free": ours("Joint", start="annealed", annealing=BRIEF),
-    "free_distilled": ours("Distilled", start="free"),
 }  # fmt: skip
-TRAINED = {"iterabre", "streamline", "merged", "merged_distilled", "free_distilled"}
+TRAINED = {"iterabre", "streamline", "merged", "merged_distilled", "span", "span_distilled"}
 
 
 class EveryOther(Method):
@@ -164,7 +165,7 @@ def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
         assert int(row["trained_tokens"]) <= 300
         assert float(row["kl"]) > -1e-6
         plan_folder = out / "plans" / f"{row['method']}_{row['prefill_removed'] if row['method'] != 'free' else 1}"
-        if row["method"] not in ("free", "free_distilled"):
+        if row["method"] != "free":
             plan = StagePlan.load(plan_folder / "stage_plan.json")
             KVRetentionPolicy.load(plan_folder / "kv_policy.json", plan)
             assert plan.relation == row["relation"]
@@ -178,7 +179,7 @@ def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
     assert f"`pdtrim compare --config {config}`" in text
     for picture in ("tiny_prefill_flops.png", "tiny_decode_bytes.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    assert "free_distilled*" in capsys.readouterr().out
+    assert "span_distilled*" in capsys.readouterr().out
 
 
 def test_the_columns_are_those_of_the_committed_table(write: Callable[..., Path], tmp_path: Path) -> None:

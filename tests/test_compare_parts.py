@@ -16,7 +16,7 @@ from pdtrim_pl.compare.judge import Judge
 from pdtrim_pl.compare.ledger import Ledger
 from pdtrim_pl.compare.meter import Meter, Spent
 from pdtrim_pl.compare.method import Found
-from pdtrim_pl.compare.methods import Annealed, Drop, ReplaceSpan
+from pdtrim_pl.compare.methods import Annealed, Distilled, Drop, ReplaceSpan
 from pdtrim_pl.compare.methods.streamline import most_alike
 from pdtrim_pl.compare.settings import Measures, Rows, Subject, Training
 from pdtrim_pl.compare.texts import Texts, read_texts
@@ -209,6 +209,16 @@ def test_a_replaced_span_is_trained_on_the_budget_and_only_its_block_changes(ben
     assert found.plan.merged["decode"] == found.plan.merged["prefill"]
     assert found.trained_tokens == (4 + 4 + 2) * 24, "a batch of a second epoch would be too many"
     assert {name.split(".block.")[0] for name in found.weights} == {f"model.model.layers.{into}"}
+
+
+def test_a_share_of_the_budget_leaves_the_rest_to_distillation(bench: Bench) -> None:
+    part = ReplaceSpan(share=0.5).find(bench, None, 2)
+    assert 0 < part.trained_tokens <= bench.training.tokens * 0.5
+    whole = Distilled("span").find(bench, part, 2)
+    assert part.trained_tokens < whole.trained_tokens <= bench.training.tokens
+    assert whole.plan == part.plan
+    with pytest.raises(ValueError, match=r"`share` is 0: give a share of the token budget, above 0 and at most 1"):
+        ReplaceSpan(share=0)
 
 
 def test_annealing_with_merges_ends_no_worse_than_its_start(bench: Bench) -> None:
