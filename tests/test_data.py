@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from torch.utils.data import Subset
 
 from pdtrim_pl.data import (
     Batch,
@@ -30,6 +31,7 @@ from pdtrim_pl.data import (
     formatting,
 )
 from pdtrim_pl.data.datamodule import cut_parts
+from pdtrim_pl.data.examples import SaidAgain
 from pdtrim_pl.data.formatting import encode, leading_ids
 from pdtrim_pl.data.sources import load_rows
 from pdtrim_pl.pretrained import load_tokenizer
@@ -379,3 +381,39 @@ def test_the_embedded_text_makes_training_batches(tiny_llama_dir: Path) -> None:
     lengths = batch.prompt_mask.sum(1) + batch.response_mask.sum(1)
     assert lengths.tolist() == [256] * 8
     assert np.isin(batch.prompt_ids.numpy(), range(259)).all()
+
+
+@given(
+    share=st.floats(0.01, 1.0),
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6),
+)
+def test_a_share_of_examples_says_its_prompt_again(share: float, lengths: list[tuple[int, int]]) -> None:
+    pairs = [(range(3, 3 + prompt), range(50, 50 + response)) for prompt, response in lengths]
+    part = Subset(TokenExamples.from_pairs(pairs), range(len(pairs)))
+    again = SaidAgain(part, share, max_length=12)
+    changed = max(1, round(share * len(pairs)))
+    assert len(again) == len(part)
+    for index, (prompt, response) in enumerate(pairs):
+        told = prompt[: 12 - len(prompt)] if index < changed else response
+        assert again[index].prompt.tolist() == list(prompt)
+        assert again[index].response.tolist() == list(told) != []
+
+
+def test_only_the_calibration_part_says_its_prompts_again(tiny_tokenizer_dir: Path) -> None:
+    def module(share: float) -> PromptResponseDataModule:
+        parts = Parts(validation=2, calibration=4, max_train=4, said_again=share)
+        data = PromptResponseDataModule(str(tiny_tokenizer_dir), lengths=Lengths(24, 12, 12), parts=parts)
+        data.setup()
+        return data
+
+    before, after = module(0.0), module(0.5)
+    for name, changed in (("train", 0), ("validation", 0), ("calibration", 2)):
+        same = [torch.equal(a.response, b.response) for a, b in zip(before.part(name), after.part(name), strict=True)]
+        assert same == [index >= changed for index in range(len(same))]
+    batch = next(iter(after.calibration_dataloader()))
+    assert torch.equal(batch.prompt_ids[:2], batch.response_ids[:2])
+
+
+def test_a_share_said_again_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`parts.said_again`=1.5 must be a share of the calibration examples, 0 to 1"):
+        Parts(said_again=1.5)

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from pdtrim_pl.data.checks import check_context, check_vocabulary
 from pdtrim_pl.data.collate import Collator
-from pdtrim_pl.data.examples import Example, TokenExamples
+from pdtrim_pl.data.examples import Example, SaidAgain, TokenExamples
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.loader import ResumableLoader
 from pdtrim_pl.data.settings import Lengths, Parts
@@ -118,6 +118,9 @@ class PromptResponseDataModule(LightningDataModule):
             return
         self._check_model()
         self._parts = cut_parts(self._encode(), self.parts, self.seed)
+        if self.parts.said_again:
+            changed = SaidAgain(self._parts["calibration"], self.parts.said_again, self.lengths.max_length)
+            self._parts["calibration"] = Subset(changed, range(len(changed)))
 
     def part(self, name: str) -> Subset[Example]:
         """The examples of a part: `train`, `validation`, `calibration` or `test`.

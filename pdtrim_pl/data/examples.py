@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 
 class Example(NamedTuple):
@@ -57,3 +57,26 @@ class TokenExamples(Dataset[Example]):
         for index, (start, _, end) in enumerate(self._bounds):
             seen.setdefault(self._ids[start:end].tobytes(), index)
         return list(seen.values())
+
+
+class SaidAgain(Dataset[Example]):
+    """A part of the data in which the first examples have their own prompt as their response.
+
+    Args:
+        part: the examples.
+        share: of them that are changed, rounded, but at least one.
+        max_length: tokens of prompt and response together; a response is cut to keep it.
+    """
+
+    def __init__(self, part: Subset[Example], share: float, max_length: int) -> None:
+        self.part, self.max_length = part, max_length
+        self.changed = max(1, round(share * len(part)))
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.part[index]
+        if index >= self.changed:
+            return example
+        return Example(example.prompt, example.prompt[: self.max_length - len(example.prompt)])
