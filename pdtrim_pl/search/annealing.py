@@ -23,7 +23,7 @@ class Annealing:
     evaluations: int = 200
     """States looked at, known ones included, so that a continued search ends where an uninterrupted one does."""
     seconds: float | None = None
-    """Stop annealing after so many seconds, the greedy choice before it not counted; None sets no limit. With a limit,
+    """Stop annealing after so many seconds, greedy choice and descent not counted; None sets no limit. With a limit,
     two runs may end in different states."""
     temperature: float = 0.05
     """First temperature, as a share of the greedy state's energy."""
