@@ -8,8 +8,8 @@ share of its windows said again: prompt and response together are then the promp
 choice is judged by its KL and NLL on held-out text, and by the share of held-out tokens it finds when they are said
 again (`look_back`, see `pdtrim_pl.evaluation.look_back`).
 
-Candidates are scored on parts of eight windows; a candidate whose KL is
-more than twice the best after the first part is not scored on the others (no rule would choose it). Rules:
+Candidates are scored on parts of eight windows; a candidate whose KL is more than twice the best after the first part
+is not scored on the others (no rule would choose it). Rules:
 
     cosine   the most redundant blocks by cosine of input and output, chosen at once (ShortGPT)
     nll      least mean response NLL (SLEB)

@@ -111,8 +111,10 @@ class JointDrop(RemovalRounds):
         cost = CostModel.of(context.student, self.request.prompt, self.request.response)
         target = self.share(round)
         search = JointSearch(context.evaluator, start, target, cost, guards=self.guards, retention=self.retention)
-        state, energy = search.greedy(context.progress)
-        if self.annealing is not None:
+        state, _ = search.greedy(context.progress)
+        if self.annealing is None:
+            state, energy = search.improved(state, context.progress)
+        else:
             state, energy = anneal(search, state, self.annealing, context.progress)
         chosen = search.final(state, round, energy)
         log.info("KL %.4f at %s of the dense model.", energy, cost.shares(chosen.plan, chosen.policy))

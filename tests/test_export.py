@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,6 @@ from pdtrim_pl.staged.model import kv_shape_of, reference_to
 BLOCKS = 4
 MODEL, KV_ONLY = "prefill/model.safetensors", "prefill/kv_only.safetensors"
 Damage = Callable[[Path], object]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other on models this small, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def student_of(

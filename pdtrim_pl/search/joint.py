@@ -114,14 +114,13 @@ class JointSearch(Space[JointState]):
         return self.target.excess(self.cost.shares(candidate.plan, candidate.policy))
 
     def greedy(self, progress: Progress = lambda line: None) -> tuple[JointState, float]:
-        """One choice after another, the least rise of energy for what it brings nearer to the target; then `improved`.
-
-        See `LazyGreedy`.
+        """One choice after another, the least rise of energy for what it brings nearer to the target; see `LazyGreedy`.
 
         Raises:
             ValueError: the target cannot be reached.
         """
-        return self.improved(self._reached(self._grown(JointState(), KINDS, progress)), progress)
+        state = self._reached(self._grown(JointState(), KINDS, progress))
+        return state, self.known_energy(state)
 
     def improved(self, state: JointState, progress: Progress = lambda line: None) -> tuple[JointState, float]:
         """Choose anew for prefill alone, for decode alone, for the wire alone, in turns, for as long as it helps.
