@@ -4,8 +4,8 @@
     python benchmarks/calibration.py --target prefill --again 0.5 --text wikitext=TRAIN.raw --held_out VALID.raw
 
 Blocks leave both stages, or prefill alone, one after another. With `--again` the first text is also tried with that
-share of its windows said again: prompt and response together are then the prompt, and the response once more. Every
-choice is judged by its KL and NLL on held-out text, and by the share of held-out tokens it finds when they are said
+share of its windows said again (`data.parts.said_again`: the response is then the prompt once more). Every choice is
+judged by its KL and NLL on held-out text, and by the share of held-out tokens it finds when whole windows are said
 again (`look_back`, see `pdtrim_pl.evaluation.look_back`).
 
 Candidates are scored on parts of eight windows; a candidate whose KL is more than twice the best after the first part
@@ -39,7 +39,7 @@ import transformers
 from pdtrim_pl.criteria import CosineRedundancy, ScoringContext
 from pdtrim_pl.data import Batch, Collator, Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.evaluation.evaluator import Energy, Evaluator
-from pdtrim_pl.evaluation.look_back import measure_recall, said_again
+from pdtrim_pl.evaluation.look_back import measure_recall, whole_again
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.pretrained import load_causal_lm
@@ -157,7 +157,7 @@ def main() -> None:
     options = arguments()
     student, teacher = (StagedCausalLM(load_causal_lm(options.model, dtype=torch.bfloat16)).eval() for _ in range(2))
     held_out = read(options, options.held_out, options.judged)
-    again = said_again(held_out, COLLATE, options.judged // 3)
+    again = whole_again(held_out, COLLATE, options.judged // 3)
     judged: dict[Blocks, tuple[float, float, float]] = {}
     rows: list[list[object]] = []
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}", file=sys.stderr)
@@ -189,9 +189,8 @@ def sources(options: argparse.Namespace) -> Iterator[tuple[str, list[Batch], lis
         parts = read(options, path, max(sizes))
         yield name, parts, sizes
         if options.again and index == 0:
-            kept = parts[: options.windows // PART]
-            mixed = said_again(kept, COLLATE, round(options.again * PART * len(kept)))
-            yield f"{name}, {options.again:g} said again", [*kept[len(mixed) :], *mixed], [options.windows]
+            mixed = read(options, path, options.windows, options.again)[::-1]  # windows as they are come first
+            yield f"{name}, {options.again:g} said again", mixed, [options.windows]
 
 
 def searched(bench: Bench, sizes: Sequence[int], options: argparse.Namespace) -> list[Walk]:
@@ -227,11 +226,11 @@ def one_shot(bench: Bench, windows: int, influence: Mapping[int, float], counts:
     return walk
 
 
-def read(options: argparse.Namespace, path: str, windows: int) -> list[Batch]:
-    """The first windows of a text, in batches of one part."""
+def read(options: argparse.Namespace, path: str, windows: int, again: float = 0.0) -> list[Batch]:
+    """The first windows of a text, in batches of one part; a share of them said again."""
     data = PromptResponseDataModule(
         options.model, TextSource(path), Lengths(options.prompt + options.response, options.prompt, options.prompt),
-        Parts(validation=0, calibration=windows), eval_batch_size=PART,
+        Parts(validation=0, calibration=windows, said_again=again), eval_batch_size=PART,
     )  # fmt: skip
     data.prepare_data()
     data.setup()

@@ -22,7 +22,7 @@ from pdtrim_pl.compare.settings import Measures, Rows, Subject, Training
 from pdtrim_pl.compare.texts import Texts, read_texts
 from pdtrim_pl.criteria import GreedyKL, LastN, ResponsePerplexity
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
-from pdtrim_pl.evaluation.look_back import measure_recall, said_again
+from pdtrim_pl.evaluation.look_back import measure_recall, whole_again
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.plan import STAGES
@@ -168,7 +168,7 @@ def test_the_judge_measures_what_measure_quality_measures(bench: Bench) -> None:
     )
     assert judge.accuracy(student) == {}
     looking = Judge(bench, Measures(look_back=3), load_tokenizer(bench.subject.name))
-    again = said_again(bench.texts.held_out, bench.texts.collate, 3)
+    again = whole_again(bench.texts.held_out, bench.texts.collate, 3)
     assert looking.accuracy(student) == {"look_back": measure_recall(student, again)}
 
 

@@ -205,6 +205,17 @@ def test_a_journal_of_other_weights_is_not_believed(model: StagedCausalLM, tmp_p
     assert theirs.energy(plan) == Evaluator(other, model, batches()).energy(plan) != ours.energy(plan)
 
 
+def test_a_sum_that_is_not_finite_is_kept_as_plain_json(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path).add("plan", 0, Sums(inf, inf))
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    assert [json.loads(line, parse_constant=refuse)["kl"] for line in lines(path)] == [None]
+    assert Journal(path).known("plan") == {0: Sums(inf, inf)}
+
+
 def test_only_the_first_rank_writes(model: StagedCausalLM, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl", "a", Ranks(1, 2))
     journal.add("plan", 1, Sums(0.5, 1.0))

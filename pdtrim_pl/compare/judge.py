@@ -12,7 +12,7 @@ from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.outcome import Judged
 from pdtrim_pl.compare.settings import LOOK_BACK, Measures
 from pdtrim_pl.context import usable_context
-from pdtrim_pl.evaluation.look_back import measure_recall, said_again
+from pdtrim_pl.evaluation.look_back import measure_recall, whole_again
 from pdtrim_pl.evaluation.multiple_choice import TokenQuestion, encode_questions, measure_accuracy, read_questions
 from pdtrim_pl.evaluation.quality import final_hidden, measure_quality
 from pdtrim_pl.staged import StagedCausalLM
@@ -35,7 +35,7 @@ class Judge:
             name: encode_questions(read_questions(path, measures.choice_rows), tokenizer, longest)
             for name, path in measures.choices.items()
         }
-        again = said_again(bench.texts.held_out, bench.texts.collate, measures.look_back)
+        again = whole_again(bench.texts.held_out, bench.texts.collate, measures.look_back)
         self.again = [batch.on(bench.device) for batch in again]
         self._reference: list[Tensor] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ class Sums(NamedTuple):
 class Journal:
     """What is known of plans: one JSON line a batch, `search`, `plan`, `batch`, `kl`, `nll`.
 
-    A line that a kill cut short is ignored, and so are lines of other searches.
+    A line that a kill cut short is ignored, and so are lines of other searches. JSON has no infinity: a sum that is not
+    finite is null.
 
     Args:
         path: the file; None keeps everything in memory.
@@ -46,7 +48,8 @@ class Journal:
         """Keep an evaluation; on disk before this returns."""
         self._known[plan][batch] = sums
         if self.writes:
-            self._append(json.dumps({"search": self.search, "plan": plan, "batch": batch, **sums._asdict()}))
+            values = {name: value if isfinite(value) else None for name, value in sums._asdict().items()}
+            self._append(json.dumps({"search": self.search, "plan": plan, "batch": batch, **values}))
 
     def _append(self, line: str) -> None:
         assert self.path is not None
@@ -66,5 +69,6 @@ class Journal:
             except json.JSONDecodeError:
                 continue
             if entry["search"] == self.search:
-                found.append((entry["plan"], entry["batch"], entry["kl"], entry["nll"]))
+                kl, nll = (inf if entry[name] is None else entry[name] for name in ("kl", "nll"))
+                found.append((entry["plan"], entry["batch"], kl, nll))
         return found

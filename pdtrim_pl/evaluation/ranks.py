@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
+"""Makes sharded weights whole on every rank for as long as its context lasts; every rank must enter it."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -22,8 +25,8 @@ class Ranks:
     """Every rank's value, in order of rank, on every rank."""
     own: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
     """What this rank holds of a weight."""
-    gather_weights: Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]] | None = None
-    """Makes sharded weights whole on every rank for as long as its context lasts; None where they are."""
+    gather_weights: Gather | None = None
+    """The strategy's, where it shards weights."""
     whole: bool = True
     """Whether every rank holds whole weights. If not, no rank can evaluate a batch that the others do not."""
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pdtrim_pl.evaluation.ranks import Gather
 from pdtrim_pl.export.verify import rounded_copy
 from pdtrim_pl.staged import StagedCausalLM
-
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
-"""Makes sharded parameters whole on every rank while the context lasts."""
 
 
 def whole_copy(staged: StagedCausalLM, gather: Gather, *, keep: bool) -> StagedCausalLM | None:

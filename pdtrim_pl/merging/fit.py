@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.evaluation.ranks import Gather
 from pdtrim_pl.merging.recording import Recording, record
 from pdtrim_pl.merging.settings import Merging, merging_stages
-from pdtrim_pl.merging.trial import Gather, Start, Trial
+from pdtrim_pl.merging.trial import Start, Trial
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import Target
 from pdtrim_pl.staged import StagedCausalLM

@@ -5,23 +5,20 @@ Shapes: B batch, T tokens of a stage, N real tokens of the stages that merge, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pdtrim_pl.evaluation.ranks import Gather
 from pdtrim_pl.merging.recording import Recording
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
 from pdtrim_pl.staged import KVCache, StagedCausalLM
 from pdtrim_pl.staged.gate import Observer, Resume, copy_of
-
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
-"""Makes sharded parameters whole on every rank while the context lasts."""
 
 
 @dataclass(frozen=True)
