@@ -138,7 +138,7 @@ class BlockDrop(RemovalRounds):
             search = RoundSearch(context.evaluator, start, self.stage, count, self.guards)
             dropped = set(start.blocks(self._counted)) - set(plan.blocks(self._counted))
             return self._annealed(search, search.drops(sorted(dropped)), self.annealing, context, round)
-        text = fitting_batches(trainer, self.merging.batches)
+        text = fitting_batches(trainer, self.merging)
         offered = distillation_set(context, start, self.stage, self.merging, self.guards, text)
         search = RoundSearch(context.evaluator, start, self.stage, count, self.guards, offered, self.merging)
         first, energy = search.greedy(lazy=True)

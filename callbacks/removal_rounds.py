@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import check_drops, ranks_of
@@ -116,11 +117,11 @@ def calibration_batches(trainer: Trainer) -> list[Any]:
     return list(data.calibration_dataloader())
 
 
-def fitting_batches(trainer: Trainer, count: int) -> list[Any]:
-    """At most so many batches to fit merged blocks on: training text, or calibration text of a foreign data module."""
+def fitting_batches(trainer: Trainer, merging: Merging) -> list[Any]:
+    """What to fit merged blocks on: training text, or calibration text of a foreign data module."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, PromptResponseDataModule):
-        return list(islice(data.fitting_dataloader(), count))
+        return list(islice(data.fitting_dataloader(), merging.batches(data.eval_batch_size)))
     return calibration_batches(trainer)
 
 

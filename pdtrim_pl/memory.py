@@ -213,9 +213,8 @@ def _fits(shape: Shape, layout: Layout, load: Load) -> int:
     """
     if load.merging is None:
         return 0
-    places = (
-        load.merging.batches * load.eval_batch * load.tokens * shape.hidden * layout.teacher_bytes * (shape.blocks + 1)
-    )
+    examples = load.merging.batches(load.eval_batch) * load.eval_batch
+    places = examples * load.tokens * shape.hidden * layout.teacher_bytes * (shape.blocks + 1)
     return min(places, load.merging.cache_bytes) + 2 * load.merging.pairs_at_once * 16 * shape.block
 
 

@@ -20,7 +20,7 @@ from pdtrim_pl.compare.methods import Annealed, Distilled, Drop, ReplaceSpan
 from pdtrim_pl.compare.methods.streamline import most_alike
 from pdtrim_pl.compare.settings import Measures, Rows, Subject, Training
 from pdtrim_pl.compare.texts import Texts, read_texts
-from pdtrim_pl.criteria import GreedyKL, LastN, ResponsePerplexity
+from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, LastN, ResponsePerplexity, Taylor
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.evaluation.look_back import measure_recall, whole_again
 from pdtrim_pl.evaluation.quality import measure_quality
@@ -136,13 +136,21 @@ def test_the_meter_counts_what_the_evaluator_counts(bench: Bench, criterion: Gre
     context = bench.context(student)
     scored = criterion.score(context, student.plan, "both", (0, 1, 2, 3))
     assert scored
-    redundancy = 4 * sum(
-        int(valid.sum())
-        for batch in bench.texts.calibration
-        for valid in Request.of(*batch.request, "prefill").valid.values()
-    )
-    passes = redundancy if "redundancy" in vars(context) else 0
+    passes = one_pass(bench) if "redundancy" in vars(context) else 0
     assert bench._meter.spent.block_tokens == context.evaluator.block_tokens + passes
+
+
+@pytest.mark.parametrize(("criterion", "passes"), [(CosineRedundancy(), 1), (Taylor(), 3)])
+def test_a_backward_pass_counts_as_two_forward_ones(bench: Bench, criterion: Criterion, passes: int) -> None:
+    student = bench.student(Found(bench.full("unified")))
+    criterion.score(bench.context(student), student.plan, "both", (0, 1, 2, 3))
+    assert bench._meter.spent.block_tokens == passes * one_pass(bench)
+
+
+def one_pass(bench: Bench) -> int:
+    """Tokens of the calibration set times blocks."""
+    requests = [Request.of(*batch.request, "prefill") for batch in bench.texts.calibration]
+    return 4 * sum(int(valid.sum()) for request in requests for valid in request.valid.values())
 
 
 def test_nothing_is_counted_while_the_meter_is_paused() -> None:
@@ -207,7 +215,7 @@ def test_a_replaced_span_is_trained_on_the_budget_and_only_its_block_changes(ben
     assert not others
     assert len(run) == 3
     assert found.plan.merged["decode"] == found.plan.merged["prefill"]
-    assert found.trained_tokens == (4 + 4 + 2) * 24, "a batch of a second epoch would be too many"
+    assert found.trained_tokens == bench.training.tokens // 24 * 24
     assert {name.split(".block.")[0] for name in found.weights} == {f"model.model.layers.{into}"}
 
 

@@ -122,7 +122,7 @@ def test_a_block_on_trial_computes_what_it_computes_in_the_student_once_it_is_me
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_fit_brings_the_block_nearer_to_the_run_on_text_it_was_not_fitted_on(target: Target) -> None:
     student, teacher = staged(), staged()
-    merging = Merging(min_cosine=-1, steps=12)
+    merging = Merging(min_cosine=-1, steps=12, batch_size=2, learning_rate=0.01)
     out = fit_runs(student, teacher, batches(8), target, [(1, 2), (0, 1, 2)], merging)
     plain = fit_runs(student, teacher, batches(8), target, [(1, 2), (0, 1, 2)], replace(merging, steps=0))
     for run, unfitted in zip(out.runs, plain.runs, strict=True):
@@ -135,6 +135,18 @@ def test_a_fit_brings_the_block_nearer_to_the_run_on_text_it_was_not_fitted_on(t
     assert plain.tokens == 0
     assert out.block_tokens == plain.block_tokens + 3 * out.tokens
     assert plain.block_tokens == 8 * 19 * BLOCKS + 2 * 5 * 2 * 19
+
+
+def test_batches_are_cut_to_the_size_of_a_step() -> None:
+    student, teacher = staged(), staged()
+    large, small = (Merging(min_cosine=-1, steps=6, batch_size=size) for size in (2, 1))
+    cut = [row for batch in batches(4) for row in batch.cut(1)]
+    assert [len(row.prompt_ids) for row in cut] == [1] * 8
+    whole = fit_runs(student, teacher, batches(4), "both", [(1, 2)], small)
+    rows = fit_runs(student, teacher, cut, "both", [(1, 2)], large)
+    assert (whole.runs[0].cosine, whole.runs[0].mse) == (rows.runs[0].cosine, rows.runs[0].mse)
+    assert whole.tokens == rows.tokens
+    assert [small.batches(2), large.batches(2), large.batches(3), small.batches(8)] == [4, 8, 4, 1]
 
 
 def test_a_run_is_fitted_alike_whatever_else_is_fitted_and_however_little_memory_there_is() -> None:
@@ -183,7 +195,7 @@ def test_a_fit_inside_autocast_sees_its_own_steps() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
 def test_a_bf16_student_is_fitted_in_fp32_and_gets_bf16_weights(family: str) -> None:
     student, teacher = staged(family).to(torch.bfloat16), staged(family).to(torch.bfloat16)
-    merging = Merging(min_cosine=-1, steps=10)
+    merging = Merging(min_cosine=-1, steps=10, batch_size=2, learning_rate=0.01)
     (run,) = fit_runs(student, teacher, batches(6), "both", [(1, 2)], merging).runs
     assert run.weights is not None
     assert {parameter.dtype for parameter in run.weights.parameters()} == {torch.bfloat16}
@@ -228,7 +240,14 @@ def test_what_cannot_be_fitted_is_refused_with_the_way_out() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"min_cosine": 1.5}, {"steps": -1}, {"learning_rate": 0.0}, {"pairs_at_once": 0}, {"cache_bytes": -1}],
+    [
+        {"min_cosine": 1.5},
+        {"steps": -1},
+        {"learning_rate": 0.0},
+        {"pairs_at_once": 0},
+        {"cache_bytes": -1},
+        {"batch_size": 0},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -120,8 +120,9 @@ class Bench:
         with self._meter.paused():
             if merging not in self._fitted:
                 pairs = neighbours(student.plan, "both", merging, self.guards)
-                batches, _ = self.texts.training_batches(self.training.tokens, self.training.batch_size)
-                self._fitted[merging] = self.fit(student, batches[: merging.batches], pairs, merging)
+                size = self.training.batch_size
+                batches, _ = self.texts.training_batches(self.training.tokens, size)
+                self._fitted[merging] = self.fit(student, batches[: merging.batches(size)], pairs, merging)
             fitted = self._fitted[merging]
             self._meter.add(Spent(fitted.seconds, fitted.block_tokens))
         student.offer(fitted.accepted)

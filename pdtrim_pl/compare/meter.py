@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from pdtrim_pl.staged import StagedCausalLM
@@ -20,7 +21,7 @@ class Spent:
 
     seconds: float = 0.0
     block_tokens: int = 0
-    """Forward passes of one block over one real token; projections of keys and values alone are not counted."""
+    """Passes of one block over one real token, forward one, backward two; projections of KV alone are not counted."""
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(self.seconds + other.seconds, self.block_tokens + other.block_tokens)
@@ -81,4 +82,5 @@ class Meter:
         current: StagePass = kwargs[gate.architecture.cache_argument]
         reached = current.resume is None or gate.index >= current.resume.block
         if self._running and reached and gate.index in current.runs:
-            self._block_tokens += int(current.tokens.valid.sum())
+            passes = 3 if torch.is_grad_enabled() else 1  # who wants no gradient turns it off
+            self._block_tokens += passes * int(current.tokens.valid.sum())

@@ -30,6 +30,10 @@ class Batch(NamedTuple):
         """The batch on a device."""
         return Batch(*(tensor.to(device) for tensor in self))
 
+    def cut(self, size: int) -> "list[Batch]":
+        """Batches of at most `size` examples, in order; padding stays."""
+        return [Batch(*rows) for rows in zip(*(tensor.split(size) for tensor in self), strict=True)]
+
     @property
     def request(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids and masks in the order that `StagedCausalLM.forward` and `Request.of` take them."""

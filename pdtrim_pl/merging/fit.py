@@ -92,8 +92,9 @@ def fit_runs(
 ) -> FittedRuns:  # fmt: skip
     """Fit one block to each run of neighbours of the student's plan, from each member; the better start is kept.
 
-    The teacher runs once for all runs. A fitted block does not depend on which other runs are fitted with it. With two
-    batches or more, a quarter of them is held back to judge on. Neither model is changed, nor any random generator.
+    The teacher runs once for all runs. A fitted block does not depend on which other runs are fitted with it. Of the
+    batches, cut to the size of a step, a quarter is held back to judge on if there are two or more. Neither model is
+    changed, nor any random generator.
 
     Args:
         student: gives the weights to start from, plan and policy.
@@ -113,6 +114,7 @@ def fit_runs(
     started, cost = time.monotonic(), _Cost()
     _check_teacher(student, teacher)
     asked = [_starts(student, target, run, settings) for run in runs]
+    batches = [part for batch in batches for part in batch.cut(settings.batch_size)]
     held = len(batches) // 4 or min(1, len(batches) - 1)
     fitted: list[FittedRun] = []
     with eval_mode(student), eval_mode(teacher):

@@ -19,7 +19,8 @@ class ReplaceSpan(Method):
     LLM-Streamline (arXiv 2403.19135) with its mean squared error, on the token budget of the rows that train.
 
     Args:
-        learning_rate: highest rate of the local training.
+        learning_rate: highest rate of the local training, relative as in `Merging`.
+        batch_size: examples of its steps.
         relation: how the stages relate.
         share: of the token budget that the local training takes; the rest is left to rows that start from this one.
 
@@ -27,11 +28,13 @@ class ReplaceSpan(Method):
         ValueError: `share` outside (0, 1].
     """
 
-    def __init__(self, learning_rate: float = 1e-3, relation: Relation = "unified", share: float = 1.0) -> None:
+    def __init__(
+        self, learning_rate: float = 5e-2, relation: Relation = "unified", share: float = 1.0, batch_size: int = 1
+    ) -> None:
         super().__init__()
         if not 0 < share <= 1:
             raise ValueError(f"`share` is {share}: give a share of the token budget, above 0 and at most 1.")
-        self.learning_rate, self.relation, self.share = learning_rate, relation, share
+        self.learning_rate, self.relation, self.share, self.batch_size = learning_rate, relation, share, batch_size
 
     @property
     @override
@@ -44,8 +47,8 @@ class ReplaceSpan(Method):
         student = bench.student(Found(plan))
         span = most_alike(bench, student, count)
         budget = int(self.share * bench.training.tokens)
-        batches, tokens = bench.texts.training_batches(budget, bench.training.batch_size)
-        settings = Merging(min_cosine=-1.0, steps=len(batches), learning_rate=self.learning_rate, pairs_at_once=1)
+        batches, tokens = bench.texts.training_batches(budget, self.batch_size)
+        settings = Merging(-1.0, len(batches), self.batch_size, self.learning_rate, pairs_at_once=1)
         with bench.unmetered():
             fitted = bench.fit(student, batches, [span], settings)
         run = fitted.runs[0]
