@@ -131,10 +131,10 @@ def test_a_fit_brings_the_block_nearer_to_the_run_on_text_it_was_not_fitted_on(t
         assert run.cosine > unfitted.cosine
         assert run.mse < unfitted.mse
     tokens = {"prefill": 12, "decode": 7, "both": 19}[target]
-    assert out.tokens == 5 * 12 * tokens
+    assert out.tokens == 4 * 12 * tokens
     assert plain.tokens == 0
     assert out.block_tokens == plain.block_tokens + 3 * out.tokens
-    assert plain.block_tokens == 8 * 19 * BLOCKS + 2 * 5 * 2 * 19
+    assert plain.block_tokens == 8 * 19 * BLOCKS + 2 * 4 * 2 * 19
 
 
 def test_batches_are_cut_to_the_size_of_a_step() -> None:

@@ -90,7 +90,7 @@ def fit_runs(
     runs: Sequence[tuple[int, ...]], settings: Merging, *, device: torch.device | str = "cpu",
     gather: Gather | None = None, progress: Callable[[str], None] = lambda line: None,
 ) -> FittedRuns:  # fmt: skip
-    """Fit one block to each run of neighbours of the student's plan, from each member; the better start is kept.
+    """Fit one block to each run of neighbours of the student's plan: from the first, from the last; the better is kept.
 
     The teacher runs once for all runs. A fitted block does not depend on which other runs are fitted with it. Of the
     batches, cut to the size of a step, a quarter is held back to judge on if there are two or more. Neither model is
@@ -142,7 +142,7 @@ def _check_teacher(student: StagedCausalLM, teacher: StagedCausalLM) -> None:
 
 
 def _starts(student: StagedCausalLM, target: Target, run: tuple[int, ...], settings: Merging) -> list[Start]:
-    """Every member that may be the block that stays."""
+    """The first and the last member that may be the block that stays."""
     moves = [Move(target, tuple(run), into) for into in run]
     allowed = [move for move in moves if settings.allows(student.plan, move)]
     merged = [move.apply(student.plan, untied=False) for move in allowed or moves]  # raises where blocks are apart
@@ -151,7 +151,8 @@ def _starts(student: StagedCausalLM, target: Target, run: tuple[int, ...], setti
             f"`tied: true` cannot merge {list(run)} in `{target}`: a stage without the merge goes on with the same "
             "weights. Merge in both stages, or leave `tied` out."
         )
-    return [Start(move, merging_stages(student.plan, plan, move)) for move, plan in zip(allowed, merged, strict=True)]
+    starts = [Start(move, merging_stages(student.plan, plan, move)) for move, plan in zip(allowed, merged, strict=True)]
+    return [starts[0], *starts[1:][-1:]]
 
 
 def _parts(
