@@ -219,6 +219,23 @@ def test_a_replaced_span_is_trained_on_the_budget_and_only_its_block_changes(ben
     assert {name.split(".block.")[0] for name in found.weights} == {f"model.model.layers.{into}"}
 
 
+def test_of_all_spans_tried_the_one_that_leaves_the_least_kl_is_replaced(bench: Bench) -> None:
+    method = ReplaceSpan(tried=0.5)
+    chosen = method.find(bench, None, 1)
+    plan, kl = bench.full("unified"), {}
+    batches, _ = bench.texts.training_batches(bench.training.tokens // 2, 1)
+    brief = Merging(min_cosine=-1.0, steps=len(batches), learning_rate=method.learning_rate)
+    for span in [(1, 2)], [(2, 3)], [(0, 1)]:
+        student = bench.student(Found(plan))
+        fitted = bench.fit(student, batches, span, brief)
+        student.offer(fitted.runs)
+        student.apply_plan(fitted.runs[0].move.apply(plan, untied=False))
+        kl[span[0]] = measure_quality(student, bench.teacher, bench.texts.calibration).kl
+    assert list(chosen.plan.merged["decode"].values()) == [min(kl, key=kl.__getitem__)]
+    with pytest.raises(ValueError, match=r"`tried` is 0.6: give a share of the token budget, at least 0 and at most"):
+        ReplaceSpan(share=0.5, tried=0.6)
+
+
 def test_a_share_of_the_budget_leaves_the_rest_to_distillation(bench: Bench) -> None:
     part = ReplaceSpan(share=0.5).find(bench, None, 2)
     assert 0 < part.trained_tokens <= bench.training.tokens * 0.5

@@ -124,7 +124,7 @@ class Bench:
                 batches, _ = self.texts.training_batches(self.training.tokens, size)
                 self._fitted[merging] = self.fit(student, batches[: merging.batches(size)], pairs, merging)
             fitted = self._fitted[merging]
-            self._meter.add(Spent(fitted.seconds, fitted.block_tokens))
+            self.charge(fitted)
         student.offer(fitted.accepted)
         log.info("  %d of %d pairs can merge", len(fitted.accepted), len(fitted.runs))
         return fitted
@@ -138,6 +138,10 @@ class Bench:
             return fit_runs(
                 student, self.teacher, batches, "both", runs, merging, device=self.device, progress=self.progress()
             )
+
+    def charge(self, fitted: FittedRuns) -> None:
+        """Count fits that were made unmetered as search."""
+        self._meter.add(Spent(fitted.seconds, fitted.block_tokens))
 
     @contextmanager
     def unmetered(self) -> Iterator[None]:

@@ -1,40 +1,53 @@
-"""LLM-Streamline: the most redundant span of blocks, replaced by one that is trained to do its work."""
+"""LLM-Streamline: a span of blocks, replaced by one that is trained to do its work."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
+import torch
 from torch.nn import functional as F
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.method import Found, Method
-from pdtrim_pl.merging import Merging
+from pdtrim_pl.evaluation.neighbours import Candidate
+from pdtrim_pl.merging import FittedRuns, Merging
 from pdtrim_pl.merging.recording import record
 from pdtrim_pl.plan import STAGES, Relation
 from pdtrim_pl.staged import StagedCausalLM
 
+log = logging.getLogger(__name__)
+
 
 class ReplaceSpan(Method):
-    """Replaces the `count + 1` neighbours whose input and output are most alike by one block, trained locally.
+    """Replaces `count + 1` neighbours by one block, trained locally, on the token budget of the rows that train.
 
-    LLM-Streamline (arXiv 2403.19135) with its mean squared error, on the token budget of the rows that train.
+    LLM-Streamline (arXiv 2403.19135) with its mean squared error takes those whose input and output are most alike.
+    With `tried`, ours: a block is fitted briefly to every span, and that of the least KL to the teacher is taken.
 
     Args:
         learning_rate: highest rate of the local training, relative as in `Merging`.
-        batch_size: examples of its steps.
         relation: how the stages relate.
         share: of the token budget that the local training takes; the rest is left to rows that start from this one.
+        batch_size: examples of a step.
+        tried: share of the token budget to try every span on, the first part of `share`; 0 takes the most alike.
 
     Raises:
-        ValueError: `share` outside (0, 1].
+        ValueError: `share` outside (0, 1], or `tried` outside [0, `share`].
     """
 
     def __init__(
-        self, learning_rate: float = 5e-2, relation: Relation = "unified", share: float = 1.0, batch_size: int = 1
-    ) -> None:
+        self, learning_rate: float = 5e-2, relation: Relation = "unified", share: float = 1.0, batch_size: int = 1,
+        tried: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         if not 0 < share <= 1:
             raise ValueError(f"`share` is {share}: give a share of the token budget, above 0 and at most 1.")
+        if not 0 <= tried <= share:
+            raise ValueError(f"`tried` is {tried}: give a share of the token budget, at least 0 and at most `share`.")
         self.learning_rate, self.relation, self.share, self.batch_size = learning_rate, relation, share, batch_size
+        self.tried = tried
 
     @property
     @override
@@ -45,17 +58,37 @@ class ReplaceSpan(Method):
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         plan = bench.full(self.relation)
         student = bench.student(Found(plan))
-        span = most_alike(bench, student, count)
-        budget = int(self.share * bench.training.tokens)
-        batches, tokens = bench.texts.training_batches(budget, self.batch_size)
-        settings = Merging(-1.0, len(batches), self.batch_size, self.learning_rate, pairs_at_once=1)
+        span = self._least_kl(bench, student, count) if self.tried else most_alike(bench, student, count)
         with bench.unmetered():
-            fitted = bench.fit(student, batches, [span], settings)
+            fitted, tokens = self._fit(bench, student, [span], self.share)
         run = fitted.runs[0]
         student.offer(fitted.runs)
         plan = run.move.apply(plan, untied=False, criterion="streamline", score=1.0 - run.plain_cosine)
         student.apply_plan(plan)
         return Found(plan, None, bench.changed(student), tokens)
+
+    def _fit(
+        self, bench: Bench, student: StagedCausalLM, runs: Sequence[tuple[int, ...]], share: float
+    ) -> tuple[FittedRuns, int]:
+        """One block for each of the runs, on so much of the budget; and how many tokens that was."""
+        batches, tokens = bench.texts.training_batches(int(share * bench.training.tokens), self.batch_size)
+        settings = Merging(-1.0, len(batches), self.batch_size, self.learning_rate, pairs_at_once=1)
+        return bench.fit(student, batches, runs, settings), tokens
+
+    def _least_kl(self, bench: Bench, student: StagedCausalLM, count: int) -> tuple[int, ...]:
+        """The span whose briefly fitted block leaves the least KL on the calibration set."""
+        with bench.unmetered():
+            fitted, _ = self._fit(bench, student, spans(bench, student, count), self.tried)
+        bench.charge(fitted)
+        student.offer(fitted.runs)
+        context = bench.context(student)
+        with torch.no_grad():
+            plans = [run.move.apply(student.plan, untied=False) for run in fitted.runs]
+            best, energy = context.evaluator.best([Candidate(plan) for plan in plans])
+        student.withdraw()
+        run = fitted.runs[best].move.run
+        log.info("  blocks %d to %d: KL %.4f after a brief fit", run[0], run[-1], energy)
+        return run
 
 
 def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[int, ...]:
@@ -64,10 +97,7 @@ def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[int, 
     Raises:
         ValueError: the guards leave no span as long.
     """
-    blocks = student.plan.model.num_blocks
-    firsts = range(bench.guards.protect_first, blocks - bench.guards.protect_last - count)
-    if not firsts:
-        raise ValueError(f"`rows.counts`: no {count + 1} neighbours of {blocks} blocks lie within {bench.guards}.")
+    firsts = [span[0] for span in spans(bench, student, count)]
     sums = dict.fromkeys(firsts, 0.0)
     for batch in bench.texts.calibration:
         places = {*firsts, *(first + count + 1 for first in firsts)}
@@ -79,3 +109,16 @@ def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[int, 
                 sums[first] += float(alike[valid].sum())
     best = max(firsts, key=lambda first: (sums[first], -first))
     return tuple(range(best, best + count + 1))
+
+
+def spans(bench: Bench, student: StagedCausalLM, count: int) -> list[tuple[int, ...]]:
+    """All runs of `count + 1` neighbours within the guards.
+
+    Raises:
+        ValueError: there is none.
+    """
+    blocks = student.plan.model.num_blocks
+    firsts = range(bench.guards.protect_first, blocks - bench.guards.protect_last - count)
+    if not firsts:
+        raise ValueError(f"`rows.counts`: no {count + 1} neighbours of {blocks} blocks lie within {bench.guards}.")
+    return [tuple(range(first, first + count + 1)) for first in firsts]
