@@ -118,10 +118,10 @@ def test_a_share_of_another_source_is_refused(tiny_llama_dir: Path, tmp_path: Pa
 def test_the_learning_rate_rises_and_falls_to_zero_on_a_cosine() -> None:
     training = Training(warmup=0.2)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = training.schedule(optimizer, 20)
+    schedule = training.schedule(optimizer, 20, 0.5)
     rates = []
     for _ in range(20):
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(2 * optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -244,6 +244,15 @@ def test_a_share_of_the_budget_leaves_the_rest_to_distillation(bench: Bench) -> 
     assert whole.plan == part.plan
     with pytest.raises(ValueError, match=r"`share` is 0: give a share of the token budget, above 0 and at most 1"):
         ReplaceSpan(share=0)
+    slower = Distilled("span", rate=0.1).find(bench, part, 2)
+    assert slower.trained_tokens == whole.trained_tokens
+    moved = [
+        sum(float((found.weights[name].float() - part.weights[name].float()).abs().sum()) for name in part.weights)
+        for found in (whole, slower)
+    ]
+    assert 0 < moved[1] < 0.5 * moved[0]
+    with pytest.raises(ValueError, match=r"`rate` is 0: give a positive factor of the learning rate"):
+        Distilled("span", rate=0)
 
 
 def test_annealing_with_merges_ends_no_worse_than_its_start(bench: Bench) -> None:

@@ -158,8 +158,8 @@ class Bench:
             if name not in own or not torch.equal(weight.to(own[name].dtype), own[name])
         }
 
-    def distil(self, found: Found, tokens: int) -> Found:
-        """Train `found` on at most `tokens` tokens; not metered."""
+    def distil(self, found: Found, tokens: int, rate: float = 1.0) -> Found:
+        """Train `found` on at most `tokens` tokens, at so many times the usual learning rate; not metered."""
         with self.unmetered(), torch.enable_grad():
             student = self.student(found, dtype="float32")
             settings = self.training
@@ -167,7 +167,7 @@ class Bench:
                 tokens, settings.batch_size, settings.prompt, skip=found.trained_tokens
             )
             log.info("  training on %d tokens", seen)
-            weights = distil(student, self.teacher, batches, self.training, self.subject, self.folder)
+            weights = distil(student, self.teacher, batches, self.training, self.subject, self.folder, rate)
             self.teacher.to(self.device)  # Lightning leaves what it has trained on the CPU
         return Found(found.plan, found.policy, {**found.weights, **weights}, found.trained_tokens + seen)
 

@@ -148,13 +148,13 @@ class Training:
         self.gradient_clip = gradient_clip
         self.freeze_embeddings = freeze_embeddings
 
-    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-        """Warmup and cosine over so many optimizer steps."""
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int, rate: float = 1.0) -> LambdaLR:
+        """Warmup and cosine over so many optimizer steps, up to `rate` times the optimizer's learning rate."""
         rising = round(self.warmup * steps)
 
         def factor(step: int) -> float:
             if step < rising:
-                return (step + 1) / (rising + 1)
-            return 0.5 * (1 + cos(pi * (step - rising) / max(steps - rising, 1)))
+                return rate * (step + 1) / (rising + 1)
+            return rate * 0.5 * (1 + cos(pi * (step - rising) / max(steps - rising, 1)))
 
         return LambdaLR(optimizer, factor)

@@ -36,7 +36,7 @@ class _Lines(Callback):
 
 def distil(
     student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], training: Training, subject: Subject,
-    folder: Path,
+    folder: Path, rate: float = 1.0,
 ) -> Mapping[str, Tensor]:  # fmt: skip
     """Train `student`, float32, on every batch once.
 
@@ -47,13 +47,14 @@ def distil(
         training: optimizer, schedule, losses and precision.
         subject: where to train.
         folder: Lightning's root.
+        rate: factor of the learning rate.
 
     Returns:
         The weights that were trained, by name, on the CPU.
     """
     steps = len(batches)
     module = PDTrimModule(
-        subject.name, training.losses, training.optimizer, lambda optimizer: training.schedule(optimizer, steps)
+        subject.name, training.losses, training.optimizer, lambda optimizer: training.schedule(optimizer, steps, rate)
     )
     if training.freeze_embeddings:
         student.freeze_embeddings()

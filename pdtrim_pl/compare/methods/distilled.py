@@ -13,10 +13,17 @@ class Distilled(Method):
 
     Args:
         start: name of that method.
+        rate: factor of the optimizer's learning rate; what starts near the teacher wants a smaller one.
+
+    Raises:
+        ValueError: `rate` is not positive.
     """
 
-    def __init__(self, start: str) -> None:
+    def __init__(self, start: str, rate: float = 1.0) -> None:
         super().__init__(start)
+        if not rate > 0:
+            raise ValueError(f"`rate` is {rate}: give a positive factor of the learning rate.")
+        self.rate = rate
 
     @property
     @override
@@ -26,4 +33,4 @@ class Distilled(Method):
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
-        return bench.distil(start, bench.training.tokens - start.trained_tokens)
+        return bench.distil(start, bench.training.tokens - start.trained_tokens, self.rate)
