@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import pairwise
 
 from pdtrim_pl.criteria.base import ScoringContext
 from pdtrim_pl.data.collate import Batch
@@ -51,12 +50,15 @@ def distillation_set(
     return [run.move for run in accepted]
 
 
-def neighbours(plan: StagePlan, target: Target, settings: Merging, guards: Guards) -> list[tuple[int, int]]:
-    """Pairs of blocks next to each other in a target that may be merged there, into either."""
+def neighbours(
+    plan: StagePlan, target: Target, settings: Merging, guards: Guards, length: int = 2
+) -> list[tuple[int, ...]]:
+    """Runs of so many blocks next to each other in a target that may be merged there, into any of them."""
     allowed = set(plan.candidates(target, guards.protect_first, guards.protect_last))
     blocks = plan.blocks("decode" if target == "decode" else "prefill")
-    pairs = [pair for pair in pairwise(blocks) if allowed.issuperset(pair)]
-    return [pair for pair in pairs if all(settings.allows(plan, Move(target, pair, into)) for into in pair)]
+    runs = [blocks[first : first + length] for first in range(len(blocks) - length + 1)]
+    runs = [run for run in runs if allowed.issuperset(run)]
+    return [run for run in runs if all(settings.allows(plan, Move(target, run, into)) for into in run)]
 
 
 def _agreed(context: ScoringContext, accepted: list[FittedRun]) -> list[FittedRun]:

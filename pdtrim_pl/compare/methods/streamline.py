@@ -15,6 +15,7 @@ from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging import FittedRuns, Merging
 from pdtrim_pl.merging.recording import record
 from pdtrim_pl.plan import STAGES, Relation
+from pdtrim_pl.search.merges import neighbours
 from pdtrim_pl.staged import StagedCausalLM
 
 log = logging.getLogger(__name__)
@@ -97,18 +98,16 @@ def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[int, 
     Raises:
         ValueError: the guards leave no span as long.
     """
-    firsts = [span[0] for span in spans(bench, student, count)]
-    sums = dict.fromkeys(firsts, 0.0)
+    sums = dict.fromkeys(spans(bench, student, count), 0.0)
+    places = {place for span in sums for place in (span[0], span[-1] + 1)}
     for batch in bench.texts.calibration:
-        places = {*firsts, *(first + count + 1 for first in firsts)}
         seen = record(student, batch.on(bench.device), student.plan.boundary, places)
         for stage in STAGES:
             hidden, valid = seen.hidden[stage], seen.request.valid[stage]
-            for first in firsts:
-                alike = F.cosine_similarity(hidden[first].float(), hidden[first + count + 1].float(), dim=-1)
-                sums[first] += float(alike[valid].sum())
-    best = max(firsts, key=lambda first: (sums[first], -first))
-    return tuple(range(best, best + count + 1))
+            for span in sums:
+                alike = F.cosine_similarity(hidden[span[0]].float(), hidden[span[-1] + 1].float(), dim=-1)
+                sums[span] += float(alike[valid].sum())
+    return max(sums, key=sums.__getitem__)
 
 
 def spans(bench: Bench, student: StagedCausalLM, count: int) -> list[tuple[int, ...]]:
@@ -117,8 +116,8 @@ def spans(bench: Bench, student: StagedCausalLM, count: int) -> list[tuple[int, 
     Raises:
         ValueError: there is none.
     """
-    blocks = student.plan.model.num_blocks
-    firsts = range(bench.guards.protect_first, blocks - bench.guards.protect_last - count)
-    if not firsts:
+    found = neighbours(student.plan, "both", Merging(), bench.guards, count + 1)
+    if not found:
+        blocks = student.plan.model.num_blocks
         raise ValueError(f"`rows.counts`: no {count + 1} neighbours of {blocks} blocks lie within {bench.guards}.")
-    return [tuple(range(first, first + count + 1)) for first in firsts]
+    return found
