@@ -192,6 +192,7 @@ def test_the_span_chosen_is_the_one_whose_input_and_output_are_most_alike(bench:
     student = bench.student(Found(bench.full("unified")))
     for count in (1, 2):
         sums: dict[int, float] = dict.fromkeys(range(4 - count), 0.0)
+        tokens = 0
         for batch in bench.texts.calibration:
             request = Request.of(*batch.request, "prefill")
             seen: dict[str, dict[int, list[torch.Tensor]]] = {stage: {} for stage in STAGES}
@@ -202,11 +203,14 @@ def test_the_span_chosen_is_the_one_whose_input_and_output_are_most_alike(bench:
             with torch.no_grad():
                 student(*batch.request, observers={stage: keep(stage) for stage in STAGES})
             for stage in STAGES:
+                tokens += int(request.valid[stage].sum())
                 for first in sums:
                     pair = seen[stage][first][0], seen[stage][first + count][1]
                     sums[first] += float(F.cosine_similarity(*pair, dim=-1)[request.valid[stage]].sum())
         best = max(sums, key=lambda first: sums[first])
-        assert most_alike(bench, student, count) == tuple(range(best, best + count + 1))
+        span, score = most_alike(bench, student, count)
+        assert span == tuple(range(best, best + count + 1))
+        assert score == pytest.approx(1 - sums[best] / tokens)
 
 
 def test_a_replaced_span_is_trained_on_the_budget_and_only_its_block_changes(bench: Bench) -> None:
@@ -232,6 +236,8 @@ def test_of_all_spans_tried_the_one_that_leaves_the_least_kl_is_replaced(bench: 
         student.apply_plan(fitted.runs[0].move.apply(plan, untied=False))
         kl[span[0]] = measure_quality(student, bench.teacher, bench.texts.calibration).kl
     assert list(chosen.plan.merged["decode"].values()) == [min(kl, key=kl.__getitem__)]
+    step = chosen.plan.history[-1]
+    assert (step.criterion, step.score) == ("fitted_kl", pytest.approx(min(kl.values()), rel=1e-3))
     with pytest.raises(ValueError, match=r"`tried` is 0.6: give a share of the token budget, at least 0 and at most"):
         ReplaceSpan(share=0.5, tried=0.6)
 

@@ -59,12 +59,13 @@ class ReplaceSpan(Method):
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         plan = bench.full(self.relation)
         student = bench.student(Found(plan))
-        span = self._least_kl(bench, student, count) if self.tried else most_alike(bench, student, count)
+        criterion = "fitted_kl" if self.tried else "streamline"
+        span, score = (self._least_kl if self.tried else most_alike)(bench, student, count)
         with bench.unmetered():
             fitted, tokens = self._fit(bench, student, [span], self.share)
         run = fitted.runs[0]
         student.offer(fitted.runs)
-        plan = run.move.apply(plan, untied=False, criterion="streamline", score=1.0 - run.plain_cosine)
+        plan = run.move.apply(plan, untied=False, criterion=criterion, score=score)
         student.apply_plan(plan)
         return Found(plan, None, bench.changed(student), tokens)
 
@@ -76,8 +77,8 @@ class ReplaceSpan(Method):
         settings = Merging(-1.0, len(batches), self.batch_size, self.learning_rate, pairs_at_once=1)
         return bench.fit(student, batches, runs, settings), tokens
 
-    def _least_kl(self, bench: Bench, student: StagedCausalLM, count: int) -> tuple[int, ...]:
-        """The span whose briefly fitted block leaves the least KL on the calibration set."""
+    def _least_kl(self, bench: Bench, student: StagedCausalLM, count: int) -> tuple[tuple[int, ...], float]:
+        """The span whose briefly fitted block leaves the least KL on the calibration set, and that KL."""
         with bench.unmetered():
             fitted, _ = self._fit(bench, student, spans(bench, student, count), self.tried)
         bench.charge(fitted)
@@ -89,17 +90,18 @@ class ReplaceSpan(Method):
         student.withdraw()
         run = fitted.runs[best].move.run
         log.info("  blocks %d to %d: KL %.4f after a brief fit", run[0], run[-1], energy)
-        return run
+        return run, energy
 
 
-def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[int, ...]:
-    """The `count + 1` neighbours with the highest mean cosine of input and output, within the guards.
+def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[tuple[int, ...], float]:
+    """The `count + 1` neighbours with the highest mean cosine of input and output within the guards, and 1 less it.
 
     Raises:
         ValueError: the guards leave no span as long.
     """
     sums = dict.fromkeys(spans(bench, student, count), 0.0)
     places = {place for span in sums for place in (span[0], span[-1] + 1)}
+    tokens = 0
     for batch in bench.texts.calibration:
         seen = record(student, batch.on(bench.device), student.plan.boundary, places)
         for stage in STAGES:
@@ -107,7 +109,9 @@ def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[int, 
             for span in sums:
                 alike = F.cosine_similarity(hidden[span[0]].float(), hidden[span[-1] + 1].float(), dim=-1)
                 sums[span] += float(alike[valid].sum())
-    return max(sums, key=sums.__getitem__)
+            tokens += int(valid.sum())
+    best = max(sums, key=sums.__getitem__)
+    return best, 1.0 - sums[best] / tokens
 
 
 def spans(bench: Bench, student: StagedCausalLM, count: int) -> list[tuple[int, ...]]:
