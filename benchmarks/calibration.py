@@ -2,11 +2,13 @@
 
     python benchmarks/calibration.py --text wikitext=TRAIN.raw --text c4=C4.jsonl --held_out VALID.raw [--output CSV]
     python benchmarks/calibration.py --target prefill --again 0.5 --text wikitext=TRAIN.raw --held_out VALID.raw
+    python benchmarks/calibration.py --chosen CSV --held_out VALID.raw --skip 96 [--output CSV]
 
 Blocks leave both stages, or prefill alone, one after another. With `--again` the first text is also tried with that
 share of its windows said again (`data.parts.said_again`: the response is then the prompt once more). Every choice is
 judged by its KL and NLL on held-out text, and by the share of held-out tokens it finds when whole windows are said
-again (`look_back`, see `pdtrim_pl.evaluation.look_back`).
+again (`look_back`, see `pdtrim_pl.evaluation.look_back`). The third line judges an earlier run's choices on other
+text: what a default is chosen by must not be what a table reports.
 
 Candidates are scored on parts of eight windows; a candidate whose KL is more than twice the best after the first part
 is not scored on the others (no rule would choose it). Rules:
@@ -156,29 +158,60 @@ def left(plan: StagePlan) -> Blocks:
 def main() -> None:
     options = arguments()
     student, teacher = (StagedCausalLM(load_causal_lm(options.model, dtype=torch.bfloat16)).eval() for _ in range(2))
-    held_out = read(options, options.held_out, options.judged)
-    again = whole_again(held_out, COLLATE, options.judged // 3)
-    judged: dict[Blocks, tuple[float, float, float]] = {}
+    judge = Judge(
+        student, teacher, read(options, options.held_out, options.skip + options.judged)[options.skip // PART :]
+    )
     rows: list[list[object]] = []
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}", file=sys.stderr)
-    for name, batches, sizes in sources(options):
-        bench = Bench(student, teacher, batches, options.target)
-        for made in searched(bench, sizes, options):
-            for count, (plan, energy) in sorted(made.by_count.items()):
-                key = left(plan)
-                if key not in judged:
-                    student.apply_plan(plan)
-                    quality = measure_quality(student, teacher, held_out)
-                    judged[key] = quality.kl, quality.nll, measure_recall(student, again)
-                    student.apply_plan(bench.full)
-                values = [f"{value:.4f}" for value in (energy, *judged[key])]
-                removed = " ".join(map(str, plan.removed("prefill")))
-                rows.append([name, made.windows, made.rule, options.target, count, removed, *values])
-                print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
+    for facts, plan in chosen(options, student) if options.chosen else choices(options, student, teacher):
+        rows.append([*facts, *(f"{value:.4f}" for value in judge(plan))])
+        print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
     with open(options.output, "w", newline="") if options.output else nullcontext(sys.stdout) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(rows)
+
+
+def choices(
+    options: argparse.Namespace, student: StagedCausalLM, teacher: StagedCausalLM
+) -> Iterator[tuple[list[object], StagePlan]]:
+    """What every rule chooses on every set: the first columns of its line, and the plan."""
+    for name, batches, sizes in sources(options):
+        bench = Bench(student, teacher, batches, options.target)
+        for made in searched(bench, sizes, options):
+            for count, (plan, energy) in sorted(made.by_count.items()):
+                removed = " ".join(map(str, plan.removed("prefill")))
+                yield [name, made.windows, made.rule, options.target, count, removed, f"{energy:.4f}"], plan
+
+
+def chosen(options: argparse.Namespace, student: StagedCausalLM) -> Iterator[tuple[list[object], StagePlan]]:
+    """The same of an earlier run, from its file."""
+    with open(options.chosen, newline="") as file:
+        for row in csv.DictReader(file):
+            target: Target = "both" if row["target"] == "both" else "prefill"
+            plan = full_plan(student, target)
+            for block in map(int, row["blocks"].split()):
+                plan = plan.drop(target, block)
+            yield [row[name] for name in COLUMNS[:7]], plan
+
+
+class Judge:
+    """KL, NLL and look-back of plans on held-out text; each is measured once."""
+
+    def __init__(self, student: StagedCausalLM, teacher: StagedCausalLM, held_out: Sequence[Batch]) -> None:
+        self.student, self.teacher, self.held_out = student, teacher, held_out
+        self.again = whole_again(held_out, COLLATE, len(held_out) * PART // 3)
+        self.known: dict[Blocks, tuple[float, float, float]] = {}
+
+    def __call__(self, plan: StagePlan) -> tuple[float, float, float]:
+        key = left(plan)
+        if key not in self.known:
+            before = self.student.plan
+            self.student.apply_plan(plan)
+            quality = measure_quality(self.student, self.teacher, self.held_out)
+            self.known[key] = quality.kl, quality.nll, measure_recall(self.student, self.again)
+            self.student.apply_plan(before)
+        return self.known[key]
 
 
 def sources(options: argparse.Namespace) -> Iterator[tuple[str, list[Batch], list[int]]]:
@@ -240,9 +273,11 @@ def read(options: argparse.Namespace, path: str, windows: int, again: float = 0.
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="embedded name, directory or Hub id")
-    parser.add_argument("--text", action="append", required=True, help="NAME=SOURCE; sizes vary on the first")
+    parser.add_argument("--text", action="append", default=[], help="NAME=SOURCE; sizes vary on the first")
+    parser.add_argument("--chosen", help="CSV file of an earlier run: judge its choices, make none")
     parser.add_argument("--held_out", required=True, help="source of the text that judges")
-    parser.add_argument("--judged", type=int, default=96, help="windows of it")
+    parser.add_argument("--judged", type=int, default=96, help="windows of it, a multiple of 8")
+    parser.add_argument("--skip", type=int, default=0, help="windows at its beginning to leave out, a multiple of 8")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="windows, multiples of 8")
     parser.add_argument("--windows", type=int, default=32, help="where all rules are compared; one of the sizes")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="cosine is always there")
@@ -252,7 +287,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of every prompt")
     parser.add_argument("--response", type=int, default=64, help="tokens of every response")
     parser.add_argument("--output", help="CSV file; standard output by default")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if bool(options.text) == bool(options.chosen):
+        parser.error("give --text, or --chosen")
+    return options
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from callbacks.removal_rounds import RemovalRounds, fitting_batches, scoring_context
 from pdtrim_pl.criteria import Criterion, ScoringContext
+from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule, evaluating
@@ -60,6 +61,7 @@ class BlockDrop(RemovalRounds):
         annealing: after that choice, search its neighbours for less KL to the teacher; null does not.
         merging: let neighbours be merged into one block that was fitted to both, beside plain drops; the
             removals of a round are then chosen by KL to the teacher, whatever the criterion.
+        memory: how much a search may keep, on the device of the models.
 
     Raises:
         ValueError: a schedule with a negative epoch or a count below 1.
@@ -73,6 +75,7 @@ class BlockDrop(RemovalRounds):
         guards: Guards = Guards(),
         annealing: Annealing | None = None,
         merging: Merging | None = None,
+        memory: Memory = Memory(),
     ) -> None:
         self.stage = stage
         self.criterion = criterion
@@ -81,7 +84,7 @@ class BlockDrop(RemovalRounds):
         self.schedule = {int(epoch): int(count) for epoch, count in asked.items()}
         if not self.schedule or min(self.schedule) < 0 or min(self.schedule.values()) < 1:
             raise ValueError(f"`schedule` of the {stage} drops is {schedule}: give epochs >= 0 and counts >= 1.")
-        super().__init__(f"{stage} drops", self.schedule)
+        super().__init__(f"{stage} drops", self.schedule, memory)
         self.until = schedule.until if isinstance(schedule, RepeatedDrop) else None
         self.guards = guards
         self.annealing = annealing
@@ -126,7 +129,7 @@ class BlockDrop(RemovalRounds):
             return
         log.info("Round %d: choosing %d block(s) to drop from %s by %s.", round, count, self.stage, self.criterion.name)
         with evaluating(module) as (student, teacher):
-            context = scoring_context(trainer, module, student, teacher)
+            context = scoring_context(trainer, module, student, teacher, self.memory)
             plan = self._chosen(trainer, context, module.plan, count, round)
         module.apply_plan(StagePlan.from_json(context.ranks.agree(plan.to_json())))
 

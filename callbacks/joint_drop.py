@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,13 +11,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from callbacks.kv_retention import KVRetention
-from callbacks.removal_rounds import RemovalRounds, scoring_context
+from callbacks.removal_rounds import RemovalRounds, fitting_batches, scoring_context
 from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.criteria import ScoringContext
+from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.merging import Merging
+from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.moves import Move
+from pdtrim_pl.plan import STAGES, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
-from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
+from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal, distillation_set
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +48,11 @@ class JointDrop(RemovalRounds):
         guards: blocks never to touch, and a cap a stage.
         retention: what a block sends whose KV is trimmed.
         annealing: search from the greedy choice; null does not.
+        merging: let neighbours of one stage be merged into one block that was fitted to both, beside plain drops.
+        memory: how much a search may keep, on the device of the models.
 
     Raises:
-        ValueError: no epoch, one below 0, or a target that asks for nothing.
+        ValueError: no epoch, one below 0, a target that asks for nothing, or merges `tied` in both stages.
     """
 
     def __init__(
@@ -56,14 +63,21 @@ class JointDrop(RemovalRounds):
         guards: Guards = Guards(),
         retention: Retention = Retention("first_last", 4, 0.2),
         annealing: Annealing | None = Annealing(),
+        merging: Merging | None = None,
+        memory: Memory = Memory(),
     ) -> None:
         if not epochs or min(epochs) < 0 or len(set(epochs)) < len(epochs):
             raise ValueError(f"`epochs` of the joint drops is {epochs}: give different epochs >= 0.")
         if target == CostTarget():
             raise ValueError("`target` of the joint drops asks for nothing: set at least one share below 1.")
-        super().__init__("joint drops", epochs)
+        if merging is not None and merging.tied:
+            raise ValueError(
+                "`merging.tied` of the joint drops: a joint search merges in one stage at a time, a tied merge is in "
+                "both. Set it to false, or merge with BlockDrop."
+            )
+        super().__init__("joint drops", epochs, memory)
         self.target, self.request, self.guards = target, request, guards
-        self.retention, self.annealing = retention, annealing
+        self.retention, self.annealing, self.merging = retention, annealing, merging
 
     @property
     @override
@@ -73,6 +87,8 @@ class JointDrop(RemovalRounds):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.merging is not None:
+            check_merges(trainer.strategy, self.merging)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if self.target.wire_bytes < 1 and any(isinstance(callback, KVRetention) for callback in callbacks):
             raise MisconfigurationException(
@@ -98,19 +114,34 @@ class JointDrop(RemovalRounds):
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
         log.info("Round %d: searching both stages for %s.", round, self.share(round))
         with evaluating(module) as (student, teacher):
-            context = scoring_context(trainer, module, student, teacher)
-            plan, policy = self._chosen(context, module.plan, round)
+            context = scoring_context(trainer, module, student, teacher, self.memory)
+            merges = self._merges(trainer, context, module.plan)
+            plan, policy = self._chosen(context, module.plan, round, merges)
         sent = None if policy is None else policy.to_json(plan)
         structure, sent = context.ranks.agree((plan.to_json(), sent))
         module.apply_plan(StagePlan.from_json(structure))
         module.apply_policy(None if sent is None else KVRetentionPolicy.from_json(sent))
 
+    def _merges(self, trainer: Trainer, context: ScoringContext, start: StagePlan) -> list[Move]:
+        """The distillation sets of both stages."""
+        if self.merging is None:
+            return []
+        text = fitting_batches(trainer, self.merging)
+        return [
+            merge
+            for stage in STAGES
+            for merge in distillation_set(context, start, stage, self.merging, self.guards, text)
+        ]
+
     def _chosen(
-        self, context: ScoringContext, start: StagePlan, round: int
+        self, context: ScoringContext, start: StagePlan, round: int, merges: Sequence[Move]
     ) -> tuple[StagePlan, KVRetentionPolicy | None]:
         cost = CostModel.of(context.student, self.request.prompt, self.request.response)
         target = self.share(round)
-        search = JointSearch(context.evaluator, start, target, cost, guards=self.guards, retention=self.retention)
+        search = JointSearch(
+            context.evaluator, start, target, cost, guards=self.guards, retention=self.retention, merges=merges,
+            merging=self.merging,
+        )  # fmt: skip
         state, _ = search.greedy(context.progress)
         if self.annealing is None:
             state, energy = search.improved(state, context.progress)

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.staged import StagedCausalLM
@@ -33,10 +34,11 @@ class RemovalRounds(Callback):
     Args:
         title: what is removed, for messages.
         epochs: epochs with a round, from 0.
+        memory: how much a search may keep.
     """
 
-    def __init__(self, title: str, epochs: Collection[int]) -> None:
-        self.title = title
+    def __init__(self, title: str, epochs: Collection[int], memory: Memory) -> None:
+        self.title, self.memory = title, memory
         self.epochs = sorted(epochs)
         self.done: list[int] = []
 
@@ -77,12 +79,12 @@ class RemovalRounds(Callback):
 
 
 def scoring_context(
-    trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM
+    trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM, memory: Memory
 ) -> ScoringContext:
     """What criteria and searches look at in a run; the run's record gets the redundancy that its first round sees."""
     context = ScoringContext(
         student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks_of(trainer.strategy),
-        journal_file(trainer),
+        journal_file(trainer), memory,
     )  # fmt: skip
     if not any(module.record.redundancy.values()):
         module.record.redundancy = context.redundancy

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
 from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.evaluation.evaluator import Memory as SearchMemory
 from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
 from pdtrim_pl.merging import Merging
@@ -127,11 +128,20 @@ class Merges(Protocol):
     merging: Merging | None
 
 
+@runtime_checkable
+class Searches(Protocol):
+    """A callback that searches for what to remove."""
+
+    memory: SearchMemory
+
+
 def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Sequence[Callback] | None = None) -> Load:
     """What one process has in hand under these settings.
 
-    Of callbacks that merge, the one that fits most pairs at once counts: they take turns.
+    Of callbacks that merge, the one that fits most pairs at once counts, and of those that search the one that keeps
+    most: they take turns.
     """
+    kept = [callback.memory for callback in callbacks or () if isinstance(callback, Searches)] or [SearchMemory()]
     merges = [callback.merging for callback in callbacks or () if isinstance(callback, Merges) and callback.merging]
     calibration = data.parts.calibration
     examples = calibration if isinstance(calibration, int) else 256
@@ -140,6 +150,8 @@ def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Seq
         chunk_tokens=module.chunk_tokens, gradient_checkpointing=module.loading.gradient_checkpointing,
         calibration_tokens=examples * data.lengths.max_length,
         merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
+        search_cache_bytes=max(memory.base for memory in kept),
+        search_teacher_bytes=max(memory.teacher for memory in kept),
     )  # fmt: skip
 
 

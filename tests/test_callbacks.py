@@ -16,6 +16,7 @@ from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, sidecar
 from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
+from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.export import load_stage
 from pdtrim_pl.losses import KL
 from pdtrim_pl.merging import Merging
@@ -345,6 +346,22 @@ def test_one_search_over_both_stages_meets_its_target_in_rounds(tiny_llama_dir: 
     assert first is not None
     assert drops.share(0).met(cost.shares(first.plan, first.policy))
     assert not target.met(cost.shares(first.plan, first.policy))
+
+
+def test_a_joint_search_may_merge_neighbours_of_one_stage(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    merging = Merging(min_cosine=-1.0, steps=8)
+    drops = JointDrop(
+        CostTarget(prefill_flops=0.7, decode_bytes=0.7), [0], RequestShape(16, 8), Guards(0, 0), annealing=None,
+        merging=merging, memory=Memory(base=10**6),
+    )  # fmt: skip
+    seed_everything(0, verbose=False)
+    module = module_for(tiny_llama_dir, structure=Structure(relation="free"))
+    trainer_for(tmp_path, [drops]).fit(module, datamodule=data_for(tiny_llama_dir))
+    assert drops.target.met(CostModel.of(module.student, 16, 8).shares(module.plan, module.policy))
+    assert "merge" in {entry.action for entry in module.plan.history}, "a fitted pair hurts less than a drop"
+    assert module.student.gates[1].offers == {}
+    with pytest.raises(ValueError, match=r"`merging.tied` of the joint drops: a joint search merges in one stage"):
+        JointDrop(CostTarget(0.5), [0], merging=Merging(tied=True))
 
 
 def test_joint_drops_refuse_what_they_cannot_do(tiny_llama_dir: Path, tmp_path: Path) -> None:

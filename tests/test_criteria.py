@@ -22,7 +22,8 @@ from pdtrim_pl.criteria import (
     Taylor,
 )
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.evaluation.evaluator import Evaluator, Memory, _total
+from pdtrim_pl.evaluation.neighbours import WIDEST
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import Guards, choose_drops
@@ -59,7 +60,7 @@ def same_plans(data: st.DataObject, student: StagedCausalLM) -> list[StagePlan]:
 
 
 @settings(max_examples=25)
-@given(st.data(), st.sampled_from([None, 30_000, 60_000]))
+@given(st.data(), st.sampled_from([None, 25_000, 40_000, 60_000]))
 def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
     pair: tuple[StagedCausalLM, StagedCausalLM], data: st.DataObject, cache_bytes: int | None
 ) -> None:
@@ -69,8 +70,8 @@ def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
     memory = Memory() if cache_bytes is None else Memory(cache_bytes, teacher=cache_bytes // 10)
     fast = Evaluator(student, teacher, batches(), memory=memory)
     bare = Evaluator(student, teacher, batches(), memory=little)
-    assert fast.neighbours.stride is not None
-    assert bare.neighbours.stride is None
+    assert fast.neighbours.kept == (1 if cache_bytes == 25_000 else 2)
+    assert bare.neighbours.kept == 0
     assert bare.references == [None, None]
     fast.rebase(base)
     bare.rebase(base)
@@ -83,10 +84,41 @@ def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
 
 
 def test_little_memory_keeps_fewer_places_to_start_from(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
-    sizes = (30_000, 60_000, 10**9)
+    sizes = (40_000, 60_000, 10**9)
     strides = [Evaluator(*pair, batches(), memory=Memory(size)).neighbours.stride for size in sizes]
-    assert None not in strides
-    assert strides[0] > strides[1] > strides[2] == 1  # type: ignore[operator]
+    assert WIDEST >= strides[0] > strides[1] > strides[2] == 1
+
+
+def test_where_memory_is_too_little_for_all_batches_some_are_kept(
+    pair: tuple[StagedCausalLM, StagedCausalLM], caplog: pytest.LogCaptureFixture
+) -> None:
+    spent = {}
+    for size in (0, 25_000, 10**9):
+        evaluator = Evaluator(*pair, batches(), memory=Memory(size))
+        evaluator.rebase(pair[0].plan)
+        for block in range(1, 5):
+            evaluator.energy(pair[0].plan.drop("decode", block))
+        spent[size] = evaluator.block_tokens
+    assert spent[0] > spent[25_000] > spent[10**9]
+    kept = [record.getMessage() for record in caplog.records]
+    assert [line[:68] for line in kept] == [
+        "What candidates have in common is kept for 0 of 2 calibration batche",
+        "What candidates have in common is kept for 1 of 2 calibration batche",
+    ]
+
+
+def test_the_search_is_the_same_whatever_the_number_of_threads(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
+    many = torch.randn(2**22 + 5, generator=torch.Generator().manual_seed(0))
+    threads, totals = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            totals.add(_total(many))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(totals) == 1
+    many[7] += 1e-6
+    assert _total(many) not in totals
 
 
 def test_prompts_run_once_while_only_decode_changes(
@@ -165,14 +197,18 @@ def test_taylor_is_the_first_order_change_of_the_loss(pair: tuple[StagedCausalLM
     student, teacher = pair
     free = StagePlan.full(student.plan.model, "free")
     batch, step = batches()[0], 1e-3
-    context = ScoringContext(student, teacher, [batch])
-    score = Taylor().score(context, free, target, [2])[2]  # type: ignore[arg-type]
-    losses = []
-    for scale in (1 + step, 1 - step):
-        handle = _scaled(student, 2, scale, target)
-        losses.append(measure_quality(student, teacher, [batch], plan=free).nll)
-        handle()
-    assert score == pytest.approx(abs(losses[0] - losses[1]) / (2 * step), rel=0.05, abs=1e-4)
+    tokens = int(batch.response_mask.sum())
+    harm = 0.0
+    for example in batch.cut(1):
+        losses = []
+        for scale in (1 + step, 1 - step):
+            handle = _scaled(student, 2, scale, target)
+            losses.append(measure_quality(student, teacher, [example], plan=free).nll)
+            handle()
+        harm += abs(losses[0] - losses[1]) / (2 * step) * int(example.response_mask.sum()) / tokens
+    for parts in ([batch], batch.cut(1)):
+        score = Taylor().score(ScoringContext(student, teacher, parts), free, target, [2])[2]  # type: ignore[arg-type]
+        assert score == pytest.approx(harm, rel=0.05, abs=1e-4), "whatever the batches"
 
 
 def _scaled(student: StagedCausalLM, block: int, scale: float, target: str) -> Callable[[], None]:

@@ -78,6 +78,30 @@ def test_after_exchanges_no_single_one_helps_and_annealing_starts_from_there(mod
         assert len(set(alone) & set(search.drops(first))) >= 2, "one exchange at most"
 
 
+def test_a_removal_that_nothing_can_replace_does_not_end_the_annealing(model: StagedCausalLM) -> None:
+    evaluator = Evaluator(model, model, batches())
+    start = StagePlan.full(model.plan.model).drop("decode", 2)
+    # Prefill drops 2, which decode has lost, and 4; under the cap nothing but 2 can make room for another of both.
+    search = RoundSearch(evaluator, start, "prefill", 2, Guards(0, 0, max_removed=2))
+    state = search.drops([2, 4])
+    assert search._exchanges(state, state[0]) == []
+    assert search._exchanges(state, state[1])
+    for seed in range(4):
+        told: list[str] = []
+        anneal(search, state, Annealing(5, temperature=1.0, seed=seed, descend=False), told.append)
+        assert len(told) == 5
+
+
+def test_the_time_limit_ends_the_descent_too(model: StagedCausalLM) -> None:
+    search = round_search(model)
+    told: list[str] = []
+    first = search.drops([0, 1, 2])
+    best, energy = anneal(search, first, Annealing(100, seconds=1e-9), told.append)
+    assert len(told) == 1, "one move, for every search makes one"
+    assert len(set(best) & set(first)) >= 2
+    assert energy == search.known_energy(best) <= search.known_energy(first)
+
+
 def test_the_greedy_state_is_the_one_that_greedy_kl_chooses(model: StagedCausalLM) -> None:
     search = round_search(model)
     state, energy = search.greedy()
@@ -267,7 +291,7 @@ def test_a_base_made_from_the_base_before_gives_the_same_hidden_states(
     model: StagedCausalLM, data: st.DataObject, cache_bytes: int
 ) -> None:
     neighbours = Neighbours(model, batches(), cache_bytes)
-    assert neighbours.stride is not None
+    assert neighbours.kept == len(batches())
     drawn = data.draw(st.lists(plans(7, model=model.plan.model), min_size=4, max_size=6))
     asked = [Candidate(replace(plan, merged={}, untied={})) for plan in drawn]
     for base, candidate in pairwise(asked):
@@ -323,6 +347,26 @@ def test_drops_and_merges_of_a_state_never_touch_the_same_block(model: StagedCau
         touched = [block for move in state for block in move.run]
         assert len(touched) == len(set(touched))
         assert len(search.candidate(state).plan.removed("decode")) == 3
+
+
+@pytest.mark.parametrize(
+    ("relation", "target"), [("nested", "both"), ("nested", "decode"), ("unified", "both"), ("free", "prefill")]
+)
+def test_the_energy_of_merges_is_that_of_a_naive_evaluation(relation: Relation, target: Target) -> None:
+    student, teacher = (StagedCausalLM(tiny_model("llama", blocks=5)).eval() for _ in range(2))
+    student.apply_plan(StagePlan.full(student.plan.model, relation))
+    context = ScoringContext(student, teacher, batches())
+    fitted = Merging(min_cosine=-1, steps=8)
+    merges = distillation_set(context, student.plan, target, fitted, NO_GUARDS)
+    search = RoundSearch(context.evaluator, student.plan, target, 2, NO_GUARDS, merges, fitted)
+    draw, state = random.Random(0), search.greedy()[0]
+    for _ in range(12):
+        neighbour = search.neighbour(state, draw)
+        assert neighbour is not None
+        naive = measure_quality(student, teacher, batches(), plan=search.candidate(neighbour).plan).kl
+        assert search.energy(neighbour) == pytest.approx(naive, abs=1e-6)
+        search.rebase(neighbour)
+        state = neighbour
 
 
 def test_a_round_that_cannot_be_filled_is_refused(model: StagedCausalLM) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
 from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.evaluation.redundancy import block_redundancy
 from pdtrim_pl.plan import Stage, StagePlan, Target
@@ -35,6 +35,8 @@ class ScoringContext:
     """The processes that choose together."""
     journal: Path | None = None
     """File of evaluations; a search that was killed finds there what it knew."""
+    memory: Memory = Memory()
+    """How much the evaluator may keep."""
 
     @cached_property
     def redundancy(self) -> dict[Stage, dict[int, float]]:
@@ -48,8 +50,9 @@ class ScoringContext:
     def evaluator(self) -> Evaluator:
         """Energy of any plan: mean KL to the teacher over the calibration responses, under the contract."""
         return Evaluator(
-            self.student, self.teacher, self.batches, device=self.device, ranks=self.ranks, journal=self.journal
-        )
+            self.student, self.teacher, self.batches, device=self.device, memory=self.memory, ranks=self.ranks,
+            journal=self.journal,
+        )  # fmt: skip
 
     def counting(self, candidates: int) -> Callable[[int], None]:
         """What `Evaluator.best` calls on its way through so many candidates."""

@@ -1,6 +1,6 @@
 """First-order Taylor estimate of what dropping a block does to the response loss, per stage.
 
-Shapes: N response tokens of a batch, V vocabulary.
+Shapes: B batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Change = tuple[Tensor, Tensor]
 
 
 class Taylor(Criterion):
-    """Harm = |gradient of the response loss times what the block adds to the hidden state|, summed over batches.
+    """Harm = |gradient of an example's response loss times what the block adds to the hidden state|, a response token.
 
     Removing a block turns its output into its input, so to first order the loss changes by
     -gradient . (output - input) (Molchanov et al., arXiv 1611.06440, on blocks; POP, arXiv 2602.03295, for
@@ -34,32 +34,36 @@ class Taylor(Criterion):
     def score(
         self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
     ) -> dict[int, float]:
-        totals = dict.fromkeys(candidates, 0.0)
+        totals, tokens = dict.fromkeys(candidates, 0.0), 0
         for batch in context.batches:
             estimates = _estimates(context, plan, batch)
+            tokens += int(batch.response_mask.sum())
             for block in candidates:
-                change = sum(estimates[stage].get(block, 0.0) for stage in plan.stages_losing(target, block))
-                totals[block] += abs(change)
-        return totals
+                changes = [estimates[stage].get(block) for stage in plan.stages_losing(target, block)]
+                whole = sum(change for change in changes if change is not None)
+                totals[block] += float(torch.as_tensor(whole).abs().sum())
+        return {block: total / max(tokens, 1) for block, total in totals.items()}
 
 
-def _estimates(context: ScoringContext, plan: StagePlan, batch: Batch) -> dict[Stage, dict[int, float]]:
-    """Per stage and block, gradient . (output - input) of one batch's response loss."""
+def _estimates(context: ScoringContext, plan: StagePlan, batch: Batch) -> dict[Stage, dict[int, Tensor]]:
+    """Per stage and block, gradient . (output - input) of each example's response loss, summed over its tokens, [B]."""
     batch, student = batch.on(context.device), context.student
     mask = batch.response_mask
     seen: dict[Stage, dict[int, Change]] = {stage: {} for stage in STAGES}
     with torch.enable_grad(), eval_mode(student):
         observers = {stage: _watching(seen[stage]) for stage in STAGES}
         out = student(*batch.request, plan=plan, policy=student.policy, observers=observers)
-        loss = F.cross_entropy(student.logits(out.hidden[mask]).float(), batch.response_ids[mask])
+        logits = student.logits(out.hidden[mask]).float()
+        loss = F.cross_entropy(logits, batch.response_ids[mask], reduction="sum")  # an example's tokens see only it
         outputs = [output for stage in STAGES for output, _ in seen[stage].values()]
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
-    estimates: dict[Stage, dict[int, float]] = {}
+    estimates: dict[Stage, dict[int, Tensor]] = {}
     for stage in STAGES:
         estimates[stage] = {}
         for block, (_, added) in seen[stage].items():
             gradient = next(gradients)
-            estimates[stage][block] = 0.0 if gradient is None else float((gradient.float() * added.float()).sum())
+            if gradient is not None:
+                estimates[stage][block] = (gradient.float() * added.float()).flatten(1).sum(1)
     return estimates
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
@@ -29,6 +30,8 @@ from pdtrim_pl.plan import STAGES, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
 
+log = logging.getLogger(__name__)
+
 Measure = Literal["kl", "nll"]
 
 
@@ -44,12 +47,13 @@ class Energy:
 
 @dataclass(frozen=True)
 class Memory:
-    """Most bytes that an evaluator keeps, on the models' device."""
+    """Most bytes that a search keeps, on the models' device."""
 
     base: int = 4 * 2**30
-    """For the base plan: prompt caches first, then hidden states, of every k-th block if not of all."""
+    """Bytes for the base plan: prompt caches, and hidden states, of every k-th block if not of all; of some calibration
+    batches where they do not fit for all."""
     teacher: int = 2 * 2**30
-    """For the teacher's probabilities, fp32, batch by batch; where they do not fit, its head runs again."""
+    """Bytes for the teacher's probabilities, fp32, batch by batch; where they do not fit, its head runs again."""
 
 
 class Evaluator:
@@ -81,6 +85,12 @@ class Evaluator:
         self.batches = [batch.on(device) for batch in batches[ranks.part :: ranks.parts]]
         self.targets = [batch.response_ids[batch.response_mask] for batch in self.batches]
         self.neighbours = Neighbours(student, self.batches, memory.base)
+        if self.neighbours.kept < len(self.batches):
+            log.warning(
+                "What candidates have in common is kept for %d of %d calibration batches, as much as fits into "
+                "`memory.base` of %.1f GiB; on the others candidates run all blocks. Raise it, or calibrate on less.",
+                self.neighbours.kept, len(self.batches), memory.base / 2**30,
+            )  # fmt: skip
         with torch.no_grad():
             self.teacher_hidden = [final_hidden(teacher, batch) for batch in self.batches]
         self.references = self._kept_references(memory.teacher)
@@ -242,9 +252,11 @@ class Evaluator:
         return kept
 
 
-def _total(weights: Tensor) -> float:
-    """Sum in fp64, part by part, so that no fp64 copy of a whole embedding is made."""
-    return sum(float(part.double().sum()) for part in weights.detach().flatten().split(2**24))
+def _total(weights: Tensor) -> int:
+    """Sum of the bit patterns, which does not depend on the number of threads; part by part, for memory's sake."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
+    parts = weights.detach().flatten().view(bits).split(2**24)
+    return sum(int(part.sum(dtype=torch.int64)) for part in parts)
 
 
 def described(candidate: Candidate) -> str:

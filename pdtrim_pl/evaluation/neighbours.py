@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import ceil
 
 import torch
@@ -20,6 +21,10 @@ from pdtrim_pl.plan import STAGES, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.staged import Request, StagedCausalLM, StagedOutput
 from pdtrim_pl.staged.gate import Observer, Resume
+
+WIDEST = 4
+"""Blocks between two kept hidden states, at most: rather fewer batches are kept than that a candidate runs more blocks
+again that it has in common with the base."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +60,33 @@ class Neighbours:
     Args:
         student: its weights must not change while this lives.
         batches: requests, on the student's device.
-        cache_bytes: most bytes to keep of a base: prompt caches first, then hidden states, of every k-th block if not
-            of all. Where not even the caches fit, every candidate runs from the beginning.
+        cache_bytes: most bytes to keep of a base: prompt caches, and hidden states, of every k-th block if not of all.
+            Where a wide stride is not enough, only the first batches are kept; on the others every candidate runs from
+            the beginning.
     """
 
     def __init__(self, student: StagedCausalLM, batches: Sequence[Batch], cache_bytes: int) -> None:
         self.student, self.batches = student, batches
         self.block_tokens = 0
         """Work done so far: one for every token and block that ran."""
-        self.stride = self._stride(cache_bytes)
+        self.stride, self.kept = self._share_out(cache_bytes)
         self._base: Candidate | None = None
         self._traces: list[_Trace] = []
 
     @torch.no_grad()
     def rebase(self, candidate: Candidate) -> None:
         """Keep what the neighbours of `candidate` have in common with it."""
-        if self.stride is None or candidate == self._base:
+        if not self.kept or candidate == self._base:
             return
         known = self._base
         if known is not None and known.plan.boundary != candidate.plan.boundary:
             self._traces, known = [], None
         self._base = None  # while some traces are of the old base, and some of the new one
         if known is None:
-            self._traces = [self._traced(candidate, batch, None, {}) for batch in self.batches]
+            self._traces = [self._traced(candidate, batch, None, {}) for batch in self.batches[: self.kept]]
         else:
-            for index, batch in enumerate(self.batches):
-                old = self._traces[index]
+            for index, old in enumerate(self._traces):
+                batch = self.batches[index]
                 starts = self._first_differences(candidate, known, old, _wide(candidate.plan))
                 self._traces[index] = self._traced(candidate, batch, old, starts)
         self._base = candidate
@@ -91,7 +97,8 @@ class Neighbours:
         batch, plan = self.batches[index], candidate.plan
         request = Request.of(*batch.request, plan.boundary)
         base = self._base
-        trace = self._traces[index] if base is not None and base.plan.boundary == plan.boundary else None
+        based = base is not None and base.plan.boundary == plan.boundary and index < self.kept
+        trace = self._traces[index] if based else None
         starts: Mapping[Stage, int | None] = {}
         if base is not None and trace is not None:
             starts = self._first_differences(candidate, base, trace, plan.decode)
@@ -144,7 +151,6 @@ class Neighbours:
         return _Trace(replace(encoded, hidden=encoded.hidden[:, -1:]), inputs)
 
     def _keeping(self, plan: StagePlan, stage: Stage, inputs: dict[int, Tensor]) -> Observer:
-        assert self.stride is not None
         kept = {block for block in plan.blocks(stage) if block % self.stride == 0}
 
         def observe(block: int, before: Tensor, _: Tensor) -> None:
@@ -184,14 +190,19 @@ class Neighbours:
         first = 0 if resume is None else resume.block
         self.block_tokens += int(valid.sum()) * sum(block >= first for block in plan.blocks(stage))
 
-    def _stride(self, cache_bytes: int) -> int | None:
-        """Keep the input of every so many blocks; None where nothing can be kept."""
+    def _share_out(self, cache_bytes: int) -> tuple[int, int]:
+        """Keep the input of every so many blocks, of so many batches."""
         blocks = len(self.student.originals)
-        prompt = sum(batch.prompt_ids.numel() for batch in self.batches)
-        left = cache_bytes - prompt * blocks * self.student.kv_shape.bytes_per_position
-        positions = prompt + sum(batch.response_ids.numel() for batch in self.batches)
-        width = self.student.model.config.hidden_size * self.student.model.dtype.itemsize
-        return None if left <= 0 else max(1, ceil(positions * blocks * width / left))
+        cached = blocks * self.student.kv_shape.bytes_per_position
+        hidden = blocks * self.student.model.config.hidden_size * self.student.model.dtype.itemsize
+        caches = [batch.prompt_ids.numel() * cached for batch in self.batches]
+        states = [(batch.prompt_ids.numel() + batch.response_ids.numel()) * hidden for batch in self.batches]
+        left = cache_bytes - sum(caches)
+        stride = max(1, ceil(sum(states) / left)) if left > 0 else WIDEST
+        if stride <= WIDEST and left > 0:
+            return stride, len(self.batches)
+        ends = accumulate(cache + state / WIDEST for cache, state in zip(caches, states, strict=True))
+        return WIDEST, sum(end <= cache_bytes for end in ends)
 
 
 def _wide(plan: StagePlan) -> tuple[int, ...]:

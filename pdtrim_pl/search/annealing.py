@@ -23,8 +23,8 @@ class Annealing:
     evaluations: int = 200
     """States looked at, known ones included, so that a continued search ends where an uninterrupted one does."""
     seconds: float | None = None
-    """Stop annealing after so many seconds, greedy choice and descent not counted; None sets no limit. With a limit,
-    two runs may end in different states."""
+    """Stop descent and annealing after so many seconds together, the greedy choice not counted; None sets no limit.
+    With a limit, two runs may end in different states."""
     temperature: float = 0.05
     """First temperature, as a share of the greedy state's energy."""
     cooling: float = 0.98
@@ -32,7 +32,7 @@ class Annealing:
     seed: int = 0
     descend: bool = True
     """First take larger steps downhill, to where none helps: in a round, exchange each removal for the best other one;
-    in a joint search, choose one stage anew. They end by themselves and count as no evaluations."""
+    in a joint search, choose one stage anew. They end by themselves, or by `seconds`, and count as no evaluations."""
 
     def __post_init__(self) -> None:
         if self.evaluations < 1 or self.temperature <= 0 or not 0 < self.cooling <= 1:
@@ -45,8 +45,15 @@ def anneal(
     space: Space[State], first: State, settings: Annealing, progress: Callable[[str], None] = lambda line: None
 ) -> tuple[State, float]:
     """Search from `first`; returns the best state ever seen and its energy. The same seed gives the same result."""
-    draw = random.Random(settings.seed)
-    first, first_energy = space.improved(first, progress) if settings.descend else (first, space.known_energy(first))
+    draw, began = random.Random(settings.seed), time.monotonic()
+
+    def over() -> bool:
+        late = settings.seconds is not None and time.monotonic() - began > settings.seconds
+        return settings.seconds is not None and bool(space.evaluator.ranks.agree(late))
+
+    first_energy = space.known_energy(first)
+    if settings.descend:
+        first, first_energy = space.improved(first, progress, over)
     current, current_energy = first, first_energy
     best, best_energy = first, first_energy
     temperature, accepted, started = settings.temperature * max(first_energy, 1e-12), 0, time.monotonic()
@@ -59,7 +66,8 @@ def anneal(
         energy = space.energy(candidate, limit)
         temperature *= settings.cooling
         if energy is not None:
-            current, current_energy, accepted = candidate, energy, accepted + 1
+            accepted += candidate != current
+            current, current_energy = candidate, energy
             space.rebase(current)
             if energy < best_energy:
                 best, best_energy = candidate, energy
@@ -67,8 +75,14 @@ def anneal(
         progress(
             f"annealing {move}/{settings.evaluations}: best {best_energy:.4f} (start {first_energy:.4f}), accepted "
             f"{accepted / move:.0%}, {move / max(seconds, 1e-9):.2f} evaluations/s, about "
-            f"{seconds / move * (settings.evaluations - move):.0f} s left"
+            f"{_left(move, seconds, settings, time.monotonic() - began):.0f} s left"
         )
-        if settings.seconds is not None and space.evaluator.ranks.agree(seconds > settings.seconds):
+        if over():
             break
     return best, best_energy
+
+
+def _left(moves: int, seconds: float, settings: Annealing, elapsed: float) -> float:
+    """Seconds to the end, by the pace of the moves so far or by the limit."""
+    left = seconds / moves * (settings.evaluations - moves)
+    return left if settings.seconds is None else min(left, max(settings.seconds - elapsed, 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -122,7 +122,9 @@ class JointSearch(Space[JointState]):
         state = self._reached(self._grown(JointState(), KINDS, progress))
         return state, self.known_energy(state)
 
-    def improved(self, state: JointState, progress: Progress = lambda line: None) -> tuple[JointState, float]:
+    def improved(
+        self, state: JointState, progress: Progress = lambda line: None, over: Callable[[], bool] = lambda: False
+    ) -> tuple[JointState, float]:
         """Choose anew for prefill alone, for decode alone, for the wire alone, in turns, for as long as it helps.
 
         Exchanges of single choices do not get from a plan that drops the same blocks in both stages to one that does
@@ -137,7 +139,7 @@ class JointSearch(Space[JointState]):
             idle += 1
             if other is not None and other != state and self.known_energy(other) < energy:
                 state, energy, idle = other, self.known_energy(other), 0
-            if idle == len(KINDS):
+            if idle == len(KINDS) or over():
                 break
         return state, energy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdtrim_pl.criteria.base import Progress
 from pdtrim_pl.evaluation.evaluator import Evaluator
@@ -54,13 +54,21 @@ class RoundSearch(Space[Removals]):
         return plan
 
     def neighbour(self, state: Removals, draw: random.Random) -> Removals | None:
-        others = self._exchanges(state, draw.choice(state))
-        return draw.choice(others) if others else None
+        left = list(state)
+        while left:
+            out = draw.choice(left)
+            others = self._exchanges(state, out)
+            if others:
+                return draw.choice(others)
+            left.remove(out)  # the guards or the relation let nothing else go in its place
+        return None
 
-    def improved(self, state: Removals, progress: Progress = lambda line: None) -> tuple[Removals, float]:
-        """Exchange one removal for the best other one, in turns, until no single exchange helps."""
+    def improved(
+        self, state: Removals, progress: Progress = lambda line: None, over: Callable[[], bool] = lambda: False
+    ) -> tuple[Removals, float]:
+        """Exchange one removal for the best other one, in turns, until no single exchange helps or the time is over."""
         energy, turn, idle = self.known_energy(state), 0, 0
-        while idle < len(state):
+        while idle < len(state) and not over():
             out = state[turn % len(state)]
             progress(f"exchanging {turn + 1}: energy {energy:.4f}, {idle} of {len(state)} removals stay")
             self.rebase(tuple(move for move in state if move != out))

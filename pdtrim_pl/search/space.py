@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Generic, TypeVar
@@ -38,8 +38,16 @@ class Space(ABC, Generic[State]):
         """A state that differs from this one by an exchange; None where there is nothing to exchange."""
 
     @abstractmethod
-    def improved(self, state: State, progress: Progress = lambda line: None) -> tuple[State, float]:
-        """A state that the space's own larger steps lead to from this one, and its energy; no worse than this one."""
+    def improved(
+        self, state: State, progress: Progress = lambda line: None, over: Callable[[], bool] = lambda: False
+    ) -> tuple[State, float]:
+        """A state that the space's own larger steps lead to from this one, and its energy; no worse than this one.
+
+        Args:
+            state: where to begin.
+            progress: told how far it is.
+            over: asked before every step whether it must be the last.
+        """
 
     def energy(self, state: State, limit: float = inf) -> float | None:
         """The state's energy, nats, if it is below `limit`, else None."""
