@@ -122,7 +122,7 @@ def run_one(options: argparse.Namespace) -> None:
         callbacks=[BlockDrop("decode", Random(), {1: 1}), BlockDrop("prefill", Random(), {1: 1}), meter],
         plugins=[] if engine else [PlanCheckpointIO()], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        gradient_clip_val=None if options.one == "fsdp" else 1.0,
+        gradient_clip_val=1.0,
     )  # fmt: skip
     trainer.fit(module, datamodule=RandomTokens(options))
     if trainer.is_global_zero:

@@ -22,7 +22,7 @@ commands:
   export     write the prefill/decode pair of a checkpoint
   generate   stream text from an exported pair: a prefill and a decode process
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
-  submit     run fit as a SLURM job, restarted from its last checkpoint until it is done
+  submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
 
 `pdtrim fit --dry_run --config X` counts memory per process and refuses a run that cannot fit (`--device_memory GiB`).
 `pdtrim COMMAND --help` shows a command's options. Complete configurations are in configs/.

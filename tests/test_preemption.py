@@ -23,6 +23,7 @@ from callbacks import BlockDrop, Preemption
 from callbacks.preemption import NOTICES, Preempted
 from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO
 from pdtrim_pl.cli import main
+from pdtrim_pl.continuation import latest_valid_checkpoint
 from pdtrim_pl.criteria import CosineRedundancy, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.lightning_cli import PDTrimCLI
@@ -31,6 +32,8 @@ from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards
 
 SIGNALS = sorted(NOTICES)
+CONFIGS = Path(__file__).parents[1] / "configs"
+GPU_CONFIGS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "accelerator: gpu" in path.read_text()]
 
 
 class Notify(Callback):
@@ -91,13 +94,14 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fit(
-    folder: Path, model: Path, *extra: Callback, search: NotifiedSearch | None = None, **settings: Any
-) -> PDTrimModule:
+    folder: Path, model: Path, *extra: Callback, search: NotifiedSearch | None = None,
+    savers: Sequence[Callback] | None = None, **settings: Any,
+) -> PDTrimModule:  # fmt: skip
     """Two epochs of three batches with a drop at the start of the second; continues where it can."""
     seed_everything(0, verbose=False)
     callbacks = [
         BlockDrop("decode", search or NotifiedSearch(), {1: 1}, Guards(0, 1)), *extra,
-        ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0),
+        *(savers or [ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0)]),
     ]  # fmt: skip
     trainer = Trainer(
         default_root_dir=folder, callbacks=callbacks, plugins=[PlanCheckpointIO()], max_epochs=2, accelerator="cpu",
@@ -109,7 +113,7 @@ def fit(
         parts=Parts(validation=4, calibration=4, max_train=6),
     )  # fmt: skip
     module = PDTrimModule(str(model), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3))
-    trainer.fit(module, datamodule=data, ckpt_path="last")
+    trainer.fit(module, datamodule=data, ckpt_path=latest_valid_checkpoint(folder / "checkpoints"))
     return module
 
 
@@ -166,6 +170,33 @@ def test_a_notice_between_two_optimizer_steps_waits_for_the_gradients(tiny_llama
         fit(tmp_path / "left", tiny_llama_dir, Notify(1, 0), Preemption(), **settings)
     assert saved(tmp_path / "left")[0] == 3, "two steps in epoch 0, one after two batches of epoch 1"
     check_same(fit(tmp_path / "left", tiny_llama_dir, Preemption(), **settings), whole)
+
+
+def savers_of(config: Path, folder: Path) -> list[ModelCheckpoint]:
+    """The savers of a configuration, writing elsewhere and every 4 steps instead of every 200."""
+    changed = {"dirpath": str(folder), "every_n_train_steps": 4}
+    entries = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    settings = [entry["init_args"] for entry in entries if entry["class_path"].endswith(".ModelCheckpoint")]
+    return [ModelCheckpoint(**{name: changed.get(name, value) for name, value in each.items()}) for each in settings]
+
+
+@pytest.mark.parametrize("config", GPU_CONFIGS, ids=lambda path: path.name)
+def test_the_savers_of_a_shipped_configuration_keep_the_last_step_of_a_run(
+    config: Path, whole_run: PDTrimModule, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(Preempted):
+        fit(tmp_path, tiny_llama_dir, Notify(1, 1), Preemption(), savers=savers_of(config, folder))
+    check_newest(folder, step=5)
+    check_same(fit(tmp_path, tiny_llama_dir, Preemption(), savers=savers_of(config, folder)), whole_run)
+    check_newest(folder, step=6)
+
+
+def check_newest(folder: Path, step: int) -> None:
+    newest = latest_valid_checkpoint(folder)
+    assert newest == folder / "last.ckpt"
+    assert torch.load(newest, weights_only=True)["global_step"] == step
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == ["last.ckpt", "step=4.ckpt"]
 
 
 def check_same(module: PDTrimModule, expected: PDTrimModule) -> None:

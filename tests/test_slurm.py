@@ -30,7 +30,7 @@ from pdtrim_pl.slurm.render import Kind, shipped
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("compare_"))
 KINDS = get_args(Kind)
-TWO_TASKS = ["--gpus", "0", "--tasks", "2", "--cpus", "1", "--time", "10"]
+TWO_TASKS = ["--gpus", "0", "--tasks", "2", "--cpus", "1", "--time", "30"]
 TWO_NODES = ["--nodes", "2", "--tasks", "1"]
 
 
@@ -165,6 +165,21 @@ def test_a_run_that_is_preempted_three_times_equals_the_one_that_is_not(
 
 
 @pytest.mark.slow
+def test_a_run_saves_before_its_time_ends_and_goes_on(
+    on_cluster: SlurmCluster, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PDTRIM_TEST_PAUSES", f"{tmp_path} 0=first_step")
+    job = submit(capsys, write_config(tmp_path, tiny_llama_dir), "--time", "2", "--notice", "60")
+    wait_until(lambda: on_cluster.restarts(job) == 1, "a restart")
+    on_cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # no second notice
+    on_cluster.start_again(job, restarts=1)
+    completed(on_cluster, job, tmp_path)
+    log = (tmp_path / f"pdtrim-{job}.log").read_text()
+    assert re.findall(r"Asked to leave: saved step (\d+) .* is back in the queue, restart (\d)", log) == [("1", "1")]
+
+
+@pytest.mark.slow
 def test_a_cancelled_run_is_saved_and_does_not_come_back(
     on_cluster: SlurmCluster, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -235,6 +250,42 @@ def test_the_shipped_scripts_are_good_bash(kind: Kind) -> None:
     subprocess.run(["bash", "-n", ROOT / "jobs" / f"{kind}.sbatch"], check=True)
 
 
+@pytest.mark.parametrize(
+    ("entry", "added"),
+    [
+        ("- class_path: callbacks.Preemption", False),
+        ("- {class_path: callbacks.Preemption}  # requeues", False),
+        ("# - class_path: callbacks.Preemption", True),
+        ("- class_path: callbacks.PlanLogger  # not callbacks.Preemption", True),
+    ],
+)
+def test_a_script_adds_the_callback_unless_the_configuration_names_it(entry: str, added: bool, tmp_path: Path) -> None:
+    config, srun = tmp_path / "run.yaml", tmp_path / "srun"
+    config.write_text(f"trainer:\n  callbacks:\n    {entry}\n")
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "8"}
+    done = subprocess.run(
+        ["bash", ROOT / "jobs" / "fit.sbatch", config], env=here, capture_output=True, text=True, check=True
+    )
+    assert ("--trainer.callbacks+=callbacks.Preemption" in done.stdout) == added
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_shipped_script_is_told_before_its_time_ends_and_has_the_nodes_memory(kind: Kind) -> None:
+    script = (ROOT / "jobs" / f"{kind}.sbatch").read_text()
+    assert "#SBATCH --signal=USR1@300\n" in script
+    assert "#SBATCH --mem=0\n" in script
+
+
+def test_memory_and_notice_are_options(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["submit", "--config", str(ROOT / "configs" / "llama3_8b_1gpu.yaml"), "--gpus", "1", "--dry_run"]
+    assert main([*command, "--mem", "200G", "--notice", "0"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --mem=200G\n" in script
+    assert "#SBATCH --signal" not in script
+
+
 def test_a_dry_run_prints_the_script_without_slurm_and_without_torch(tiny_llama_dir: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_llama_dir)
     args = ["submit", "--config", str(config), "--nodes", "2", "--gpus", "0", "--tasks", "8", "--time", "4:00:00"]
@@ -256,12 +307,13 @@ def test_a_dry_run_prints_the_script_without_slurm_and_without_torch(tiny_llama_
 def test_all_faults_of_a_job_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("trainer: {accelerator: cpu, callbacks: []}")
-    args = ["--nodes", "0", "--gpus", "2", "--tasks", "4", "--time", "soon", "--name", "a b", "--notice=-1"]
+    args = ["--nodes=0", "--gpus=2", "--tasks=4", "--time=soon", "--name=a b", "--notice=-1", "--mem=lots"]
     assert main(["submit", "--config", str(config), *args, "--dry_run"]) == 1
     error = capsys.readouterr().err
     for part in (
         "`--nodes` is 0", "`--notice` is -1", "`--tasks` is 4 and `--gpus` is 2", "`--time` is 'soon'",
-        "`--name` is 'a b'", "`trainer.accelerator` is cpu, and `--gpus` is 2", "no ModelCheckpoint with a `dirpath`",
+        "`--name` is 'a b'", "`--mem` is 'lots'", "`trainer.accelerator` is cpu, and `--gpus` is 2",
+        "no ModelCheckpoint with a `dirpath`",
     ):  # fmt: skip
         assert part in error
 
@@ -297,7 +349,8 @@ def test_time_limits_are_read_as_slurm_reads_them(days: int, hours: int, minutes
 
 def test_a_notice_longer_than_the_limit_is_refused() -> None:
     (fault,) = JobRequest(time="2:00", notice=120).faults()
-    assert fault == "`--notice` is 120 seconds, and the limit `--time` 2:00 is 120: give less."
+    assert fault.startswith("`--notice` is 120 seconds, and the limit `--time` 2:00 is 120: give more time")
+    assert JobRequest(time="2:00", notice=119).faults() == []
 
 
 def test_without_slurm_the_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,9 @@ class JobRequest:
     """Processes per node; as many as GPUs by default."""
     cpus: int = 8
     """CPU cores per process."""
-    notice: int = 0
+    mem: str = "0"
+    """Memory per node as SLURM writes it, such as `120G`; 0 asks for all of the node's."""
+    notice: int = 300
     """Seconds before the time limit at which the run saves, requeues itself and leaves; 0 lets the limit end it."""
     array: str | None = None
     """Tasks of a job array, such as `0-3`."""
@@ -53,6 +55,8 @@ class JobRequest:
             yield f"`--tasks` is {self.tasks_per_node}: give at least 1 process per node; no GPUs are asked for."
         elif self.gpus and self.tasks_per_node != self.gpus:
             yield f"`--tasks` is {self.tasks_per_node} and `--gpus` is {self.gpus}: a run has one process per GPU."
+        if not re.fullmatch(r"\d+[KMGT]?", self.mem):
+            yield f"`--mem` is {self.mem!r}: write a number with K, M, G or T, such as 120G; 0 for all of the node's."
         for option, text in (("name", self.name), ("partition", self.partition), ("account", self.account)):
             if text is not None and not re.fullmatch(r"[\w.,+@/-]+", text):
                 yield f"`--{option}` is {text!r}: letters, digits and . , + @ / _ - only."
@@ -62,7 +66,10 @@ class JobRequest:
             yield str(error)
         else:
             if self.notice >= limit:
-                yield f"`--notice` is {self.notice} seconds, and the limit `--time` {self.time} is {limit}: give less."
+                yield (
+                    f"`--notice` is {self.notice} seconds, and the limit `--time` {self.time} is {limit}: give more "
+                    "time or a smaller notice (0 for none, and the limit ends the run)."
+                )
 
 
 def seconds_of(time: str) -> int:

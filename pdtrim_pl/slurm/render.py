@@ -11,18 +11,20 @@ Kind = Literal["fit", "fit_multinode", "fit_preemptible", "compare_array"]
 
 HEADERS: dict[Kind, str] = {
     "fit": """\
-# A run on one node; the same command starts it and continues it:
+# A run on one node. Before its time ends it saves, goes back into the queue and continues, until it is done; after a
+# crash the same command continues it:
 #
 #   sbatch jobs/fit.sbatch configs/llama3_8b_deepspeed.yaml [overrides, such as --trainer.max_epochs 3]
 """,
     "fit_multinode": """\
-# A run on several nodes; the same command starts it and continues it:
+# A run on several nodes. Before its time ends it saves, goes back into the queue and continues, until it is done; after
+# a crash the same command continues it:
 #
 #   sbatch --nodes=4 jobs/fit_multinode.sbatch configs/llama3_8b_deepspeed.yaml [overrides]
 """,
     "fit_preemptible": """\
-# A run in short turns: `--signal` gives notice before the time limit; the run saves, goes back into the queue and
-# continues in its next turn, until it is done. The notice must cover one step, one validation and one save.
+# A run in short turns, which wait less in the queue. `--signal` gives notice before the time limit; it must cover one
+# step, one validation and one save. Otherwise as fit.sbatch:
 #
 #   sbatch jobs/fit_preemptible.sbatch configs/llama3_8b_deepspeed.yaml [overrides]
 """,
@@ -71,7 +73,7 @@ fi
 trap : USR1 TERM # this shell stays for as long as srun does
 
 callbacks=()
-grep -qF callbacks.Preemption "$config" || callbacks=(--trainer.callbacks+=callbacks.Preemption)
+grep -qE '^[^#]*callbacks\\.Preemption' "$config" || callbacks=(--trainer.callbacks+=callbacks.Preemption)
 
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 srun --kill-on-bad-exit=1 "${guard[@]}" "${pdtrim[@]}" fit --config "$config" --ckpt_path last \\
@@ -99,17 +101,10 @@ def shipped(kind: Kind) -> JobRequest:
     jobs: dict[Kind, JobRequest] = {
         "fit": JobRequest(),
         "fit_multinode": JobRequest(nodes=2),
-        "fit_preemptible": JobRequest(time="4:00:00", notice=300),
+        "fit_preemptible": JobRequest(time="4:00:00"),
         "compare_array": JobRequest(name="pdtrim-compare", array="0-3"),
     }
     return jobs[kind]
-
-
-def kind_of(job: JobRequest) -> Kind:
-    """Which of the shipped scripts a job is closest to."""
-    if job.notice:
-        return "fit_preemptible"
-    return "fit" if job.nodes == 1 else "fit_multinode"
 
 
 def log_name(job: JobRequest) -> str:
@@ -124,6 +119,7 @@ def _directives(job: JobRequest) -> str:
         f"--ntasks-per-node={job.tasks_per_node}",
         *([f"--gpus-per-node={job.gpus}"] if job.gpus else []),
         f"--cpus-per-task={job.cpus}",
+        f"--mem={job.mem}",
         f"--time={job.time}",
         *_optional(job),
         "--requeue",

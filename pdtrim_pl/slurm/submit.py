@@ -12,15 +12,17 @@ from pathlib import Path
 
 from pdtrim_pl.slurm.commands import SlurmError, call
 from pdtrim_pl.slurm.job import JobRequest, config_faults
-from pdtrim_pl.slurm.render import kind_of, log_name, render
+from pdtrim_pl.slurm.render import log_name, render
 
 FOLLOW = """\
-Submitted batch job {id}. The same command continues the run if it ends before it is done.
+Submitted batch job {id}. {end}
   squeue -j {id} -o '%i %T %r %M'        state, reason, time used
   tail -F {log}        what it says, over all restarts
   scancel --signal=USR1 {id}        save, go back into the queue, continue later
   scancel {id}        end it; what was saved stays
 """
+BY_ITSELF = "It goes back into the queue before its time ends; after a crash the same command continues the run."
+BY_HAND = "The same command continues the run if it ends before it is done."
 
 
 def run(args: Sequence[str]) -> int:
@@ -38,14 +40,15 @@ def run(args: Sequence[str]) -> int:
     if faults:
         raise ValueError("The job cannot be submitted:\n" + "\n".join(f"- {fault}" for fault in faults))
     arguments = [str(config), *overrides]
-    script = render(job, kind_of(job), _comment("pdtrim", "submit", *args) + _comment("sbatch", "SCRIPT", *arguments))
+    header = _comment("pdtrim", "submit", *args) + _comment("sbatch", "SCRIPT", *arguments)
+    script = render(job, header=header)
     if dry_run:
         print(script, end="")
         return 0
     _check_partition(job.partition)
     id = _submit(script, arguments)
     log = Path.cwd() / log_name(job).replace("%j", id)
-    print(FOLLOW.format(id=id, log=log), end="")
+    print(FOLLOW.format(id=id, log=log, end=BY_ITSELF if job.notice else BY_HAND), end="")
     return 0
 
 
@@ -77,9 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--account", help="account to charge")
     parser.add_argument("--tasks", type=int, help="processes per node; as many as GPUs if left out")
     parser.add_argument("--cpus", type=int, default=default.cpus, help="CPU cores per process (%(default)s)")
+    parser.add_argument("--mem", default=default.mem, help="memory per node, 0 for all of it (%(default)s)")
     parser.add_argument(
         "--notice", type=int, default=default.notice,
-        help="seconds before the time limit at which the run saves, requeues itself and leaves; 0 for never",
+        help="seconds before the time limit at which the run saves, requeues itself and leaves; 0 for never "
+        "(%(default)s)",
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the script and stop; needs no SLURM")
     return parser
