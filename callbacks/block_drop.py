@@ -144,7 +144,7 @@ class BlockDrop(RemovalRounds):
         text = fitting_batches(trainer, self.merging)
         offered = distillation_set(context, start, self.stage, self.merging, self.guards, text)
         search = RoundSearch(context.evaluator, start, self.stage, count, self.guards, offered, self.merging)
-        first, energy = search.greedy(lazy=True)
+        first, energy = search.greedy(lazy=True, progress=context.progress)
         if self.annealing is None:
             return search.final(first, round, "greedy_kl", energy)
         return self._annealed(search, first, self.annealing, context, round)

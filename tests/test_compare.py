@@ -354,7 +354,13 @@ def test_unknown_and_mistyped_keys_are_refused(
     [
         ({"free": EVERY["free"]}, {}, "`methods.free` starts from 'annealed', which is not before it (nothing is)"),
         ({"a b": EVERY["last_n"]}, {}, "`methods` has the name 'a b'"),
-        ({"last_n": EVERY["last_n"]}, {"rows": {"only": ["sleb"]}}, "`rows.only` has the unknown method 'sleb'"),
+        (
+            {"last_n": EVERY["last_n"]},
+            {"rows": {"only": ["sleb"]}},
+            "`rows.only` has the unknown method 'sleb' (last_n are",
+        ),
+        ({"last_n": EVERY["last_n"]}, {"rows": {"counts": [4]}}, "asks for 4 blocks of 4, and Guards(protect_first=0,"),
+        ({"odd": ours("Drop", criterion=criterion("LastN"), target="prefill")}, {}, "does not fit `relation: unified`"),
         ({}, {}, "`methods` names none"),
         ({"last_n": EVERY["last_n"]}, {"rows": {"counts": [3, 2]}}, "`rows.counts` is [3, 2]"),
     ],

@@ -114,8 +114,11 @@ def test_the_greedy_state_is_the_one_that_greedy_kl_chooses(model: StagedCausalL
 
 def test_a_lazy_greedy_choice_looks_at_fewer_states(model: StagedCausalLM) -> None:
     exact, lazy = round_search(model), round_search(model)
-    state, energy = lazy.greedy(lazy=True)
+    told: list[str] = []
+    state, energy = lazy.greedy(lazy=True, progress=told.append)
     assert len(state) == 3
+    assert told[0] == f"removal 1 of 3: energy {lazy.evaluator.energy(model.plan):.4f}, 0 of 7 candidates looked at"
+    assert told[-1].startswith("removal 3 of 3: energy ")
     assert energy == lazy.evaluator.energy(lazy.candidate(state).plan)
     assert lazy.greedy(lazy=True) == (state, energy)
     first = [

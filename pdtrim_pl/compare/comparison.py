@@ -87,6 +87,7 @@ class Comparison:
         prompt, response = texts.request()
         request = (self.measures.prompt or prompt, self.measures.response or response)
         bench = Bench(self.model, texts, self.training, self.rows.guards, request, ledger.rows)
+        _check_counts(self.rows, bench)
         judge = Judge(bench, self.measures, self.data.tokenizer)
         run = _Run(self.methods, bench, judge, ledger, settings, self._shared(texts, settings))
         accuracy = run.dense_accuracy()
@@ -194,9 +195,24 @@ def _check(methods: Mapping[str, Method], rows: Rows) -> None:
         before.append(name)
     if not methods:
         faults.append("`methods` names none")
-    faults += [f"`rows.only` has the unknown method {name!r}" for name in rows.only or () if name not in methods]
+    faults += [
+        f"`rows.only` has the unknown method {name!r} ({', '.join(methods)} are known)"
+        for name in rows.only or ()
+        if name not in methods
+    ]
     if faults:
         raise ValueError("; ".join(faults) + ".")
+
+
+def _check_counts(rows: Rows, bench: Bench) -> None:
+    guards, blocks = rows.guards, bench.model.num_blocks
+    most = blocks - max(1, guards.protect_first + guards.protect_last)
+    most = most if guards.max_removed is None else min(most, guards.max_removed)
+    if rows.counts[-1] > most:
+        raise ValueError(
+            f"`rows.counts` asks for {rows.counts[-1]} blocks of {blocks}, and {guards} let at most {most} go. "
+            "Lower it, or loosen `rows.guards`."
+        )
 
 
 def _wanted(methods: Mapping[str, Method], rows: Rows) -> set[str]:

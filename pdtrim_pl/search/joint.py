@@ -152,7 +152,7 @@ class JointSearch(Space[JointState]):
                 return None
             self.rebase(state)
             progress(f"{len(state.choices)} choices made for {' and '.join(kinds)}, costs still {excess:.3f} too high")
-            chosen, energy = steps.choose(options, energy)
+            chosen, energy = steps.choose(options, energy, progress)
             state = chosen.state
             excess = self.excess(state)
         return self._without_needless(state, random.Random(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from pdtrim_pl.criteria.base import Progress
 from pdtrim_pl.evaluation.evaluator import Evaluator
@@ -85,11 +86,12 @@ class RoundSearch(Space[Removals]):
         others = [tuple(sorted([*rest, move], key=order)) for move in left]
         return [other for other in others if self._allowed(other)]
 
-    def greedy(self, lazy: bool = False) -> tuple[Removals, float]:
+    def greedy(self, lazy: bool = False, progress: Progress = lambda line: None) -> tuple[Removals, float]:
         """One removal after another, each the one of least energy.
 
         Args:
             lazy: look again only at candidates that were good before; see `LazyGreedy`.
+            progress: told how far it is.
 
         Raises:
             ValueError: fewer removals are possible than the round asks for.
@@ -105,10 +107,11 @@ class RoundSearch(Space[Removals]):
                     f"Only {taken} of {self.count} removals can be made in `{self.target}` under the guards. Lower the "
                     "counts in `schedule`, or loosen `guards`."
                 )
+            step = partial(_step, progress, taken + 1, self.count)
             if lazy:
-                chosen, energy = steps.choose(options, energy)
+                chosen, energy = steps.choose(options, energy, step)
             else:
-                index, energy = self.best([option.state for option in options])
+                index, energy = self.best([option.state for option in options], step)
                 chosen = options[index]
             state = chosen.state
         return state, energy
@@ -127,6 +130,10 @@ class RoundSearch(Space[Removals]):
             if lost and (left < 1 or (cap is not None and blocks - left > cap)):
                 return False
         return True
+
+
+def _step(progress: Progress, step: int, steps: int, line: str) -> None:
+    progress(f"removal {step} of {steps}: {line}")
 
 
 def order(move: Move) -> tuple[tuple[int, ...], int]:

@@ -70,9 +70,12 @@ class Space(ABC, Generic[State]):
         candidate = self.candidate(state)
         self.evaluator.rebase(candidate.plan, candidate.policy)
 
-    def best(self, states: list[State]) -> tuple[int, float]:
+    def best(self, states: list[State], progress: Progress = lambda line: None) -> tuple[int, float]:
         """The index of the best of some states, and its energy."""
-        index, energy = self.evaluator.best([self.candidate(state) for state in states])
+        index, energy = self.evaluator.best(
+            [self.candidate(state) for state in states],
+            progress=lambda done: progress(f"{len(states)} candidates, {done} batches evaluated"),
+        )
         if energy == inf:
             raise ValueError(NOT_FINITE)
         return index, energy
@@ -100,16 +103,20 @@ class LazyGreedy(Generic[State]):
         self.space = space
         self.known: dict[Hashable, float] = {}
 
-    def choose(self, options: Sequence[Option[State]], energy: float) -> tuple[Option[State], float]:
+    def choose(
+        self, options: Sequence[Option[State]], energy: float, progress: Progress = lambda line: None
+    ) -> tuple[Option[State], float]:
         """The best option and its energy.
 
         Args:
             options: at least one.
             energy: of the state they all start from.
+            progress: told how many were looked at.
         """
         best: tuple[Option[State], float] | None = None
         least = inf
-        for option in sorted(options, key=lambda option: self.known.get(option.choice, -inf)):
+        for looked, option in enumerate(sorted(options, key=lambda option: self.known.get(option.choice, -inf))):
+            progress(f"energy {energy:.4f}, {looked} of {len(options)} candidates looked at")
             if self.known.get(option.choice, -inf) >= least:
                 break
             found = self.space.energy(option.state, energy + least * option.gain)

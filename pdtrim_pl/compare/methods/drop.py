@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from typing_extensions import override
 
@@ -10,6 +12,8 @@ from pdtrim_pl.compare.method import Found, Method
 from pdtrim_pl.criteria import Criterion
 from pdtrim_pl.plan import Boundary, Relation, Target
 from pdtrim_pl.search.choose import choose_drops
+
+_ONLY_TARGET: Mapping[Relation, Target] = {"unified": "both", "prefill_only": "prefill"}
 
 
 class Drop(Method):
@@ -23,6 +27,9 @@ class Drop(Method):
         relation: how the stages relate.
         target: the stage(s) that lose the blocks.
         boundary: which stage handles the prompt's last token.
+
+    Raises:
+        ValueError: the relation does not let the target alone lose blocks.
     """
 
     def __init__(
@@ -30,6 +37,9 @@ class Drop(Method):
         boundary: Boundary = "prefill",
     ) -> None:  # fmt: skip
         super().__init__()
+        only = _ONLY_TARGET.get(relation, target)
+        if target != only:
+            raise ValueError(f"`target: {target}` does not fit `relation: {relation}`: use `target: {only}`.")
         self.criterion, self.relation, self.target, self.boundary = criterion, relation, target, boundary
 
     @property

@@ -49,7 +49,7 @@ class Annealed(Method):
             )
             state = search.drops(start.plan.removed("prefill"))
             if merges:
-                state = _better(search, state, search.greedy(lazy=True)[0])
+                state = _better(search, state, search.greedy(lazy=True, progress=context.progress)[0])
             state, energy = anneal(search, state, self.annealing, context.progress)
             plan = search.final(state, 0, "annealing", energy)
             student.apply_plan(plan)
