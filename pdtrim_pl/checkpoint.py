@@ -145,10 +145,7 @@ class PlanCheckpointIO(TorchCheckpointIO):
                 CheckpointState.of(checkpoint).write_beside(path)
             os.replace(unfinished, path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise OSError(
-                f"The checkpoint {path} cannot be written ({error}); earlier ones are untouched. Free some space or "
-                "name another `dirpath`, then continue with `--ckpt_path`."
-            ) from error
+            raise unwritable(path, error) from error
         finally:
             Path(unfinished).unlink(missing_ok=True)
 
@@ -164,6 +161,14 @@ class PlanCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         super().remove_checkpoint(path)
         remove_beside(path)
+
+
+def unwritable(path: str | os.PathLike[str], reason: object) -> OSError:
+    """What to raise where a checkpoint cannot be written."""
+    return OSError(
+        f"The checkpoint {path} cannot be written ({reason}); earlier ones are untouched. Free some space or name "
+        "another `dirpath`, then continue with `--ckpt_path`."
+    )
 
 
 def sidecar(checkpoint: str | os.PathLike[str], name: str) -> Path:

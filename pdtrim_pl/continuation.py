@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pdtrim_pl.checkpoint import CheckpointState, check_file, check_weights, mapped
+from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.plan import ModelRef
 from pdtrim_pl.pretrained import load_config
 from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, earlier, is_whole, put_in_place, remove, unfinished
@@ -107,6 +108,23 @@ def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation 
     return None
 
 
+def check_same_checkpoint(ranks: Ranks, path: str | os.PathLike[str] | None) -> None:
+    """Refuse a run whose processes continue from different checkpoints: each looks for `last` on its own.
+
+    Raises:
+        ValueError: on every rank, with what they found.
+    """
+    found: dict[str, list[int]] = {}
+    for rank, other in enumerate(ranks.gather(None if path is None else os.fspath(path))):
+        found.setdefault(other or "the beginning", []).append(rank)
+    if len(found) > 1:
+        said = "; ".join(f"rank {', '.join(map(str, ranks))} from {path}" for path, ranks in found.items())
+        raise ValueError(
+            f"The processes would continue from different checkpoints: {said}. The nodes do not see the same files "
+            "(yet): start again in a minute, or name one with `--ckpt_path`, in a folder that all nodes share."
+        )
+
+
 def settle(folder: str | os.PathLike[str]) -> None:
     """Put right what killed saves have left in a folder of checkpoints.
 
@@ -124,9 +142,10 @@ def settle(folder: str | os.PathLike[str]) -> None:
             remove(left)
     for left in sorted(Path(folder).glob("*.ckpt.earlier")):
         path = left.with_name(left.name.removesuffix(".earlier"))
-        if path.exists() or not is_whole(left):
+        if path.is_file() or is_whole(path) or not is_whole(left):
             remove(left)
         else:
+            remove(path)
             os.replace(left, path)
             _write_beside(path)
 

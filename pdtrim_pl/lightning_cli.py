@@ -57,7 +57,7 @@ class PDTrimCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit" and kwargs.get("ckpt_path") == "last":
-            kwargs["ckpt_path"] = _newest_checkpoint(self.trainer, self.model)
+            kwargs["ckpt_path"] = self.model.found_checkpoint = _newest_checkpoint(self.trainer, self.model)
         return kwargs
 
     @override

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -24,7 +25,7 @@ from typing_extensions import override
 
 from pdtrim_pl.checkpoint import CheckpointState, check_weights, check_writable
 from pdtrim_pl.context import usable_context
-from pdtrim_pl.continuation import settle
+from pdtrim_pl.continuation import check_same_checkpoint, settle
 from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check_vocabulary
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
@@ -41,7 +42,15 @@ from pdtrim_pl.settings import Loading, Structure, dtype_of
 from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.generation import stop_ids_of
 from pdtrim_pl.staged.model import reference_to
-from pdtrim_pl.strategies import check_freezing, check_strategy, forget_gradients, gathered, largest, shards_weights
+from pdtrim_pl.strategies import (
+    check_freezing,
+    check_strategy,
+    forget_gradients,
+    gathered,
+    largest,
+    ranks_of,
+    shards_weights,
+)
 
 RANDOM_STATES = "pdtrim_random"
 """Key of the random generators of every process in a checkpoint."""
@@ -85,6 +94,8 @@ class PDTrimModule(LightningModule):
         self.chunk_tokens = chunk_tokens
         self.record = RunRecord()
         self.run_config = ""
+        self.found_checkpoint: str | Path | None = None
+        """What this process found for `--ckpt_path last`; the processes compare it before they load anything."""
         self.run_name = ""
         """A random one for every new run; a continued run has that of its checkpoint."""
         self._unrecorded: tuple[int, Tensor] | None = None
@@ -139,6 +150,7 @@ class PDTrimModule(LightningModule):
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
+        check_same_checkpoint(ranks_of(self.trainer.strategy), self.found_checkpoint)
         self.run_name = self.trainer.strategy.broadcast(uuid4().hex)
 
     @override

@@ -2,6 +2,7 @@
 
 `NAME.ckpt/pdtrim.json` is that note; plan, policy and YAML lie beside the directory as beside a checkpoint file. While
 it is written it is `NAME.ckpt.unfinished`, and the one whose name it takes is `NAME.ckpt.earlier` until it has it.
+The note also lists the shards with their sizes, so that one of which a shard is short or gone is not taken for whole.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,8 +24,10 @@ from torch import Tensor, nn
 from pdtrim_pl.staged import StagedCausalLM
 
 NOTE_FILE = "pdtrim.json"
-NOTE_FORMAT = "pdtrim.sharded_checkpoint/2"
-_TAG = "checkpoint"  # Lightning's name of the directory that DeepSpeed's files lie in
+NOTE_FORMAT = "pdtrim.sharded_checkpoint/3"
+TAG = "checkpoint"
+"""Lightning's name of the directory that DeepSpeed's files lie in."""
+_READABLE = (NOTE_FORMAT, "pdtrim.sharded_checkpoint/2")  # the older one lists no files
 _ENGINE_KEYS = frozenset(
     {"module", "optimizer", "lr_scheduler", "csr_tensor_module_names", "skipped_steps", "global_steps", "dp_world_size",
      "mp_world_size"}
@@ -41,27 +45,36 @@ class ShardedCheckpoint:
     """SHA-256 of the names and shapes of the student's weights."""
     state: Mapping[str, Any] = field(default_factory=dict)
     """`CheckpointState` as JSON: what lies beside the directory is not replaced in the same instant."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of every file without which it cannot be loaded, by its name in the directory. Checkpoints from before
+    there was this list have none, and a torn one of them shows only when it is loaded."""
 
     @classmethod
     def of(
-        cls, stage: int, processes: int, student: StagedCausalLM, state: Mapping[str, Any] | None = None
-    ) -> ShardedCheckpoint:
+        cls, stage: int, processes: int, student: StagedCausalLM, state: Mapping[str, Any] | None = None,
+        files: Mapping[str, int] | None = None,
+    ) -> ShardedCheckpoint:  # fmt: skip
         """Describe a run as it is now."""
         shapes = sorted((name, list(_whole_shape(parameter))) for name, parameter in student.named_parameters())
         weights = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-        return cls(stage, processes, weights, state or {})
+        return cls(stage, processes, weights, state or {}, files or {})
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write the note; call it once every shard is on disk."""
-        note = {"format": NOTE_FORMAT, **asdict(self)}
-        (Path(directory) / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        """Write the note; call it once every shard is on disk. The directory may be renamed when it returns."""
+        note = Path(directory) / NOTE_FILE
+        note.write_text(json.dumps({"format": NOTE_FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
+        sync(note)
+        for folder in {note.parent, *((note.parent / name).parent for name in self.files)}:
+            with suppress(OSError):  # some network file systems cannot for a directory
+                sync(folder)
 
     @classmethod
     def load(cls, directory: str | PathLike[str]) -> ShardedCheckpoint:
         """Read the note.
 
         Raises:
-            ValueError: no such directory, or one that was never finished, or of another format.
+            ValueError: no such directory, or one that was never finished, or of another format, or a file that it
+                lists is missing or not as long as it was.
         """
         path = Path(directory)
         if not path.is_dir():
@@ -72,14 +85,29 @@ class ShardedCheckpoint:
         try:
             note = json.loads((path / NOTE_FILE).read_text(encoding="utf-8"))
             found = note.pop("format")
-            if found != NOTE_FORMAT:
+            if found not in _READABLE:
                 raise ValueError(f"its `format` is {found!r}, and this version reads {NOTE_FORMAT!r}")
-            return cls(**note)
+            saved = cls(**note)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"The checkpoint {path} cannot be read ({error}). It is unfinished, or not of this package: give "
                 "`ckpt_path` the one before it."
             ) from error
+        saved._check_files(path)
+        return saved
+
+    def _check_files(self, path: Path) -> None:
+        sizes = {name: _size(path / name) for name in self.files}
+        faults = [
+            f"shard {name} is missing" if sizes[name] is None else f"shard {name} has {sizes[name]} of {size} bytes"
+            for name, size in self.files.items()
+            if sizes[name] != size
+        ]
+        if faults:
+            more = f", and {len(faults) - 3} more are like that" if len(faults) > 3 else ""
+            raise ValueError(
+                f"The checkpoint {path} is torn: {', '.join(faults[:3])}{more}. Give `ckpt_path` the one before it."
+            )
 
     def check(self, run: ShardedCheckpoint, path: str | PathLike[str]) -> None:
         """Refuse to continue it in a run that differs.
@@ -116,7 +144,7 @@ def read_run_state(directory: str | PathLike[str]) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_model_state_file
 
     # DeepSpeed's files hold more than tensors, so `weights_only` cannot read them.
-    file = get_model_state_file(os.path.join(directory, _TAG), stage)
+    file = get_model_state_file(os.path.join(directory, TAG), stage)
     saved = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     return {key: value for key, value in saved.items() if key not in _ENGINE_KEYS}
 
@@ -126,7 +154,7 @@ def read_weights(directory: str | PathLike[str]) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-        directory, tag=_TAG, exclude_frozen_parameters=True
+        directory, tag=TAG, exclude_frozen_parameters=True
     )
     return weights
 
@@ -147,14 +175,14 @@ def put_in_place(path: str | PathLike[str]) -> None:
     Killed at any point, it leaves the finished one whole under one of its names.
     """
     remove(earlier(path))
-    if os.path.isdir(path):
+    if os.path.isdir(path) or os.path.islink(path):  # also a link to nothing, which no directory could replace
         os.replace(path, earlier(path))
     os.replace(unfinished(path), path)
     remove(earlier(path))
 
 
 def is_whole(directory: str | PathLike[str]) -> bool:
-    """Whether it was finished."""
+    """Whether it was finished, and nothing of it is short or gone."""
     try:
         ShardedCheckpoint.load(directory)
     except ValueError:
@@ -163,9 +191,28 @@ def is_whole(directory: str | PathLike[str]) -> bool:
 
 
 def remove(directory: str | PathLike[str]) -> None:
-    """Delete a directory of shards if there is one, its note first: what a kill leaves is not taken for whole."""
+    """Delete a directory of shards if there is one, its note first: what a kill leaves is not taken for whole.
+
+    Of a link to one only the link goes.
+    """
+    if os.path.islink(directory):
+        os.unlink(directory)
+        return
     (Path(directory) / NOTE_FILE).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def sync(path: str | PathLike[str]) -> None:
+    """Return once a file's bytes, or a directory's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

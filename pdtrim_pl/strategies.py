@@ -6,8 +6,8 @@ Named in YAML: `strategy: {class_path: pdtrim_pl.strategies.PDTrimDeepSpeedStrat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from pdtrim_pl.checkpoint import CheckpointState, remove_beside
+from pdtrim_pl.checkpoint import CheckpointState, remove_beside, unwritable
 from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.fsdp import PDTrimFSDPStrategy
+from pdtrim_pl.shard_writer import ShardWriter
 from pdtrim_pl.sharded_checkpoint import (
     ShardedCheckpoint,
     put_in_place,
@@ -45,7 +46,8 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
     - Under ZeRO-3 a Hugging Face model is loaded shard by shard, only rank 0 reads the weights' values, and the RoPE
       tables stay exact.
     - Checkpoints are directories with the plan, policy and YAML beside them, written under a temporary name; the
-      teacher is never in them. One of another number of processes, ZeRO stage or model is refused by name.
+      teacher is never in them. One of another number of processes, ZeRO stage or model is refused by name. Where one
+      rank cannot write its shard, all stop with the same error.
     - CPU offload takes any optimizer, and a block that was dropped does not get its last gradient again and again.
 
     Args:
@@ -127,15 +129,40 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
+        if storage_options is not None:
+            raise TypeError("`storage_options` is for a checkpoint file, and DeepSpeed writes a directory of shards.")
         path = self.broadcast(filepath)
-        super().save_checkpoint(checkpoint, unfinished(path), storage_options)
-        self.barrier("every shard is written")
+        writer = ShardWriter(unfinished(path))
         if self.is_global_zero:
-            state = CheckpointState.of(checkpoint)
-            ShardedCheckpoint.of(self.stage, self.world_size, self._student(), state.to_json()).save(unfinished(path))
-            state.write_beside(path)
-            put_in_place(path)
-        self.barrier("the checkpoint is in place")
+            writer.attempt(remove, unfinished(path))
+        writer.save(self.deepspeed_engine, checkpoint)
+        files = self._agree(writer, path)
+        if self.is_global_zero:
+            writer.attempt(self._finish, CheckpointState.of(checkpoint), files, path)
+        self._agree(writer, path)
+
+    def _agree(self, writer: ShardWriter, path: str | Path) -> dict[str, int]:
+        """What all ranks have written; if one of them could not, none goes on.
+
+        Raises:
+            OSError: on every rank; the part that was written is deleted.
+        """
+        told = ranks_of(self).gather((writer.files, writer.error))
+        failed = {rank: error for rank, (_, error) in enumerate(told) if error}
+        if not failed:
+            return {name: size for files, _ in told for name, size in files.items()}
+        if self.is_global_zero:
+            with suppress(OSError):
+                remove(unfinished(path))
+        self.barrier("what was written is deleted")
+        first = min(failed)
+        raise unwritable(path, f"rank {first}, one of {len(failed)} that could not: {failed[first]}")
+
+    def _finish(self, state: CheckpointState, files: Mapping[str, int], path: str | Path) -> None:
+        note = ShardedCheckpoint.of(self.stage, self.world_size, self._student(), state.to_json(), files)
+        note.save(unfinished(path))
+        state.write_beside(path)
+        put_in_place(path)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -130,6 +130,19 @@ def test_fit_validate_test_predict_and_export_work_one_after_the_other(config: P
     assert policy.kv.dtype == "float32"
 
 
+def test_the_processes_compare_what_each_found_for_last(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[Path | None] = []
+    monkeypatch.setattr("pdtrim_pl.module.check_same_checkpoint", lambda ranks, path: compared.append(path))
+    for _ in range(2):
+        assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 0
+    before, found = compared
+    assert before is None
+    assert found is not None
+    assert found.parent == tmp_path / "ckpt"
+
+
 def test_an_override_on_the_command_line_wins(config: Path) -> None:
     cli = PDTrimCLI(["--config", str(config), "--trainer.max_epochs", "7", "--data.batch_size=2"], run=False)
     assert cli.trainer.max_epochs == 7

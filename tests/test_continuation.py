@@ -16,13 +16,23 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, sidecar
-from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint, settle
+from pdtrim_pl.continuation import Continuation, check_same_checkpoint, latest_valid_checkpoint, settle
+from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.record import RunRecord
-from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, earlier, is_whole, put_in_place, unfinished
+from pdtrim_pl.sharded_checkpoint import (
+    ShardedCheckpoint,
+    earlier,
+    is_whole,
+    put_in_place,
+    read_sharded,
+    remove,
+    unfinished,
+)
 from pdtrim_pl.staged import StagedCausalLM
 
 age = count(1)
-SHARDS = ("latest", *(f"checkpoint/shard_{rank}.pt" for rank in range(2)), *(f"{name}.py" for name in "az"))
+SHARDS = ("latest", *(f"checkpoint/shard_{rank}.pt" for rank in range(2)))
+UNLISTED = ("a.py", "z.py")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +65,14 @@ def save_file(path: Path, student: StagedCausalLM | None = None, processes: int 
 def save_shards(
     path: Path | str, student: StagedCausalLM | None = None, *, stage: int = 2, processes: int = 2, loss: float = 0.0
 ) -> Path:
-    """A finished directory of shards, which are empty, newer than all before it."""
+    """A finished directory of shards, newer than all before it."""
     student = student or student_of()
     Path(path, "checkpoint").mkdir(parents=True)
-    for name in SHARDS:
-        Path(path, name).touch()
+    for name in (*SHARDS, *UNLISTED):
+        Path(path, name).write_bytes(b"a whole shard")
     state = state_of(student, processes, loss).to_json()
-    ShardedCheckpoint.of(stage, processes, student, state).save(path)
+    files = {name: Path(path, name).stat().st_size for name in SHARDS}
+    ShardedCheckpoint.of(stage, processes, student, state, files).save(path)
     return made_newest(Path(path))
 
 
@@ -120,6 +131,86 @@ FOREIGN_SHARDS: dict[str, tuple[Callable[[Path], Path], str]] = {
 }
 
 
+def cut(shard: Path) -> None:
+    shard.write_bytes(b"half")
+
+
+TORN: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
+    "one cut": (cut, SHARDS[1:2], r"is torn: shard checkpoint/shard_0.pt has 4 of 13 bytes. Give `ckpt_path` the one"),
+    "all cut": (cut, SHARDS, r"latest has 4 of 13 bytes, shard checkpoint/shard_0.pt .*, shard checkpoint/shard_1.pt"),
+    "one gone": (Path.unlink, SHARDS[2:], r"is torn: shard checkpoint/shard_1.pt is missing. Give"),
+    "all gone": (Path.unlink, SHARDS, r"shard latest is missing, shard checkpoint/shard_0.pt is missing"),
+}
+
+
+def torn(kind: str, path: Path | str) -> Path:
+    """One that was finished, and then lost something, as a file system does that loses its power."""
+    harm, names, _ = TORN[kind]
+    directory = save_shards(path)
+    for name in names:
+        harm(directory / name)
+    return made_newest(directory)
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_torn_shards_are_passed_over_by_name_and_those_before_them_taken(
+    kind: str, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = save_shards(tmp_path / "before.ckpt")
+    check_passed_over(torn(kind, tmp_path / "last.ckpt"), before, Continuation(str(llama), 2, 2), TORN[kind][2], caplog)
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_torn_shards_are_neither_continued_nor_exported_nor_taken_up(kind: str, tmp_path: Path) -> None:
+    path = torn(kind, tmp_path / "last.ckpt")
+    assert not is_whole(path)
+    for read in (ShardedCheckpoint.load, CheckpointState.at, read_sharded):
+        with pytest.raises(ValueError, match=TORN[kind][2]):
+            read(path)
+    torn(kind, unfinished(tmp_path / "other.ckpt"))
+    settle(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_many_torn_shards_are_counted(tmp_path: Path) -> None:
+    ShardedCheckpoint(2, 2, "a", {}, {f"shard_{rank}": 9 for rank in range(64)}).save(tmp_path)
+    with pytest.raises(ValueError, match=r"shard_2 is missing, and 61 more are like that. Give `ckpt_path`"):
+        ShardedCheckpoint.load(tmp_path)
+
+
+def test_what_the_note_does_not_list_may_go(tmp_path: Path) -> None:
+    path = save_shards(tmp_path / "last.ckpt")
+    for name in UNLISTED:
+        (path / name).unlink()
+    assert is_whole(path)
+
+
+def test_a_checkpoint_from_before_there_was_a_list_of_files_is_taken(llama: Path, tmp_path: Path) -> None:
+    path = save_shards(tmp_path / "last.ckpt")
+    note = json.loads((path / "pdtrim.json").read_text())
+    del note["files"]
+    (path / "pdtrim.json").write_text(json.dumps({**note, "format": "pdtrim.sharded_checkpoint/2"}))
+    assert latest_valid_checkpoint(tmp_path, run=Continuation(str(llama), 2, 2)) == path
+
+
+def test_a_link_to_shards_is_read_as_they_are_and_they_outlive_it(llama: Path, tmp_path: Path) -> None:
+    target = save_shards(tmp_path / "step=4.ckpt", loss=1.0)
+    link = tmp_path / "last.ckpt"
+    link.symlink_to(target.name)
+    assert losses(link) == [(1, 1.0)]
+    save_shards(unfinished(link), loss=2.0)
+    put_in_place(link)
+    assert (losses(target), losses(link)) == ([(1, 1.0)], [(1, 2.0)])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last.ckpt", "step=4.ckpt"]
+    (tmp_path / "lost.ckpt").symlink_to("gone.ckpt")
+    save_shards(unfinished(tmp_path / "lost.ckpt"))
+    put_in_place(tmp_path / "lost.ckpt")
+    assert is_whole(tmp_path / "lost.ckpt")
+    (tmp_path / "best.ckpt").symlink_to(target.name)
+    remove(tmp_path / "best.ckpt")
+    assert is_whole(target)
+
+
 @pytest.mark.parametrize("kind", FOREIGN_SHARDS)
 def test_foreign_shards_are_passed_over_by_name_and_those_before_them_taken(
     kind: str, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -173,6 +264,19 @@ def test_a_foreign_checkpoint_that_is_named_outright_is_refused(kind: str, llama
         CheckpointState.of(PlanCheckpointIO().load_checkpoint(path)).check_processes(1)
 
 
+# What the processes of a run have found
+
+
+def test_processes_that_found_different_checkpoints_are_refused() -> None:
+    def ranks(*found: str | None) -> Ranks:
+        return Ranks(size=len(found), gather=lambda value: list(found))
+
+    check_same_checkpoint(Ranks(), None)
+    check_same_checkpoint(ranks("a.ckpt", "a.ckpt"), Path("a.ckpt"))
+    with pytest.raises(ValueError, match=r"rank 0, 2 from a.ckpt; rank 1 from the beginning.*start again in a minute"):
+        check_same_checkpoint(ranks("a.ckpt", None, "a.ckpt"), "a.ckpt")
+
+
 # Kills in the middle of a save of shards
 
 
@@ -216,7 +320,7 @@ def test_a_kill_while_a_checkpoint_gets_its_name_loses_neither_the_new_one_nor_l
         assert newest is not None
         assert losses(newest) == [(1, 2.0)]
         for found in folder.iterdir():
-            assert not is_whole(found) or all((found / name).is_file() for name in SHARDS)
+            assert not is_whole(found) or all((found / name).is_file() for name in (*SHARDS, *UNLISTED))
         settle(folder)
         assert losses(path) == [(1, 2.0)]
         assert not list(folder.glob("*.unfinished")) + list(folder.glob("*.earlier"))
@@ -254,6 +358,15 @@ def test_a_checkpoint_that_was_put_aside_for_one_that_is_damaged_is_found_and_ge
     assert latest_valid_checkpoint(tmp_path, run=Continuation(str(llama), 2, 2)) == aside
     settle(tmp_path)
     assert losses(path) == [(1, 1.0)]
+
+
+def test_a_checkpoint_that_was_put_aside_for_one_that_tore_gets_its_name_back(llama: Path, tmp_path: Path) -> None:
+    path = torn("one cut", tmp_path / "last.ckpt")
+    aside = save_shards(earlier(path), loss=1.0)
+    assert latest_valid_checkpoint(tmp_path, run=Continuation(str(llama), 2, 2)) == aside
+    settle(tmp_path)
+    assert losses(path) == [(1, 1.0)]
+    assert not Path(earlier(path)).exists()
 
 
 def test_a_settled_checkpoint_has_its_own_plan_beside_it(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
-"""What only the real engine can show, on two CPU processes: dropped blocks stand still, bf16, offload, preemption."""
+"""What only the real engine shows, on two CPU processes: dropped blocks stand still, bf16, offload, full disks."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from deepspeed_run import INTERRUPTED, WHOLE, fit
+from full_disk_run import FULL
 from process_group import run_script
 from tiny_models import tiny_model
 
@@ -117,3 +119,28 @@ def test_a_checkpoint_that_a_kill_kept_from_its_name_is_continued_and_gets_it(na
         assert rank[f"{name} interrupted"]["found"] == "last.ckpt.unfinished"
     left = told[0][f"{name} interrupted"]["left"]
     assert left == ["last.ckpt", "last.config.yaml", "last.stage_plan.json"]
+
+
+@pytest.fixture(scope="module")
+def without_room(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
+    """What both processes say of the runs in which one of them runs out of room."""
+    folder = tmp_path_factory.mktemp("full_disk")
+    run_script("full_disk_run.py", str(model), str(folder), folder=folder, timeout=TIMEOUT)
+    return [json.loads((folder / f"told-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_on_one_rank_ends_both_with_one_error_and_leaves_the_earlier_checkpoint(
+    name: str, without_room: list[Told]
+) -> None:
+    _, rank = FULL[name]
+    for told in without_room:
+        said = rf"{name}/epoch=1.ckpt cannot be written \(rank {rank}, one of 1 that could not: .*untouched. Free some"
+        assert re.search(said, told[name]["error"])
+        assert told[name]["left"] == ["epoch=0.ckpt", "epoch=0.config.yaml", "epoch=0.stage_plan.json"]
+        assert told[name]["steps"] == 4, "two of the six were saved"
+
+
+def test_processes_that_found_different_checkpoints_do_not_start(without_room: list[Told]) -> None:
+    for told in without_room:
+        assert "rank 0 from step=0.ckpt; rank 1 from step=1.ckpt" in told["differing"]
