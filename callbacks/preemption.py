@@ -6,7 +6,7 @@ import logging
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -31,9 +31,10 @@ class Preemption(Checkpoint):
     Nothing happens inside a signal handler. From `setup` on the two signals are blocked, so one that comes stays
     pending until a batch ends, and the ranks agree there by an all-reduce: saving is collective and every rank must do
     it after the same batch. Blocked signals are inherited by data-loading workers, which SIGTERM would kill otherwise.
-    A notice during a search is acted on after the first batch under the new plan: a search that is cut off leaves
-    nothing worth saving that the last checkpoint does not hold. One during an epoch's last batch waits for the
-    validation, which a run resumed from before it would skip. In mid-accumulation it waits for the optimizer step.
+    A search is left between two evaluations, and nothing is saved: it goes on from the last checkpoint by its journal,
+    which knows it by its weights, so keep a checkpoint of the end of every epoch. A notice after its last evaluation is
+    acted on after the first batch under the new plan. One during an epoch's last batch waits for the validation, which
+    a run resumed from before it would skip. In mid-accumulation it waits for the optimizer step.
 
     A `Checkpoint` in Lightning's eyes, so its hooks run after those of the other callbacks; list it last.
 
@@ -107,8 +108,22 @@ class Preemption(Checkpoint):
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._delivered = True
 
+    def leave_search(self, trainer: Trainer) -> None:
+        """Leave between two evaluations, if asked to; every rank must call it."""
+        if self._asked(trainer):
+            if trainer.is_global_zero:
+                log.info("Asked to leave in a search, whose evaluations are kept. %s", self._requeue())
+            self._leave(trainer)
+
+    def _asked(self, trainer: Trainer) -> bool:
+        return bool(trainer.strategy.reduce_boolean_decision(self.noticed, all=False))
+
+    def _leave(self, trainer: Trainer) -> NoReturn:
+        trainer.strategy.barrier("preemption")  # `srun` may end every task when the first one leaves
+        raise Preempted(EXIT_STATUS)
+
     def _leave_if_asked(self, trainer: Trainer) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self.noticed, all=False):
+        if not self._asked(trainer):
             return
         saver = _saver(trainer)
         assert saver is not None
@@ -117,8 +132,7 @@ class Preemption(Checkpoint):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             log.info("Asked to leave: saved step %d to %s. %s", trainer.global_step, path, self._requeue())
-        trainer.strategy.barrier("preemption")  # `srun` may end every task when the first one leaves
-        raise Preempted(EXIT_STATUS)
+        self._leave(trainer)
 
     def _requeue(self) -> str:
         """Put the job back into the queue, if there is one and it may; returns what to tell."""
@@ -142,6 +156,14 @@ class Preemption(Checkpoint):
             signal.sigwait(signal.sigpending() & NOTICES)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
         self._mask_before = None
+
+
+def leave_search(trainer: Trainer) -> None:
+    """What a search calls before every evaluation, on every rank."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, Preemption):
+            callback.leave_search(trainer)
 
 
 def _saver(trainer: Trainer) -> ModelCheckpoint | None:

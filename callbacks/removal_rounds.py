@@ -6,6 +6,8 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from callbacks.preemption import leave_search
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import Memory
@@ -82,9 +85,10 @@ def scoring_context(
     trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM, memory: Memory
 ) -> ScoringContext:
     """What criteria and searches look at in a run; the run's record gets the redundancy that its first round sees."""
+    ranks = replace(ranks_of(trainer.strategy), leave_if_asked=partial(leave_search, trainer))
     context = ScoringContext(
-        student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks_of(trainer.strategy),
-        journal_file(trainer), memory,
+        student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks, journal_file(trainer),
+        memory,
     )  # fmt: skip
     if not any(module.record.redundancy.values()):
         module.record.redundancy = context.redundancy
@@ -93,8 +97,8 @@ def scoring_context(
 
 def journal_file(trainer: Trainer) -> Path:
     """Where evaluations are kept: beside the checkpoints."""
-    saver = trainer.checkpoint_callback
-    folder = saver.dirpath if isinstance(saver, ModelCheckpoint) else None
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    folder = next((saver.dirpath for saver in savers), None)
     return Path(folder or trainer.default_root_dir) / "search_journal.jsonl"
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from callbacks.preemption import NOTICES, Preempted
 from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO
 from pdtrim_pl.cli import main
 from pdtrim_pl.continuation import latest_valid_checkpoint
-from pdtrim_pl.criteria import CosineRedundancy, ScoringContext
+from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.module import PDTrimModule
@@ -94,7 +95,7 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fit(
-    folder: Path, model: Path, *extra: Callback, search: NotifiedSearch | None = None,
+    folder: Path, model: Path, *extra: Callback, search: Criterion | None = None,
     savers: Sequence[Callback] | None = None, **settings: Any,
 ) -> PDTrimModule:  # fmt: skip
     """Two epochs of three batches with a drop at the start of the second; continues where it can."""
@@ -151,7 +152,7 @@ def test_a_run_asked_to_leave_continues_to_the_same_end(
     saved(tmp_path)  # still one checkpoint, not a `last-v1.ckpt` beside it
 
 
-def test_a_notice_in_the_search_waits_until_the_drop_is_whole(
+def test_a_notice_after_the_last_evaluation_waits_until_the_drop_is_whole(
     whole_run: PDTrimModule, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Preempted):
@@ -159,6 +160,47 @@ def test_a_notice_in_the_search_waits_until_the_drop_is_whole(
     step, state = saved(tmp_path)
     assert (step, len(state.plan.decode)) == (4, 3)
     check_same(fit(tmp_path, tiny_llama_dir, Preemption()), whole_run)
+
+
+class SlowSearch(GreedyKL):
+    """Sends this process a signal after so many evaluations."""
+
+    def __init__(self, evaluations: int) -> None:
+        super().__init__()
+        self.left = evaluations
+
+    @override
+    def score(
+        self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
+    ) -> dict[int, float]:
+        def counted(line: str) -> None:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        return super().score(replace(context, progress=counted), plan, target, candidates)
+
+
+def test_a_search_longer_than_the_notice_is_left_and_continued(
+    tiny_llama_dir: Path, tmp_path: Path, told: list[str]
+) -> None:
+    def run(folder: Path, evaluations: int) -> PDTrimModule:
+        saver = ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False)
+        return fit(folder, tiny_llama_dir, Preemption(), search=SlowSearch(evaluations), savers=[saver])
+
+    whole = run(tmp_path / "whole", 1000)
+    folder = tmp_path / "left"
+    with pytest.raises(Preempted):
+        run(folder, 2)
+    journal = folder / "checkpoints" / "search_journal.jsonl"
+    known = journal.read_text()
+    assert len(known.splitlines()) == 2
+    step, state = saved(folder)
+    assert (step, len(state.plan.decode)) == (3, 4), "the end of the epoch before"
+    check_same(run(folder, 1000), whole)
+    assert journal.read_text().startswith(known), "what was known is not evaluated again"
+    assert journal.read_text() == (tmp_path / "whole" / "checkpoints" / "search_journal.jsonl").read_text()
+    assert told[0].startswith("Asked to leave in a search, whose evaluations are kept. Continue with the same command")
 
 
 def test_a_notice_between_two_optimizer_steps_waits_for_the_gradients(tiny_llama_dir: Path, tmp_path: Path) -> None:

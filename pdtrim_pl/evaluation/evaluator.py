@@ -209,6 +209,7 @@ class Evaluator:
     @torch.no_grad()
     def _extend(self, candidate: Candidate, text: str) -> None:
         """One more batch, or one more on every rank that has one left."""
+        self.ranks.leave_if_asked()
         parts, known = self.ranks.parts, self.journal.known(text)
         left = sorted(set(range(self.count)) - set(known), key=lambda batch: (-self.weight[batch], batch))
         chosen = [next((batch for batch in left if batch % parts == part), None) for part in range(parts)]

@@ -30,6 +30,9 @@ class Ranks:
     whole: bool = True
     """Whether every rank holds whole weights. If not, no rank can evaluate a batch that the others do not."""
 
+    leave_if_asked: Callable[[], None] = lambda: None
+    """Called by every rank before every evaluation; raises where the run has to leave the machine."""
+
     @property
     def parts(self) -> int:
         """Among so many ranks batches are split."""
