@@ -318,6 +318,20 @@ def test_quick_settings_are_applied_and_the_command_line_still_wins(write: Calla
     assert comparison.data.parts.calibration == 2
 
 
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_a_quick_comparison_of_the_real_model_needs_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "compare_smollm2.yaml"
+    asked = ["--quick", "--rows.only=[shortgpt]", f"--output.folder={tmp_path}"]
+    assert main(["compare", "--config", str(config), *asked]) == 0
+    (row,) = csv.DictReader((tmp_path / "smollm2.csv").open())
+    assert (row["method"], row["prefill_removed"], row["decode_removed"]) == ("shortgpt", "2", "2")
+    assert 0 < float(row["kl"]) < 2
+    assert float(row["nll"]) > float(row["dense_nll"])
+    assert (tmp_path / "smollm2_prefill_flops.png").is_file()
+    assert "shortgpt" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("quick", [[], ["--quick"]], ids=["full", "quick"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_comparison_builds(path: Path, quick: list[str]) -> None:

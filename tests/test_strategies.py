@@ -42,7 +42,7 @@ from pdtrim_pl.strategies import (
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 300
-STRATEGIES = ("ddp_find_unused_parameters_true", "zero2", "zero3", "fsdp")
+STRATEGIES = ("ddp_find_unused_parameters_true", "zero1", "zero2", "zero3", "fsdp")
 
 
 @pytest.fixture(scope="module")
