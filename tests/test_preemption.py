@@ -176,7 +176,7 @@ class SlowSearch(GreedyKL):
         def counted(line: str) -> None:
             self.left -= 1
             if not self.left:
-                os.kill(os.getpid(), signal.SIGUSR1)
+                signal.raise_signal(signal.SIGUSR1)  # to this thread: others may not have it blocked
 
         return super().score(replace(context, progress=counted), plan, target, candidates)
 
