@@ -12,14 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from callbacks.removal_rounds import RemovalRounds, fitting_batches, scoring_context
+from callbacks.removal_rounds import RemovalRounds, scoring_context
 from pdtrim_pl.criteria import Criterion, ScoringContext
 from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import Stage, StagePlan, Target
-from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops, distillation_set
+from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops
 from pdtrim_pl.search.rounds import Removals
 
 log = logging.getLogger(__name__)
@@ -84,11 +83,9 @@ class BlockDrop(RemovalRounds):
         self.schedule = {int(epoch): int(count) for epoch, count in asked.items()}
         if not self.schedule or min(self.schedule) < 0 or min(self.schedule.values()) < 1:
             raise ValueError(f"`schedule` of the {stage} drops is {schedule}: give epochs >= 0 and counts >= 1.")
-        super().__init__(f"{stage} drops", self.schedule, memory)
+        super().__init__(f"{stage} drops", self.schedule, guards, merging, memory)
         self.until = schedule.until if isinstance(schedule, RepeatedDrop) else None
-        self.guards = guards
         self.annealing = annealing
-        self.merging = merging
 
     @property
     @override
@@ -99,12 +96,6 @@ class BlockDrop(RemovalRounds):
     def _counted(self) -> Stage:
         """The stage whose blocks are counted; `both` loses the same ones in each."""
         return "decode" if self.stage == "decode" else "prefill"
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.merging is not None:
-            check_merges(trainer.strategy, self.merging)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,8 +132,7 @@ class BlockDrop(RemovalRounds):
             search = RoundSearch(context.evaluator, start, self.stage, count, self.guards)
             dropped = set(start.blocks(self._counted)) - set(plan.blocks(self._counted))
             return self._annealed(search, search.drops(sorted(dropped)), self.annealing, context, round)
-        text = fitting_batches(trainer, self.merging)
-        offered = distillation_set(context, start, self.stage, self.merging, self.guards, text)
+        offered = self.merges(trainer, context, start, self.stage)
         search = RoundSearch(context.evaluator, start, self.stage, count, self.guards, offered, self.merging)
         first, energy = search.greedy(lazy=True, progress=context.progress)
         if self.annealing is None:

@@ -11,17 +11,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from callbacks.kv_retention import KVRetention
-from callbacks.removal_rounds import RemovalRounds, fitting_batches, scoring_context
+from callbacks.removal_rounds import RemovalRounds, scoring_context
 from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import STAGES, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
-from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal, distillation_set
+from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +74,8 @@ class JointDrop(RemovalRounds):
                 "`merging.tied` of the joint drops: a joint search merges in one stage at a time, a tied merge is in "
                 "both. Set it to false, or merge with BlockDrop."
             )
-        super().__init__("joint drops", epochs, memory)
-        self.target, self.request, self.guards = target, request, guards
-        self.retention, self.annealing, self.merging = retention, annealing, merging
+        super().__init__("joint drops", epochs, guards, merging, memory)
+        self.target, self.request, self.retention, self.annealing = target, request, retention, annealing
 
     @property
     @override
@@ -87,8 +85,6 @@ class JointDrop(RemovalRounds):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.merging is not None:
-            check_merges(trainer.strategy, self.merging)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if self.target.wire_bytes < 1 and any(isinstance(callback, KVRetention) for callback in callbacks):
             raise MisconfigurationException(
@@ -115,23 +111,12 @@ class JointDrop(RemovalRounds):
         log.info("Round %d: searching both stages for %s.", round, self.share(round))
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher, self.memory)
-            merges = self._merges(trainer, context, module.plan)
+            merges = self.merges(trainer, context, module.plan, *STAGES)
             plan, policy = self._chosen(context, module.plan, round, merges)
         sent = None if policy is None else policy.to_json(plan)
         structure, sent = context.ranks.agree((plan.to_json(), sent))
         module.apply_plan(StagePlan.from_json(structure))
         module.apply_policy(None if sent is None else KVRetentionPolicy.from_json(sent))
-
-    def _merges(self, trainer: Trainer, context: ScoringContext, start: StagePlan) -> list[Move]:
-        """The distillation sets of both stages."""
-        if self.merging is None:
-            return []
-        text = fitting_batches(trainer, self.merging)
-        return [
-            merge
-            for stage in STAGES
-            for merge in distillation_set(context, start, stage, self.merging, self.guards, text)
-        ]
 
     def _chosen(
         self, context: ScoringContext, start: StagePlan, round: int, merges: Sequence[Move]

@@ -59,7 +59,7 @@ class Preemption(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if _saver(trainer) is None:
+        if first_saver(trainer) is None:
             raise MisconfigurationException(
                 "Preemption saves into the folder of a ModelCheckpoint, and `trainer.callbacks` has none: add one with "
                 "`save_last: true` and a `dirpath`."
@@ -125,7 +125,7 @@ class Preemption(Checkpoint):
     def _leave_if_asked(self, trainer: Trainer) -> None:
         if not self._asked(trainer):
             return
-        saver = _saver(trainer)
+        saver = first_saver(trainer)
         assert saver is not None
         path = Path(saver.dirpath or trainer.default_root_dir) / f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"
         saver.last_model_path = str(path)  # else the continued run would write `last-v1.ckpt` beside it
@@ -166,5 +166,6 @@ def leave_search(trainer: Trainer) -> None:
             callback.leave_search(trainer)
 
 
-def _saver(trainer: Trainer) -> ModelCheckpoint | None:
+def first_saver(trainer: Trainer) -> ModelCheckpoint | None:
+    """The saver in whose folder the run keeps its files."""
     return next((saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)), None)

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from callbacks.preemption import leave_search
+from callbacks.preemption import first_saver, leave_search
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
+from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.moves import Move
+from pdtrim_pl.plan import StagePlan, Target
+from pdtrim_pl.search import Guards, distillation_set
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import check_drops, ranks_of
 
@@ -37,11 +40,15 @@ class RemovalRounds(Callback):
     Args:
         title: what is removed, for messages.
         epochs: epochs with a round, from 0.
+        guards: blocks never to touch, and a cap.
+        merging: how neighbours are fitted that may be merged; null merges none.
         memory: how much a search may keep.
     """
 
-    def __init__(self, title: str, epochs: Collection[int], memory: Memory) -> None:
-        self.title, self.memory = title, memory
+    def __init__(
+        self, title: str, epochs: Collection[int], guards: Guards, merging: Merging | None, memory: Memory
+    ) -> None:
+        self.title, self.guards, self.merging, self.memory = title, guards, merging, memory
         self.epochs = sorted(epochs)
         self.done: list[int] = []
 
@@ -54,6 +61,14 @@ class RemovalRounds(Callback):
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
         """Make round `round`, counted from 0: choose and apply a plan."""
 
+    def merges(self, trainer: Trainer, context: ScoringContext, start: StagePlan, *targets: Target) -> list[Move]:
+        """The distillation sets of some targets; nothing where none is asked for."""
+        if self.merging is None:
+            return []
+        text = fitting_batches(trainer, self.merging)
+        sets = [distillation_set(context, start, target, self.merging, self.guards, text) for target in targets]
+        return [merge for merges in sets for merge in merges]
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -63,6 +78,8 @@ class RemovalRounds(Callback):
                 f"`schedule` (`epochs`) of the {self.title} has a round at epoch {self.last_round}, and "
                 f"`trainer.max_epochs` is {trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
             )
+        if stage == "fit" and self.merging is not None:
+            check_merges(trainer.strategy, self.merging)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,9 +114,8 @@ def scoring_context(
 
 def journal_file(trainer: Trainer) -> Path:
     """Where evaluations are kept: beside the checkpoints."""
-    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
-    folder = next((saver.dirpath for saver in savers), None)
-    return Path(folder or trainer.default_root_dir) / "search_journal.jsonl"
+    saver = first_saver(trainer)
+    return Path((saver and saver.dirpath) or trainer.default_root_dir) / "search_journal.jsonl"
 
 
 def removals_of(trainer: Trainer) -> list[RemovalRounds]:

@@ -118,7 +118,7 @@ def check_same_checkpoint(ranks: Ranks, path: str | os.PathLike[str] | None) -> 
     for rank, other in enumerate(ranks.gather(None if path is None else os.fspath(path))):
         found.setdefault(other or "the beginning", []).append(rank)
     if len(found) > 1:
-        said = "; ".join(f"rank {', '.join(map(str, ranks))} from {path}" for path, ranks in found.items())
+        said = "; ".join(f"rank {', '.join(map(str, who))} from {where}" for where, who in found.items())
         raise ValueError(
             f"The processes would continue from different checkpoints: {said}. The nodes do not see the same files "
             "(yet): start again in a minute, or name one with `--ckpt_path`, in a folder that all nodes share."

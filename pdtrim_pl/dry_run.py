@@ -122,16 +122,10 @@ def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfi
 
 
 @runtime_checkable
-class Merges(Protocol):
-    """A callback that may merge blocks."""
+class Removes(Protocol):
+    """A callback that searches for what to remove, and may merge blocks."""
 
     merging: Merging | None
-
-
-@runtime_checkable
-class Searches(Protocol):
-    """A callback that searches for what to remove."""
-
     memory: SearchMemory
 
 
@@ -141,8 +135,9 @@ def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Seq
     Of callbacks that merge, the one that fits most pairs at once counts, and of those that search the one that keeps
     most: they take turns.
     """
-    kept = [callback.memory for callback in callbacks or () if isinstance(callback, Searches)] or [SearchMemory()]
-    merges = [callback.merging for callback in callbacks or () if isinstance(callback, Merges) and callback.merging]
+    removing = [callback for callback in callbacks or () if isinstance(callback, Removes)]
+    kept = [callback.memory for callback in removing] or [SearchMemory()]
+    merges = [callback.merging for callback in removing if callback.merging]
     calibration = data.parts.calibration
     examples = calibration if isinstance(calibration, int) else 256
     return Load(

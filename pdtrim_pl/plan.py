@@ -22,6 +22,8 @@ Action = Literal["drop", "merge"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PLAN_FORMAT = "pdtrim.stage_plan/1"
 PLAN_FILE = "stage_plan.json"
+ONLY_TARGET: Mapping[Relation, Target] = MappingProxyType({"unified": "both", "prefill_only": "prefill"})
+"""The relations under which blocks can leave one target alone."""
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 
@@ -281,13 +283,12 @@ class StagePlan:
     def _check_target(self, target: Target) -> None:
         if target not in get_args(Target):
             raise ValueError(f"Unknown `stage` {target!r}: choose one of {', '.join(get_args(Target))}.")
-        if self.relation == "unified" and target != "both":
-            raise ValueError(f"`stage: {target}` does not fit `relation: unified`, which drops from both: use `both`.")
-        if self.relation == "prefill_only" and target != "prefill":
-            raise ValueError(
-                f"`stage: {target}` does not fit `relation: prefill_only`, whose decode stage keeps every block: "
-                "use `prefill`, or another relation."
-            )
+        if target != ONLY_TARGET.get(self.relation, target):
+            why = {
+                "unified": "which drops from both: use `both`",
+                "prefill_only": "whose decode stage keeps every block: use `prefill`, or another relation",
+            }[self.relation]
+            raise ValueError(f"`stage: {target}` does not fit `relation: {self.relation}`, {why}.")
 
     def _faults(self) -> Iterable[str]:
         if self.relation not in get_args(Relation):

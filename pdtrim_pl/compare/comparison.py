@@ -206,7 +206,8 @@ def _check(methods: Mapping[str, Method], rows: Rows) -> None:
 
 def _check_counts(rows: Rows, bench: Bench) -> None:
     guards, blocks = rows.guards, bench.model.num_blocks
-    most = blocks - max(1, guards.protect_first + guards.protect_last)
+    free = bench.full("unified").drop_candidates("both", guards.protect_first, guards.protect_last)
+    most = min(len(free), blocks - 1)
     most = most if guards.max_removed is None else min(most, guards.max_removed)
     if rows.counts[-1] > most:
         raise ValueError(

@@ -39,9 +39,10 @@ class Taylor(Criterion):
             estimates = _estimates(context, plan, batch)
             tokens += int(batch.response_mask.sum())
             for block in candidates:
-                changes = [estimates[stage].get(block) for stage in plan.stages_losing(target, block)]
-                whole = sum(change for change in changes if change is not None)
-                totals[block] += float(torch.as_tensor(whole).abs().sum())
+                losing = plan.stages_losing(target, block)
+                changes = [estimates[stage][block] for stage in losing if block in estimates[stage]]
+                if changes:
+                    totals[block] += float(torch.stack(changes).sum(0).abs().sum())
         return {block: total / max(tokens, 1) for block, total in totals.items()}
 
 

@@ -198,9 +198,8 @@ class Neighbours:
         caches = [batch.prompt_ids.numel() * cached for batch in self.batches]
         states = [(batch.prompt_ids.numel() + batch.response_ids.numel()) * hidden for batch in self.batches]
         left = cache_bytes - sum(caches)
-        stride = max(1, ceil(sum(states) / left)) if left > 0 else WIDEST
-        if stride <= WIDEST and left > 0:
-            return stride, len(self.batches)
+        if sum(states) <= left * WIDEST:
+            return max(1, ceil(sum(states) / max(left, 1))), len(self.batches)
         ends = accumulate(cache + state / WIDEST for cache, state in zip(caches, states, strict=True))
         return WIDEST, sum(end <= cache_bytes for end in ends)
 

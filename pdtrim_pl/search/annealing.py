@@ -48,12 +48,14 @@ def anneal(
     draw, began = random.Random(settings.seed), time.monotonic()
 
     def over() -> bool:
-        late = settings.seconds is not None and time.monotonic() - began > settings.seconds
-        return settings.seconds is not None and bool(space.evaluator.ranks.agree(late))
+        if settings.seconds is None:
+            return False
+        return bool(space.evaluator.ranks.agree(time.monotonic() - began > settings.seconds))
 
-    first_energy = space.known_energy(first)
     if settings.descend:
         first, first_energy = space.improved(first, progress, over)
+    else:
+        first_energy = space.known_energy(first)
     current, current_energy = first, first_energy
     best, best_energy = first, first_energy
     temperature, accepted, started = settings.temperature * max(first_energy, 1e-12), 0, time.monotonic()

@@ -46,7 +46,7 @@ class Space(ABC, Generic[State]):
         Args:
             state: where to begin.
             progress: told how far it is.
-            over: asked before every step whether it must be the last.
+            over: asked between steps whether to take no more.
         """
 
     def energy(self, state: State, limit: float = inf) -> float | None:

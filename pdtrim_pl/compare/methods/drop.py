@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.method import Found, Method
 from pdtrim_pl.criteria import Criterion
-from pdtrim_pl.plan import Boundary, Relation, Target
+from pdtrim_pl.plan import ONLY_TARGET, Boundary, Relation, Target
 from pdtrim_pl.search.choose import choose_drops
-
-_ONLY_TARGET: Mapping[Relation, Target] = {"unified": "both", "prefill_only": "prefill"}
 
 
 class Drop(Method):
@@ -37,7 +33,7 @@ class Drop(Method):
         boundary: Boundary = "prefill",
     ) -> None:  # fmt: skip
         super().__init__()
-        only = _ONLY_TARGET.get(relation, target)
+        only = ONLY_TARGET.get(relation, target)
         if target != only:
             raise ValueError(f"`target: {target}` does not fit `relation: {relation}`: use `target: {only}`.")
         self.criterion, self.relation, self.target, self.boundary = criterion, relation, target, boundary
