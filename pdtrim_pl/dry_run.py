@@ -56,6 +56,7 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     own = argparse.ArgumentParser(prog="pdtrim fit --dry_run", add_help=False)
     own.add_argument("--dry_run", action="store_true")
     own.add_argument("--device_memory", type=float, default=None, metavar="GIB")
+    own.add_argument("--host_memory", type=float, default=None, metavar="GIB")
     options, rest = own.parse_known_args(list(args))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # `--dry_run` is not its to parse
@@ -71,9 +72,17 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     load = load_of(parsed.model, parsed.datamodule, parsed.trainer_settings.callbacks)
     memory = memory_per_process(shape, Shape.of(teacher_config), layout, load)
     limit = _limit(parsed.trainer_settings, layout, options.device_memory)
-    print(_table(parsed.model.model_name, shape, layout, memory, limit), file=out or sys.stdout)
+    on_a_node = _devices(parsed.trainer_settings.devices)
+    host = on_a_node * memory.host_total
+    lines = _table(parsed.model.model_name, shape, layout, memory, limit)
+    if parsed.trainer_settings.accelerator != "cpu":
+        of = "" if options.host_memory is None else f"  of {options.host_memory:.1f}"
+        lines.append(f"GiB in the host memory of a node with {on_a_node} process(es): {host / GIB:.1f}{of}")
+    print("\n".join(lines), file=out or sys.stdout)
     if memory.total > limit:
         raise ValueError(_too_large(memory, limit, layout, parsed.model))
+    if options.host_memory is not None and host > options.host_memory * GIB:
+        raise ValueError(_too_large_for_host(host, options.host_memory, layout))
     return 0
 
 
@@ -181,17 +190,16 @@ def _limit(trainer: Namespace, layout: Layout, asked: float | None) -> int:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_GPU
 
 
-def _table(name: str, shape: Shape, layout: Layout, memory: Memory, limit: int) -> str:
+def _table(name: str, shape: Shape, layout: Layout, memory: Memory, limit: int) -> list[str]:
     sharded = "FSDP" if layout.fsdp else f"ZeRO-{layout.zero_stage}"
     spread = sharded if layout.zero_stage else "everything on each"
-    lines = [
+    return [
         f"{name}: {shape.parameters:,} parameters in {shape.blocks} blocks; {layout.processes} process(es), {spread}.",
         "GiB per process (activations are an estimate):",
-        *(f"  {what:<22}{size / GIB:8.2f}" for what, size in memory.device.items()),
-        f"  {'total':<22}{memory.total / GIB:8.2f}  of {limit / GIB:.1f}",
-        *(f"  {what + ' (host)':<22}{size / GIB:8.2f}" for what, size in memory.host.items()),
+        *(f"  {what:<24}{size / GIB:8.2f}" for what, size in memory.device.items()),
+        f"  {'total':<24}{memory.total / GIB:8.2f}  of {limit / GIB:.1f}",
+        *(f"  {what + ' (host)':<24}{size / GIB:8.2f}" for what, size in memory.host.items()),
     ]
-    return "\n".join(lines)
 
 
 def _too_large(memory: Memory, limit: int, layout: Layout, module: PDTrimModule) -> str:
@@ -206,5 +214,17 @@ def _too_large(memory: Memory, limit: int, layout: Layout, module: PDTrimModule)
     ways.append("more or larger devices (`--device_memory` says how large)")
     return (
         f"This run needs {memory.total / GIB:.1f} GiB on every device, and there are {limit / GIB:.1f}. Try one of: "
+        f"{'; '.join(ways)}."
+    )
+
+
+def _too_large_for_host(needed: int, limit: float, layout: Layout) -> str:
+    ways = ["more nodes with fewer processes each", "a larger host (`--host_memory` says how large)"]
+    if layout.offload_parameters or layout.offload_optimizer:
+        ways.insert(0, "offload less (`offload_parameters`, `offload_optimizer`)")
+    elif layout.zero_stage < 3 or layout.fsdp:
+        ways.insert(0, "PDTrimDeepSpeedStrategy with `stage: 3`, under which no process loads a whole model")
+    return (
+        f"This run needs {needed / GIB:.1f} GiB of every node's host memory, and there are {limit:.1f}. Try one of: "
         f"{'; '.join(ways)}."
     )

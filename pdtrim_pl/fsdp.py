@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from pdtrim_pl.checkpoint import CheckpointState, check_file, check_weights, mapped
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.architectures import RoPE
+from pdtrim_pl.staged.architectures import Architecture, RoPE
 from pdtrim_pl.staged.cache import OneBlockCache
 
 OLDEST_TORCH = "2.13"
@@ -97,7 +97,7 @@ def shard(staged: StagedCausalLM, mesh: DeviceMesh) -> None:
             # After FSDP's own hook, which is to watch the output that the node hands a gradient to.
             block.register_forward_hook(partial(_leave_together, gate.architecture.cache_argument), with_kwargs=True)
             _add_forward_method(block, "keys_values", partial(gate.architecture.keys_values, block))
-        gate.project = _project
+        gate.project = partial(_project, gate.architecture)
     # FSDP leaves the root's weights whole after a pass, and after one without gradients they may be stale at the next.
     fully_shard(staged, mesh=mesh, reshard_after_forward=True)
     for name in ("prefill", "decode", "logits"):
@@ -113,8 +113,10 @@ def _add_forward_method(block: nn.Module, name: str, method: Callable[..., Any])
     register_fsdp_forward_method(block, name)
 
 
-def _project(block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
+def _project(architecture: Architecture, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
     """Keys and values alone, each [B, K, T, D], with the block's weights whole for that long."""
+    if not isinstance(block, FSDPModule):  # a fitted one, on offer
+        return architecture.keys_values(block, hidden, rope)
     sharded: Any = block
     keys, values = sharded.keys_values(hidden, rope)
     return keys, values

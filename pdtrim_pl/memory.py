@@ -19,6 +19,7 @@ LOGIT_COPIES = 8
 """fp32 tensors [tokens of a chunk, V] alive at once: both logits, log-probabilities, their gradients."""
 CONTEXT_BYTES = 2 * GIB
 """CUDA's context, NCCL's buffers and what the allocator cannot give back."""
+LOADING = "models, loading"
 GATHERED_PARAMETERS = 10**9
 """DeepSpeed's default for whole weights that ZeRO-3 keeps alive (`stage3_max_live_parameters`)."""
 
@@ -111,12 +112,18 @@ class Memory:
 
     device: Mapping[str, int]
     host: Mapping[str, int]
-    """What is moved to the host's memory."""
+    """What is moved to the host's memory, and what is there while models are loaded, before anything is moved."""
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
         return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        """Bytes in the host's memory, at the time when there are most."""
+        moved = sum(size for what, size in self.host.items() if what != LOADING)
+        return max(moved, self.host.get(LOADING, 0))
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -141,6 +148,8 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
         "optimizer": trained * _optimizer_bytes(layout) // _shards(layout, 1),
     }
     host = {}
+    if layout.zero_stage < 3 or layout.fsdp:  # ZeRO-3 hands out what rank 0 reads, layer by layer
+        host[LOADING] = student.parameters * layout.student_bytes + teacher.parameters * layout.teacher_bytes
     if layout.offload_optimizer:
         # The gradients wait for the step in fp32 beside the states.
         host["optimizer"] = device.pop("optimizer") + trained * 4 // _shards(layout, 2)

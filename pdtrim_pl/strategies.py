@@ -43,8 +43,8 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
 
     - Gradients of accumulated batches are scaled once, and the last batches of an epoch take their step even where
       they are fewer than `accumulate_grad_batches`, as under every other strategy.
-    - Under ZeRO-3 a Hugging Face model is loaded shard by shard, only rank 0 reads the weights' values, and the RoPE
-      tables stay exact.
+    - Under ZeRO-3 no rank ever holds a whole Hugging Face model: only rank 0 reads the weights' values, out of mapped
+      files, and hands them out one layer at a time. The RoPE tables stay exact.
     - Checkpoints are directories with the plan, policy and YAML beside them, written under a temporary name; the
       teacher is never in them. One of another number of processes, ZeRO stage or model is refused by name. Where one
       rank cannot write its shard, all stop with the same error.

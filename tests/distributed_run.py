@@ -13,11 +13,15 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
+from merge_at import MergeAt
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LinearLR
 from typing_extensions import override
 
@@ -27,6 +31,7 @@ from pdtrim_pl.criteria import Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.export.from_checkpoint import export_checkpoint
 from pdtrim_pl.losses import KL, CrossEntropy
+from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards
@@ -37,7 +42,9 @@ from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy
 torch.set_num_threads(1)
 GLOBAL_BATCH = 4
 EPOCHS = 3
-MIDDLE = "epoch=0.ckpt"
+MIDDLE = "epoch=1.ckpt"
+BF16 = {"ddp_find_unused_parameters_true": "bf16-mixed", "fsdp": "bf16-true"}
+"""How a strategy runs in bf16; DeepSpeed's runs are in `deepspeed_run.py`."""
 
 
 class CPUDeepSpeed(PDTrimDeepSpeedStrategy):
@@ -78,9 +85,11 @@ class Named(Criterion):
 
 
 def schedule() -> list[Callback]:
-    # Block 1 ends KV-only, block 3 (which starts with weights of its own in decode) leaves both stages.
+    # Block 1 ends KV-only, block 3 (which starts with weights of its own in decode) leaves both stages, and one block
+    # stands for 5 and 6, with weights that both stages share.
     return [
-        BlockDrop("decode", GreedyKL(), {0: 1, 1: 1}, Guards(1, 1)),
+        MergeAt({1: ("both", (5, 6))}, Merging(min_cosine=-1, steps=4, tied=True)),
+        BlockDrop("decode", GreedyKL(), {0: 1, 1: 1}, Guards(2, 3)),
         BlockDrop("prefill", Named(1, 3), {1: 1, 2: 1}, Guards(1, 1)),
         KVRetention(MassSelector(threshold=0.0, first=2, last=0.25)),
     ]
@@ -104,36 +113,57 @@ def data_of(model: Path, processes: int) -> PromptResponseDataModule:
     )  # fmt: skip
 
 
-def trainer_of(folder: Path, strategy: Strategy | str, processes: int, export: Path) -> Trainer:
+def trainer_of(
+    folder: Path, strategy: Strategy | str, processes: int, export: Path, precision: Any = "32-true"
+) -> Trainer:
     io = [] if isinstance(strategy, PDTrimDeepSpeedStrategy) else [PlanCheckpointIO()]
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     return Trainer(
         default_root_dir=folder, max_epochs=EPOCHS, accelerator="cpu", devices=processes, strategy=strategy,
         callbacks=[*schedule(), ExportPair(export, "float32", new_tokens=2, prompt_tokens=8), saver], plugins=io,
-        accumulate_grad_batches=2, gradient_clip_val=0.5, logger=False, enable_progress_bar=False,
+        precision=precision, accumulate_grad_batches=2, gradient_clip_val=0.5, logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
 
 
-def fit(name: str, processes: int, model: Path, folder: Path, ckpt_path: Path | None = None) -> PDTrimModule:
+def fit(
+    name: str, processes: int, model: Path, folder: Path, ckpt_path: Path | None = None, precision: Any = "32-true"
+) -> PDTrimModule:  # fmt: skip
     """Train, export to `folder/export`, and return the module."""
     seed_everything(0, verbose=False)
     module = module_of(model)
-    trainer = trainer_of(folder, strategy_of(name), processes, folder / "export")
+    trainer = trainer_of(folder, strategy_of(name), processes, folder / "export", precision)
     trainer.fit(module, datamodule=data_of(model, processes), ckpt_path=ckpt_path)
     return module
+
+
+def held(model: nn.Module) -> float:
+    """The share of a model's weights that is in this process's memory."""
+    own = whole = 0
+    for weight in model.parameters():
+        own += weight.to_local().numel() if isinstance(weight, DTensor) else weight.numel()
+        own += vars(weight)["ds_tensor"].numel() if "ds_tensor" in vars(weight) else 0
+        whole += vars(weight).get("ds_numel", weight.numel())
+    return own / whole
 
 
 def main(name: str, processes: int, model: Path, folder: Path) -> None:
     continued = f"{name}-offload" if name == "zero2" else name
     middle = folder / "whole" / MIDDLE
-    parts: list[tuple[str, str, Path | None]] = [("whole", name, None), ("continued", continued, middle)]
+    parts: list[tuple[str, str, Path | None, str]] = [
+        ("whole", name, None, "32-true"), ("continued", continued, middle, "32-true"),
+    ]  # fmt: skip
     if name == "fsdp":
-        parts.append(("crossed", "ddp_find_unused_parameters_true", middle))
-    for part, strategy, ckpt_path in parts:
-        module = fit(strategy, processes, model, folder / part, ckpt_path)
+        parts.append(("crossed", "ddp_find_unused_parameters_true", middle, "32-true"))
+    if name in BF16:
+        parts.append(("bf16", name, None, BF16[name]))
+    for part, strategy, ckpt_path, precision in parts:
+        module = fit(strategy, processes, model, folder / part, ckpt_path, precision=precision)
+        shares = {"student": held(module.student), "teacher": held(module.teacher)}
+        (folder / part / f"held-{module.global_rank}.json").write_text(json.dumps(shares), encoding="utf-8")
         if module.global_rank == 0:
-            told = {"record": module.record.to_json(), "plan": module.plan.to_json()}
+            types = sorted({str(weight.dtype) for weight in module.student.parameters()})
+            told = {"record": module.record.to_json(), "plan": module.plan.to_json(), "types": types}
             (folder / part / "told.json").write_text(json.dumps(told), encoding="utf-8")
     if name in ("zero3", "fsdp"):  # DeepSpeed alone cannot load weights without an optimizer
         trainer = trainer_of(folder / "judged", strategy_of(name), processes, folder / "unused")

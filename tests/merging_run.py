@@ -9,64 +9,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from distributed_run import data_of, strategy_of
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from merge_at import MergeAt, Merges
 from torch.optim.lr_scheduler import LinearLR
-from typing_extensions import override
 
 from pdtrim_pl.checkpoint import PlanCheckpointIO
-from pdtrim_pl.data.collate import Batch, Collator
-from pdtrim_pl.merging import Merging, fit_runs
-from pdtrim_pl.merging.training import check_merges
-from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.plan import Target
+from pdtrim_pl.merging import Merging
+from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.settings import Structure
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, gathered, shards_weights
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
 
 torch.set_num_threads(1)
 EPOCHS = 3
-Merges = Mapping[int, tuple[Target, tuple[int, ...]]]
 OWN: Merges = {0: ("decode", (3, 4)), 1: ("prefill", (1, 2))}
 """Blocks get weights of their own: a later one in decode first, then an earlier one in prefill."""
 SHARED: Merges = {1: ("both", (2, 3))}
-
-
-def pairs_of(trainer: Trainer) -> list[Batch]:
-    """The calibration set in batches of two, whatever the batch size of a process."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    examples = [data.part("calibration")[index] for index in range(len(data.part("calibration")))]
-    return [Collator(data.pad_id)(examples[first : first + 2]) for first in range(0, len(examples), 2)]
-
-
-class MergeAt(Callback):
-    """Fits and makes the merges of an epoch at its start, without a search."""
-
-    def __init__(self, merges: Merges, settings: Merging) -> None:
-        self.merges, self.settings = merges, settings
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_merges(trainer.strategy, self.settings)
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PDTrimModule)
-        if trainer.current_epoch not in self.merges:
-            return
-        target, run = self.merges[trainer.current_epoch]
-        with evaluating(pl_module) as (student, teacher):
-            gather = partial(gathered, trainer.strategy) if shards_weights(trainer.strategy) else None
-            (fitted,) = fit_runs(
-                student, teacher, pairs_of(trainer), target, [run], self.settings, gather=gather
-            ).runs  # fmt: skip
-            student.offer([fitted])
-        pl_module.apply_plan(self.settings.apply(pl_module.plan, fitted.move, criterion="manual"))
 
 
 def fit(

@@ -144,3 +144,33 @@ def test_a_full_disk_on_one_rank_ends_both_with_one_error_and_leaves_the_earlier
 def test_processes_that_found_different_checkpoints_do_not_start(without_room: list[Told]) -> None:
     for told in without_room:
         assert "rank 0 from step=0.ckpt; rank 1 from step=1.ckpt" in told["differing"]
+
+
+@pytest.fixture(scope="module")
+def loading(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both processes say of the loading of 134 MB of weights in many files; no block has more than 17 MB.
+
+    Freed tensors go back to the system at once, so that memory says what is held and not what an allocator keeps.
+    """
+    folder = tmp_path_factory.mktemp("loading")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_key_value_heads": 4}
+    model = tiny_model("llama", blocks=8, vocab_size=259, **sizes)
+    model.save_pretrained(folder / "model", max_shard_size="20MB")
+    shutil.copytree(tiny_tokenizer_dir, folder / "model", dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+        run_script("loading_run.py", str(folder / "model"), str(folder), folder=folder, timeout=TIMEOUT)
+    size = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+    told = [json.loads((folder / f"told-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return [{**rank, "peaks": [peak / size for peak in rank["peaks"]]} for rank in told]
+
+
+def test_zero_3_cuts_up_the_teacher_with_the_student(loading: list[dict[str, Any]]) -> None:
+    for rank in loading:
+        assert rank["held"] == pytest.approx({"student": 0.5, "teacher": 0.5}, abs=0.02)
+
+
+def test_loading_under_zero_3_makes_no_process_hold_a_whole_model(loading: list[dict[str, Any]]) -> None:
+    for rank in loading:
+        assert len(rank["peaks"]) == 2, "student and teacher"
+        assert max(rank["peaks"]) < 0.75, "half of it, and what a block has"

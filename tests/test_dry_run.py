@@ -75,6 +75,32 @@ def test_a_run_that_cannot_fit_is_refused_with_ways_out(change: str, capsys: pyt
     assert "Traceback" not in said.err
 
 
+@pytest.mark.parametrize(
+    ("config", "needs", "way"),
+    [
+        ("llama3_8b_1gpu.yaml", "119.7", "offload less"),
+        ("llama3_8b_deepspeed.yaml", "239.3", "PDTrimDeepSpeedStrategy with `stage: 3`, under which no process loads"),
+        ("llama3_70b.yaml", "525.7", "offload less"),
+    ],
+)
+def test_a_run_that_its_hosts_cannot_hold_is_refused_with_ways_out(config: str, needs: str, way: str) -> None:
+    path, enough = ROOT / "configs" / config, f"{float(needs) + 1:.1f}"
+    assert f"process(es): {needs}\n" in dry_run(path, "--device_memory", "79")
+    assert f"{needs}  of {enough}" in dry_run(path, "--device_memory", "79", "--host_memory", enough)
+    with pytest.raises(ValueError, match=rf"needs {needs} GiB of every node's host memory, and there are 64.0.*{way}"):
+        dry_run(path, "--device_memory", "79", "--host_memory", "64")
+
+
+def test_only_zero_3_loads_no_whole_model(eight: Shape) -> None:
+    def loading(**layout: Any) -> int:
+        memory = memory_per_process(eight, eight, Layout(processes=8, student_bytes=2, teacher_bytes=4, **layout), LOAD)
+        assert memory.host_total == sum(memory.host.values())
+        return memory.host_total
+
+    assert loading() == loading(zero_stage=2) == loading(zero_stage=3, fsdp=True) == 6 * eight.parameters
+    assert loading(zero_stage=3) == 0
+
+
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "fsdp"])
 def test_strategies_that_fit_would_refuse_are_refused_here(strategy: str, tiny_llama_dir: Path) -> None:
     arguments = ["fit", "--dry_run", f"--model.model={tiny_llama_dir}", f"--data.tokenizer={tiny_llama_dir}"]
@@ -99,6 +125,7 @@ def test_offloading_moves_bytes_to_the_host(eight: Shape) -> None:
     before, after = (memory_per_process(eight, eight, layout, LOAD) for layout in (on_device, moved))
     assert after.total < before.total
     assert set(after.host) == {"optimizer", "student", "teacher"}
+    assert after.host_total == sum(after.host.values())
     assert not {"optimizer", "student", "teacher", "gradients"} & set(after.device)
 
 

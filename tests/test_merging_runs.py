@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from merging_run import EPOCHS, fit
 from process_group import run_script
 from tiny_models import tiny_model
@@ -20,7 +20,7 @@ from pdtrim_pl.merging import Merging
 from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 300
@@ -113,12 +113,10 @@ def test_a_checkpoint_from_before_there_were_merges_loads(with_adam: tuple[str, 
 
 
 def test_merges_that_a_strategy_cannot_take_up_are_refused_before_the_first_step() -> None:
-    with pytest.raises(ValueError, match=r"`trainer.strategy` is DeepSpeed.*`tied: true`.*ddp_find_unused"):
-        check_merges(PDTrimDeepSpeedStrategy(2), Merging())
-    check_merges(PDTrimDeepSpeedStrategy(3), Merging(tied=True))
-    for make in (FSDPStrategy, ModelParallelStrategy):
-        with pytest.raises(ValueError, match=rf"`trainer.strategy` is {make.__name__}.*no merged block.*`tied: true`"):
-            check_merges(make(), Merging(tied=True))
+    for strategy, name in ((PDTrimDeepSpeedStrategy(2), "DeepSpeed"), (PDTrimFSDPStrategy(), "FSDP")):
+        with pytest.raises(ValueError, match=rf"`trainer.strategy` is {name}.*`tied: true`.*ddp_find_unused"):
+            check_merges(strategy, Merging())
+        check_merges(strategy, Merging(tied=True))
     for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy(process_group_backend="gloo")):
         check_merges(strategy, Merging())
 
@@ -126,27 +124,12 @@ def test_merges_that_a_strategy_cannot_take_up_are_refused_before_the_first_step
 # In two processes
 
 
-@pytest.fixture(scope="module")
-def alone(
-    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, PDTrimModule]:
-    return request.param, fit("auto", 1, model, tmp_path_factory.mktemp("alone"), request.param)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("alone", "strategy"),
-    [
-        ("own", "ddp_find_unused_parameters_true"),
-        *(("shared", strategy) for strategy in ("ddp_find_unused_parameters_true", "zero1", "zero2", "zero3")),
-    ],
-    indirect=["alone"],
-)
-def test_two_processes_merge_and_train_as_one_does(
-    strategy: str, alone: tuple[str, PDTrimModule], model: Path, tmp_path: Path
-) -> None:
-    kind, module = alone
-    run_script("merging_run.py", strategy, "2", str(model), str(tmp_path), kind, folder=tmp_path, timeout=TIMEOUT)
+def test_two_processes_merge_into_weights_of_their_own_and_train_as_one_does(model: Path, tmp_path: Path) -> None:
+    """Merges into weights that the stages share are in the runs of `test_strategies.py`."""
+    module = fit("auto", 1, model, tmp_path / "alone", "own")
+    strategy = "ddp_find_unused_parameters_true"
+    run_script("merging_run.py", strategy, "2", str(model), str(tmp_path), "own", folder=tmp_path, timeout=TIMEOUT)
     for part in ("whole", "continued"):
         told = json.loads((tmp_path / part / "told.json").read_text(encoding="utf-8"))
         assert StagePlan.from_json(told["plan"]).merged == module.plan.merged

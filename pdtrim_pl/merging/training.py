@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pdtrim_pl.merging.settings import Merging
@@ -22,17 +23,12 @@ def check_merges(strategy: Strategy, settings: Merging) -> None:
     Raises:
         ValueError: with the reason and the way out.
     """
-    if isinstance(strategy, DeepSpeedStrategy) and not settings.tied:
+    if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy) and not settings.tied:
+        engine = "DeepSpeed" if isinstance(strategy, DeepSpeedStrategy) else "FSDP"
         raise ValueError(
-            "`trainer.strategy` is DeepSpeed, whose shards are cut once, at the start, so that no block can get "
+            f"`trainer.strategy` is {engine}, whose shards are cut once, at the start, so that no block can get "
             "weights of its own later. Set `tied: true` for the merges, which then are made only in both stages at "
             "once, or use `strategy: ddp_find_unused_parameters_true`."
-        )
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-        raise ValueError(
-            f"`trainer.strategy` is {type(strategy).__name__}, under which no merged block can be fitted: its weights "
-            "are cut up for good before the fit. Use `strategy: ddp_find_unused_parameters_true`, or, for blocks that "
-            "are too large for it, pdtrim_pl.strategies.PDTrimDeepSpeedStrategy with `tied: true` for the merges."
         )
 
 
@@ -55,6 +51,8 @@ class WeightChange:
         if isinstance(self.strategy, DeepSpeedStrategy):
             _write_shards(self.strategy, parameter, value)
         else:
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             with torch.no_grad():
                 parameter.copy_(value)
         self.written.append(parameter)

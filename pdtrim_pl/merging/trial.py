@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from pdtrim_pl.evaluation.ranks import Gather
@@ -174,6 +175,7 @@ def _whole_copy(student: StagedCausalLM, index: int, block: nn.Module, gather: G
     weights: dict[str, Tensor] = {}
     for name, parameter in block.named_parameters():
         with gather([parameter]):
-            weights[name] = parameter.detach().clone()
+            weight = parameter.detach()
+            weights[name] = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
     fresh.load_state_dict(weights, assign=True)
     return fresh.requires_grad_(True)
