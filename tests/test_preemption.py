@@ -28,6 +28,8 @@ from pdtrim_pl.continuation import latest_valid_checkpoint
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.lightning_cli import PDTrimCLI
+from pdtrim_pl.merging import Merging
+from pdtrim_pl.merging import fit as fitting
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards
@@ -96,12 +98,12 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fit(
     folder: Path, model: Path, *extra: Callback, search: Criterion | None = None,
-    savers: Sequence[Callback] | None = None, **settings: Any,
+    savers: Sequence[Callback] | None = None, merging: Merging | None = None, **settings: Any,
 ) -> PDTrimModule:  # fmt: skip
     """Two epochs of three batches with a drop at the start of the second; continues where it can."""
     seed_everything(0, verbose=False)
     callbacks = [
-        BlockDrop("decode", search or NotifiedSearch(), {1: 1}, Guards(0, 1)), *extra,
+        BlockDrop("decode", search or NotifiedSearch(), {1: 1}, Guards(0, 1), merging=merging), *extra,
         *(savers or [ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0)]),
     ]  # fmt: skip
     trainer = Trainer(
@@ -201,6 +203,34 @@ def test_a_search_longer_than_the_notice_is_left_and_continued(
     assert journal.read_text().startswith(known), "what was known is not evaluated again"
     assert journal.read_text() == (tmp_path / "whole" / "checkpoints" / "search_journal.jsonl").read_text()
     assert told[0].startswith("Asked to leave in a search, whose evaluations are kept. Continue with the same command")
+
+
+def test_local_fits_that_take_longer_than_the_notice_are_left_and_made_again(
+    tiny_llama_dir: Path, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_group, groups, asked = fitting._fit_group, list[int](), True
+
+    def counted(*args: Any) -> Any:
+        groups.append(len(groups))
+        if asked:
+            signal.raise_signal(signal.SIGUSR1)
+        return fit_group(*args)
+
+    def run(folder: Path) -> PDTrimModule:
+        saver = ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False)
+        merging = Merging(min_cosine=-1, steps=2, pairs_at_once=1)
+        return fit(folder, tiny_llama_dir, Preemption(), search=GreedyKL(), savers=[saver], merging=merging)
+
+    monkeypatch.setattr(fitting, "_fit_group", counted)
+    with pytest.raises(Preempted):
+        run(tmp_path / "left")
+    assert groups == [0], "of two pairs"
+    assert saved(tmp_path / "left")[0] == 3, "the end of the epoch before"
+    assert told[0].startswith("Asked to leave in a search")
+    asked = False
+    continued, whole = run(tmp_path / "left"), run(tmp_path / "whole")
+    assert len(groups) == 1 + 2 * 2
+    check_same(continued, whole)
 
 
 def test_a_notice_between_two_optimizer_steps_waits_for_the_gradients(tiny_llama_dir: Path, tmp_path: Path) -> None:

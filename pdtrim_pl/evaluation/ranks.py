@@ -31,7 +31,7 @@ class Ranks:
     """Whether every rank holds whole weights. If not, no rank can evaluate a batch that the others do not."""
 
     leave_if_asked: Callable[[], None] = lambda: None
-    """Called by every rank before every evaluation; raises where the run has to leave the machine."""
+    """Called by every rank before every evaluation and local fit; raises where the run has to leave the machine."""
 
     @property
     def parts(self) -> int:

@@ -89,6 +89,7 @@ def fit_runs(
     student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], target: Target,
     runs: Sequence[tuple[int, ...]], settings: Merging, *, device: torch.device | str = "cpu",
     gather: Gather | None = None, progress: Callable[[str], None] = lambda line: None,
+    leave_if_asked: Callable[[], None] = lambda: None,
 ) -> FittedRuns:  # fmt: skip
     """Fit one block to each run of neighbours of the student's plan: from the first, from the last; the better is kept.
 
@@ -106,6 +107,7 @@ def fit_runs(
         device: where both models are.
         gather: from the strategy, where it shards weights; every rank then fits the same runs on the same batches.
         progress: told how far it is.
+        leave_if_asked: called before every `pairs_at_once` runs; raises where the process has to leave the machine.
 
     Raises:
         ValueError: blocks that are not neighbours, or cannot be merged `tied`; a teacher of other blocks; no token of
@@ -124,6 +126,7 @@ def fit_runs(
             cost.block_tokens += sum(r.tokens(s) for r in recordings for s in r.hidden) * teacher.plan.model.num_blocks
             training, judging = recordings[held:], recordings[:held] or recordings
             for first in range(0, len(part), settings.pairs_at_once):
+                leave_if_asked()
                 group = part[first : first + settings.pairs_at_once]
                 fitted += _fit_group(student, group, training, judging, settings, cost, gather)
                 done, seconds = len(fitted), time.monotonic() - started

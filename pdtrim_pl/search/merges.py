@@ -40,6 +40,7 @@ def distillation_set(
     fitted = fit_runs(
         context.student, context.teacher, batches or context.batches, target, pairs, settings,
         device=context.device, gather=context.ranks.gather_weights, progress=context.progress,
+        leave_if_asked=context.ranks.leave_if_asked,
     )  # fmt: skip
     accepted = _agreed(context, list(fitted.accepted))
     context.student.offer(accepted)
