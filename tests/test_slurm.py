@@ -165,12 +165,14 @@ def test_a_run_that_is_preempted_three_times_equals_the_one_that_is_not(
 
 
 @pytest.mark.slow
-def test_a_run_saves_before_its_time_ends_and_goes_on(
-    on_cluster: SlurmCluster, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_a_run_in_short_turns_saves_before_its_time_ends_and_goes_on(
+    on_cluster: SlurmCluster, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PDTRIM_TEST_PAUSES", f"{tmp_path} 0=first_step")
-    job = submit(capsys, write_config(tmp_path, tiny_llama_dir), "--time", "2", "--notice", "60")
+    job = on_cluster.call(
+        "sbatch", "--parsable", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=2",
+        "--signal=USR1@60", ROOT / "jobs" / "fit_preemptible.sbatch", write_config(tmp_path, tiny_llama_dir),
+    )  # fmt: skip
     wait_until(lambda: on_cluster.restarts(job) == 1, "a restart")
     on_cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # no second notice
     on_cluster.start_again(job, restarts=1)
