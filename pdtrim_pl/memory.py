@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -99,7 +100,7 @@ class Load:
     chunk_tokens: int
     gradient_checkpointing: bool
     calibration_tokens: int = 0
-    """Prompt and response positions of the calibration set; every process holds all of it."""
+    """Prompt and response positions of the calibration set, whose batches the processes share."""
     merging: Merging | None = None
     """How merged blocks are fitted, where any are."""
     search_cache_bytes: int = 4 * GIB
@@ -208,7 +209,7 @@ def _logits(shape: Shape, load: Load) -> int:
 
 def _search(shape: Shape, layout: Layout, load: Load) -> int:
     """Prompt caches and hidden states of the calibration set, and the teacher's distributions, up to their limits."""
-    tokens = load.calibration_tokens
+    tokens = ceil(load.calibration_tokens / layout.processes)
     base = tokens * (2 * shape.kv + shape.hidden) * shape.blocks * layout.compute_bytes
     reference = tokens * shape.hidden * layout.compute_bytes
     distributions = tokens * shape.vocabulary * 4

@@ -108,7 +108,7 @@ def module_of(model: Path) -> PDTrimModule:
 def data_of(model: Path, processes: int) -> PromptResponseDataModule:
     # 20 examples: five batches an epoch, so that the last step of an epoch accumulates one batch instead of two.
     return PromptResponseDataModule(
-        str(model), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=20),
+        str(model), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=6, max_train=20),
         batch_size=GLOBAL_BATCH // processes,
     )  # fmt: skip
 

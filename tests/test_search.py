@@ -12,7 +12,7 @@ from functools import partial
 from itertools import combinations, pairwise
 from math import inf
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, get_ident
 from typing import Any, ClassVar
 
 import pytest
@@ -24,7 +24,8 @@ from test_criteria import batches
 from tiny_models import tiny_model
 
 from pdtrim_pl.criteria import GreedyKL, ScoringContext
-from pdtrim_pl.evaluation.evaluator import Evaluator
+from pdtrim_pl.data import Batch
+from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
 from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
 from pdtrim_pl.evaluation.quality import final_hidden, measure_quality
@@ -253,8 +254,8 @@ def test_only_the_first_rank_writes(model: StagedCausalLM, tmp_path: Path) -> No
 class Threads:
     """Ranks that are threads of one process."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.barrier = size, Barrier(size, timeout=60)
+    def __init__(self, size: int, *, whole: bool = True) -> None:
+        self.size, self.whole, self.barrier = size, whole, Barrier(size, timeout=60)
         self.values: list[object] = [None] * size
 
     def ranks(self, rank: int) -> Ranks:
@@ -265,15 +266,18 @@ class Threads:
             self.barrier.wait()
             return values
 
-        return Ranks(rank, self.size, lambda value: gather(value)[0], gather)
+        return Ranks(rank, self.size, lambda value: gather(value)[0], gather, whole=self.whole)
 
     def run(self, search: Callable[[Ranks], Any]) -> list[Any]:
         with ThreadPoolExecutor(self.size) as pool:
             return list(pool.map(lambda rank: search(self.ranks(rank)), range(self.size)))
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_ranks_finds_the_same_with_less_work_for_each(model: StagedCausalLM, size: int) -> None:
+def test_any_number_of_ranks_finds_the_same_with_less_work_for_each(
+    model: StagedCausalLM, size: int, whole: bool
+) -> None:
     data = batches(0) + batches(1) + batches(2)[:1]
 
     def search(ranks: Ranks) -> tuple[object, float, float, int]:
@@ -283,9 +287,44 @@ def test_any_number_of_ranks_finds_the_same_with_less_work_for_each(model: Stage
         return best, energy, evaluator.measure(model.plan.drop("both", 1)).nll, evaluator.block_tokens
 
     *expected, work = search(Ranks())
-    for *found, share in Threads(size).run(search):
+    for *found, share in Threads(size, whole=whole).run(search):
         assert found == expected
         assert share < work
+
+
+def repeated(batch: Batch, times: int) -> Batch:
+    return Batch(*(torch.cat([part] * times) for part in batch))
+
+
+@pytest.mark.parametrize("memory", [Memory(), Memory(base=9_000, teacher=30_000)])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_hold_parts_of_the_weights_keep_step(size: int, memory: Memory) -> None:
+    """They split the batches too, and run the same blocks, and the heads as often, at the same time."""
+    small, large = batches(1), [repeated(batch, 9) for batch in batches(0)]  # whose head runs twice
+    data = [small[0], large[0], large[1], small[1], *batches(2)[:1]]
+    monitored = StagedCausalLM(tiny_model("llama", blocks=7)).eval()
+    expected = Evaluator(monitored, monitored, data)
+    calls: dict[int, list[str]] = {}
+
+    def note(name: str, *_: Any) -> None:
+        calls.setdefault(get_ident(), []).append(name)
+
+    for index, gate in monitored.gates.items():
+        gate.block.register_forward_pre_hook(partial(note, str(index)))
+    monitored.model.get_output_embeddings().register_forward_pre_hook(partial(note, "head"))
+
+    def search(ranks: Ranks) -> tuple[object, float, list[str]]:
+        evaluator = Evaluator(monitored, monitored, data, ranks=ranks, memory=memory)
+        rounds = RoundSearch(evaluator, monitored.plan, "decode", 3, NO_GUARDS)
+        best, energy = anneal(rounds, rounds.greedy()[0], Annealing(10, temperature=0.3))
+        return best, energy, calls.pop(get_ident())
+
+    rounds = RoundSearch(expected, monitored.plan, "decode", 3, NO_GUARDS)
+    best, energy = anneal(rounds, rounds.greedy()[0], Annealing(10, temperature=0.3))
+    found = Threads(size, whole=False).run(search)
+    assert [rank[0] for rank in found] == [best] * size
+    assert [rank[1] for rank in found] == [pytest.approx(energy, rel=1e-6)] * size
+    assert len({tuple(rank[2]) for rank in found}) == 1
 
 
 @settings(max_examples=25)

@@ -12,7 +12,7 @@ import hashlib
 import heapq
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
 from pathlib import Path
@@ -24,8 +24,9 @@ from torch import Tensor
 from pdtrim_pl.data.collate import Batch, fingerprint
 from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
-from pdtrim_pl.evaluation.quality import Reference, final_hidden, score_tokens
+from pdtrim_pl.evaluation.quality import CHUNK_TOKENS, Reference, final_hidden, score_tokens
 from pdtrim_pl.evaluation.ranks import Ranks
+from pdtrim_pl.losses import chunks
 from pdtrim_pl.plan import STAGES, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
@@ -82,9 +83,12 @@ class Evaluator:
         self.tokens = sum(int(batch.response_mask.sum()) for batch in batches)
         if not self.tokens:
             raise ValueError("The calibration set has no response token: see `parts.calibration` of the data.")
-        self.batches = [batch.on(device) for batch in batches[ranks.part :: ranks.parts]]
+        self.parts = _parts(ranks, batches)
+        """Among so many ranks the batches are split: batch `i` is the `i // parts`-th of rank `i % parts`."""
+        peers = _peers(ranks, batches, self.parts)
+        self.batches = [group[ranks.rank % len(group)].on(device) for group in peers]
         self.targets = [batch.response_ids[batch.response_mask] for batch in self.batches]
-        self.neighbours = Neighbours(student, self.batches, memory.base)
+        self.neighbours = Neighbours(student, self.batches, memory.base, peers)
         if self.neighbours.kept < len(self.batches):
             log.warning(
                 "What candidates have in common is kept for %d of %d calibration batches, as much as fits into "
@@ -93,7 +97,9 @@ class Evaluator:
             )  # fmt: skip
         with torch.no_grad():
             self.teacher_hidden = [final_hidden(teacher, batch) for batch in self.batches]
-        self.references = self._kept_references(memory.teacher)
+        lengths = [max(int(batch.response_mask.sum()) for batch in group) for group in peers]
+        self._min_chunks = 0 if ranks.whole else max(len(chunks(length, CHUNK_TOKENS)) for length in lengths)
+        self.references = self._kept_references(memory.teacher, lengths)
         self._next_base: Candidate | None = None
         self.weight = [0.0] * self.count
         """How much of the energy each batch has held so far: those that hold most come first, and give up most."""
@@ -210,18 +216,26 @@ class Evaluator:
     def _extend(self, candidate: Candidate, text: str) -> None:
         """One more batch, or one more on every rank that has one left."""
         self.ranks.leave_if_asked()
-        parts, known = self.ranks.parts, self.journal.known(text)
-        left = sorted(set(range(self.count)) - set(known), key=lambda batch: (-self.weight[batch], batch))
-        chosen = [next((batch for batch in left if batch % parts == part), None) for part in range(parts)]
-        mine = chosen[self.ranks.part]
-        sums = None if mine is None else tuple(self._sums(candidate, mine // parts))
-        every = [self.ranks.agree(sums)] if parts == 1 else self.ranks.gather(sums)
+        chosen = self._next(self.journal.known(text))
+        mine = chosen[self.ranks.rank % self.parts]
+        if not self.ranks.whole:  # run it in any case, as all others do
+            mine = next(batch for batch in chosen if batch is not None)
+        sums = None if mine is None else tuple(self._sums(candidate, mine // self.parts))
+        every = [self.ranks.agree(sums)] if self.parts == 1 else self.ranks.gather(sums)
         for batch, found in zip(chosen, every, strict=True):
             if batch is not None:
                 # A candidate that overflows is no worse than impossible; where all do, the search says so.
                 self.journal.add(text, batch, Sums(*(inf if isnan(value) else value for value in found)))
         if self._complete(text):
             self._weigh(text)
+
+    def _next(self, known: Mapping[int, Sums]) -> list[int | None]:
+        """For every rank, the batch that is likely to tell most of those that it has left."""
+        left = sorted(set(range(self.count)) - set(known), key=lambda batch: (-self.weight[batch], batch))
+        if self.ranks.whole:
+            return [next((batch for batch in left if batch % self.parts == part), None) for part in range(self.parts)]
+        first = left[0] // self.parts * self.parts
+        return [batch if batch in left else None for batch in range(first, first + self.parts)]
 
     def _weigh(self, text: str) -> None:
         """Learn from a plan that was evaluated on all batches how much of the energy each of them holds."""
@@ -239,18 +253,38 @@ class Evaluator:
         hidden = self.neighbours.response(candidate, index)
         reference = self.references[index]
         if reference is not None:
-            return Sums(*reference.compare(self.student.logits, hidden, self.targets[index]))
+            compared = reference.compare(self.student.logits, hidden, self.targets[index], min_chunks=self._min_chunks)
+            return Sums(*compared)
         heads = (self.student.logits, self.teacher.logits)
-        scores = score_tokens(hidden, self.teacher_hidden[index], self.targets[index], *heads)
+        scores = score_tokens(
+            hidden, self.teacher_hidden[index], self.targets[index], *heads, min_chunks=self._min_chunks
+        )
         return Sums(float(scores.kl.double().sum()), float(scores.nll.double().sum()))
 
-    def _kept_references(self, budget: int) -> list[Reference | None]:
+    def _kept_references(self, budget: int, lengths: Sequence[int]) -> list[Reference | None]:
         kept: list[Reference | None] = []
         vocabulary = self.teacher.model.config.vocab_size
-        for hidden in self.teacher_hidden:
-            budget -= len(hidden) * vocabulary * torch.float32.itemsize
-            kept.append(Reference.of(self.teacher.logits, hidden) if budget >= 0 else None)
+        for hidden, length in zip(self.teacher_hidden, lengths, strict=True):
+            budget -= length * vocabulary * torch.float32.itemsize
+            fits = budget >= 0
+            kept.append(Reference.of(self.teacher.logits, hidden, min_chunks=self._min_chunks) if fits else None)
         return kept
+
+
+def _parts(ranks: Ranks, batches: Sequence[Batch]) -> int:
+    """Among how many ranks the batches are split. Where all must run the same blocks, all batches must have some decode
+    to do, or none may run another batch than the others."""
+    alike = ranks.whole or all(batch.response_ids.shape[1] > 1 for batch in batches)
+    return ranks.size if alike else 1
+
+
+def _peers(ranks: Ranks, batches: Sequence[Batch], parts: int) -> list[list[Batch]]:
+    """Per batch of this rank, those that count with it: itself, or what all ranks run at that time. Ranks that are to
+    keep step and have no batch left run the last one again."""
+    if ranks.whole:
+        return [[batch] for batch in batches[ranks.rank % parts :: parts]]
+    last = len(batches) - 1
+    return [[batches[min(i, last)] for i in range(first, first + parts)] for first in range(0, len(batches), parts)]
 
 
 def _total(weights: Tensor) -> int:

@@ -63,13 +63,18 @@ class Neighbours:
         cache_bytes: most bytes to keep of a base: prompt caches, and hidden states, of every k-th block if not of all.
             Where a wide stride is not enough, only the first batches are kept; on the others every candidate runs from
             the beginning.
+        peers: per batch, those of all ranks that run the same blocks at the same time, this rank's with them: all keep
+            what the largest ones leave room for.
     """
 
-    def __init__(self, student: StagedCausalLM, batches: Sequence[Batch], cache_bytes: int) -> None:
+    def __init__(
+        self, student: StagedCausalLM, batches: Sequence[Batch], cache_bytes: int,
+        peers: Sequence[Sequence[Batch]] | None = None,
+    ) -> None:  # fmt: skip
         self.student, self.batches = student, batches
         self.block_tokens = 0
         """Work done so far: one for every token and block that ran."""
-        self.stride, self.kept = self._share_out(cache_bytes)
+        self.stride, self.kept = self._share_out(cache_bytes, peers or [[batch] for batch in batches])
         self._base: Candidate | None = None
         self._traces: list[_Trace] = []
 
@@ -190,13 +195,15 @@ class Neighbours:
         first = 0 if resume is None else resume.block
         self.block_tokens += int(valid.sum()) * sum(block >= first for block in plan.blocks(stage))
 
-    def _share_out(self, cache_bytes: int) -> tuple[int, int]:
+    def _share_out(self, cache_bytes: int, peers: Sequence[Sequence[Batch]]) -> tuple[int, int]:
         """Keep the input of every so many blocks, of so many batches."""
         blocks = len(self.student.originals)
         cached = blocks * self.student.kv_shape.bytes_per_position
         hidden = blocks * self.student.model.config.hidden_size * self.student.model.dtype.itemsize
-        caches = [batch.prompt_ids.numel() * cached for batch in self.batches]
-        states = [(batch.prompt_ids.numel() + batch.response_ids.numel()) * hidden for batch in self.batches]
+        prompts = [max(batch.prompt_ids.numel() for batch in group) for group in peers]
+        responses = [max(batch.response_ids.numel() for batch in group) for group in peers]
+        caches = [tokens * cached for tokens in prompts]
+        states = [sum(tokens) * hidden for tokens in zip(prompts, responses, strict=True)]
         left = cache_bytes - sum(caches)
         if sum(states) <= left * WIDEST:
             return max(1, ceil(sum(states) / max(left, 1))), len(self.batches)

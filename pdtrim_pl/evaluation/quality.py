@@ -19,6 +19,9 @@ from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
 
+CHUNK_TOKENS = 128
+"""Tokens whose logits are alive at a time, where nobody says how many."""
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -52,7 +55,7 @@ class Quality:
 @torch.no_grad()
 def score_tokens(
     student: Tensor, teacher: Tensor, targets: Tensor, student_head: Head, teacher_head: Head,
-    chunk_tokens: int = 128, min_chunks: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS, min_chunks: int = 0,
 ) -> TokenScores:  # fmt: skip
     """Compare final hidden states of student and teacher, [N, H] each, token by token.
 
@@ -86,17 +89,19 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, head: Head, hidden: Tensor, chunk_tokens: int = 128) -> Reference:
-        """From the teacher's final hidden states, [N, H]."""
+    def of(cls, head: Head, hidden: Tensor, chunk_tokens: int = CHUNK_TOKENS, min_chunks: int = 0) -> Reference:
+        """From the teacher's final hidden states, [N, H]; chunks as in `score_tokens`."""
         parts = []
-        for part in chunks(len(hidden), chunk_tokens):
+        for part in chunks(len(hidden), chunk_tokens, min_chunks):
             logs = F.log_softmax(head(hidden[part]).float(), dim=-1)
             probabilities = logs.exp()
             parts.append((probabilities, (probabilities * logs).sum(dim=-1)))
         return cls(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     @torch.no_grad()
-    def compare(self, head: Head, hidden: Tensor, targets: Tensor, chunk_tokens: int = 128) -> tuple[float, float]:
+    def compare(
+        self, head: Head, hidden: Tensor, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS, min_chunks: int = 0
+    ) -> tuple[float, float]:
         """KL(teacher || student) and NLL of a student, summed over the tokens in fp64, nats.
 
         The same as the sums of `score_tokens`, in half the passes over the vocabulary.
@@ -106,9 +111,10 @@ class Reference:
             hidden: the student's final hidden states, [N, H].
             targets: response token ids, [N].
             chunk_tokens: tokens whose logits are alive at a time.
+            min_chunks: call the head at least so often, for one that all ranks must gather together.
         """
         kl = nll = 0.0
-        for part in chunks(len(targets), chunk_tokens):
+        for part in chunks(len(targets), chunk_tokens, min_chunks):
             ours = F.log_softmax(head(hidden[part]).float(), dim=-1)
             cross = torch.linalg.vecdot(self.probabilities[part], ours)
             kl += float((self.negative_entropy[part] - cross).double().sum())

@@ -28,17 +28,8 @@ class Ranks:
     gather_weights: Gather | None = None
     """The strategy's, where it shards weights."""
     whole: bool = True
-    """Whether every rank holds whole weights. If not, no rank can evaluate a batch that the others do not."""
+    """Whether every rank holds whole weights. If not, all must run the same blocks at the same time, each on batches of
+    its own."""
 
     leave_if_asked: Callable[[], None] = lambda: None
     """Called by every rank before every evaluation and local fit; raises where the run has to leave the machine."""
-
-    @property
-    def parts(self) -> int:
-        """Among so many ranks batches are split."""
-        return self.size if self.whole else 1
-
-    @property
-    def part(self) -> int:
-        """This rank's place among them."""
-        return self.rank if self.whole else 0
