@@ -109,10 +109,13 @@ class Preemption(Checkpoint):
         self._delivered = True
 
     def leave_search(self, trainer: Trainer) -> None:
-        """Leave between two evaluations or local fits, if asked to; every rank must call it."""
+        """Leave between two evaluations or groups of local fits, if asked to; every rank must call it."""
         if self._asked(trainer):
             if trainer.is_global_zero:
-                log.info("Asked to leave in a search, whose evaluations are kept. %s", self._requeue())
+                log.info(
+                    "Asked to leave in a search: its evaluations are kept, its local fits begin again. %s",
+                    self._requeue(),
+                )
             self._leave(trainer)
 
     def _asked(self, trainer: Trainer) -> bool:
@@ -159,7 +162,7 @@ class Preemption(Checkpoint):
 
 
 def leave_search(trainer: Trainer) -> None:
-    """What a search calls before every evaluation and local fit, on every rank."""
+    """What a search calls before every evaluation and group of local fits, on every rank."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if isinstance(callback, Preemption):

@@ -61,14 +61,6 @@ class RemovalRounds(Callback):
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
         """Make round `round`, counted from 0: choose and apply a plan."""
 
-    def merges(self, trainer: Trainer, context: ScoringContext, start: StagePlan, *targets: Target) -> list[Move]:
-        """The distillation sets of some targets; nothing where none is asked for."""
-        if self.merging is None:
-            return []
-        text = fitting_batches(trainer, self.merging)
-        sets = [distillation_set(context, start, target, self.merging, self.guards, text) for target in targets]
-        return [merge for merges in sets for merge in merges]
-
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -96,6 +88,14 @@ class RemovalRounds(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = list(state_dict["done"])
+
+    def merges(self, trainer: Trainer, context: ScoringContext, start: StagePlan, *targets: Target) -> list[Move]:
+        """The distillation sets of some targets; nothing where none is asked for."""
+        if self.merging is None:
+            return []
+        text = fitting_batches(trainer, self.merging)
+        sets = [distillation_set(context, start, target, self.merging, self.guards, text) for target in targets]
+        return [merge for merges in sets for merge in merges]
 
 
 def scoring_context(

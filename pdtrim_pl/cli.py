@@ -24,8 +24,8 @@ commands:
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
 
-`pdtrim fit --dry_run --config X` counts memory per process and refuses a run that cannot fit (`--device_memory GiB`,
-`--host_memory GiB` of a node).
+`pdtrim fit --dry_run --config X` counts memory and refuses a run that a GPU cannot hold (`--device_memory GiB`), or the
+first node (`--host_memory GiB`).
 `pdtrim COMMAND --help` shows a command's options. Complete configurations are in configs/.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")

@@ -73,11 +73,11 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     memory = memory_per_process(shape, Shape.of(teacher_config), layout, load)
     limit = _limit(parsed.trainer_settings, layout, options.device_memory)
     on_a_node = _devices(parsed.trainer_settings.devices)
-    host = on_a_node * memory.host_total
+    on_host = parsed.trainer_settings.accelerator == "cpu"
+    host = on_a_node * memory.total if on_host else memory.of_host(on_a_node)
     lines = _table(parsed.model.model_name, shape, layout, memory, limit)
-    if parsed.trainer_settings.accelerator != "cpu":
-        of = "" if options.host_memory is None else f"  of {options.host_memory:.1f}"
-        lines.append(f"GiB in the host memory of a node with {on_a_node} process(es): {host / GIB:.1f}{of}")
+    of = "" if options.host_memory is None else f"  of {options.host_memory:.1f}"
+    lines.append(f"GiB in the host memory of the first node, with {on_a_node} process(es): {host / GIB:.1f}{of}")
     print("\n".join(lines), file=out or sys.stdout)
     if memory.total > limit:
         raise ValueError(_too_large(memory, limit, layout, parsed.model))
@@ -124,6 +124,7 @@ def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfi
         offload_optimizer="offload_optimizer" in zero, offload_parameters="offload_param" in zero,
         student_bytes=2 if half else student,
         teacher_bytes=2 if half else _width(module.loading.teacher_dtype, teacher),
+        loaded_bytes=(student, _width(module.loading.teacher_dtype, teacher)),
         compute_bytes=2 if half or "mixed" in precision else student,
         autocast="mixed" in precision and not half and student == 4,
         optimizer_states=_states(module), frozen_embeddings=module.loading.freeze_embeddings,
@@ -152,7 +153,7 @@ def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Seq
     return Load(
         batch=data.batch_size, eval_batch=data.eval_batch_size, tokens=data.lengths.max_length,
         chunk_tokens=module.chunk_tokens, gradient_checkpointing=module.loading.gradient_checkpointing,
-        calibration_tokens=examples * data.lengths.max_length,
+        calibration=examples,
         merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
         search_cache_bytes=max(memory.base for memory in kept),
         search_teacher_bytes=max(memory.teacher for memory in kept),
@@ -199,6 +200,8 @@ def _table(name: str, shape: Shape, layout: Layout, memory: Memory, limit: int) 
         *(f"  {what:<24}{size / GIB:8.2f}" for what, size in memory.device.items()),
         f"  {'total':<24}{memory.total / GIB:8.2f}  of {limit / GIB:.1f}",
         *(f"  {what + ' (host)':<24}{size / GIB:8.2f}" for what, size in memory.host.items()),
+        *([f"  {'loading (host)':<24}{memory.loading / GIB:8.2f}"] if memory.loading else []),
+        f"GiB that the first process exports or saves from (host): {memory.first / GIB:.1f}",
     ]
 
 
@@ -222,9 +225,9 @@ def _too_large_for_host(needed: int, limit: float, layout: Layout) -> str:
     ways = ["more nodes with fewer processes each", "a larger host (`--host_memory` says how large)"]
     if layout.offload_parameters or layout.offload_optimizer:
         ways.insert(0, "offload less (`offload_parameters`, `offload_optimizer`)")
-    elif layout.zero_stage < 3 or layout.fsdp:
+    elif layout.fsdp:
         ways.insert(0, "PDTrimDeepSpeedStrategy with `stage: 3`, under which no process loads a whole model")
     return (
-        f"This run needs {needed / GIB:.1f} GiB of every node's host memory, and there are {limit:.1f}. Try one of: "
-        f"{'; '.join(ways)}."
+        f"This run needs {needed / GIB:.1f} GiB of the first node's host memory, and there are {limit:.1f}. Try one "
+        f"of: {'; '.join(ways)}."
     )

@@ -18,9 +18,10 @@ from pdtrim_pl.staged import architecture_of
 GIB = 2**30
 LOGIT_COPIES = 8
 """fp32 tensors [tokens of a chunk, V] alive at once: both logits, log-probabilities, their gradients."""
+HOST_BYTES = 2 * GIB
+"""Python, its libraries and the data of one process; not measured on a machine with GPUs."""
 CONTEXT_BYTES = 2 * GIB
 """CUDA's context, NCCL's buffers and what the allocator cannot give back."""
-LOADING = "models, loading"
 GATHERED_PARAMETERS = 10**9
 """DeepSpeed's default for whole weights that ZeRO-3 keeps alive (`stage3_max_live_parameters`)."""
 
@@ -79,6 +80,8 @@ class Layout:
     student_bytes: int = 4
     """Bytes of one weight."""
     teacher_bytes: int = 4
+    loaded_bytes: tuple[int, int] = (4, 4)
+    """Of one weight of student and teacher as they are loaded."""
     compute_bytes: int = 4
     """Bytes of one activation."""
     autocast: bool = False
@@ -99,8 +102,8 @@ class Load:
     tokens: int
     chunk_tokens: int
     gradient_checkpointing: bool
-    calibration_tokens: int = 0
-    """Prompt and response positions of the calibration set, whose batches the processes share."""
+    calibration: int = 0
+    """Examples of the calibration set, whose batches the processes share."""
     merging: Merging | None = None
     """How merged blocks are fitted, where any are."""
     search_cache_bytes: int = 4 * GIB
@@ -113,18 +116,21 @@ class Memory:
 
     device: Mapping[str, int]
     host: Mapping[str, int]
-    """What is moved to the host's memory, and what is there while models are loaded, before anything is moved."""
+    """What is moved to the host's memory."""
+    loading: int = 0
+    """In the host's memory while models are loaded, before anything is moved there."""
+    first: int = 0
+    """What the first process of all has in its host's memory besides, while it exports or writes a whole checkpoint."""
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
         return sum(self.device.values())
 
-    @property
-    def host_total(self) -> int:
-        """Bytes in the host's memory, at the time when there are most."""
-        moved = sum(size for what, size in self.host.items() if what != LOADING)
-        return max(moved, self.host.get(LOADING, 0))
+    def of_host(self, processes: int) -> int:
+        """Bytes in the memory of the first host, on which so many processes run, at the time when there are most."""
+        moved = processes * sum(self.host.values()) + self.first
+        return processes * HOST_BYTES + max(moved, processes * self.loading)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -149,8 +155,6 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
         "optimizer": trained * _optimizer_bytes(layout) // _shards(layout, 1),
     }
     host = {}
-    if layout.zero_stage < 3 or layout.fsdp:  # ZeRO-3 hands out what rank 0 reads, layer by layer
-        host[LOADING] = student.parameters * layout.student_bytes + teacher.parameters * layout.teacher_bytes
     if layout.offload_optimizer:
         # The gradients wait for the step in fp32 beside the states.
         host["optimizer"] = device.pop("optimizer") + trained * 4 // _shards(layout, 2)
@@ -166,7 +170,17 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
         _fits(student, layout, load) + _offers(student, layout, load),
     )
     device["reserve"] = CONTEXT_BYTES
-    return Memory(device, host)
+    # FSDP cuts up what is loaded already; all others load to the device, ZeRO-3 a layer at a time.
+    whole = (student.parameters * layout.loaded_bytes[0], teacher.parameters * layout.loaded_bytes[1])
+    return Memory(device, host, sum(whole) if layout.fsdp else 0, _first(student, layout))
+
+
+def _first(student: Shape, layout: Layout) -> int:
+    """A copy of the student that the export is compared with, and the whole student where no process has it; under FSDP
+    whole weights and states of every checkpoint."""
+    weights = student.parameters * layout.student_bytes
+    checkpoint = weights * (1 + layout.optimizer_states) if layout.fsdp else 0
+    return max(checkpoint, (2 if layout.zero_stage == 3 else 1) * weights)
 
 
 def _shards(layout: Layout, from_stage: int) -> int:
@@ -209,7 +223,8 @@ def _logits(shape: Shape, load: Load) -> int:
 
 def _search(shape: Shape, layout: Layout, load: Load) -> int:
     """Prompt caches and hidden states of the calibration set, and the teacher's distributions, up to their limits."""
-    tokens = ceil(load.calibration_tokens / layout.processes)
+    batches = ceil(load.calibration / max(load.eval_batch, 1))
+    tokens = min(ceil(batches / layout.processes) * load.eval_batch, load.calibration) * load.tokens
     base = tokens * (2 * shape.kv + shape.hidden) * shape.blocks * layout.compute_bytes
     reference = tokens * shape.hidden * layout.compute_bytes
     distributions = tokens * shape.vocabulary * 4

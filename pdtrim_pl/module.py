@@ -279,11 +279,8 @@ class PDTrimModule(LightningModule):
         return self._trainer is not None and shards_weights(self._trainer.strategy)
 
     def _in_step(self, batch: Batch) -> Batch:
-        """Where ranks gather weights together, a batch that would skip the decode pass gets a padding token."""
-        if not self._shards or batch.response_ids.shape[1] > 1:
-            return batch
-        ids, mask = nn.functional.pad(batch.response_ids, (0, 1)), nn.functional.pad(batch.response_mask, (0, 1))
-        return batch._replace(response_ids=ids, response_mask=mask)
+        """Where ranks gather weights together, none may skip the decode pass."""
+        return batch.with_decode() if self._shards else batch
 
     def _min_chunks(self, batch: Batch) -> int:
         """How often every rank must call the heads."""

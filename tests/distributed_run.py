@@ -84,12 +84,13 @@ class Named(Criterion):
         return {block: float(self.blocks.index(block)) for block in candidates if block in self.blocks}
 
 
-def schedule() -> list[Callback]:
+def schedule(precision: Any) -> list[Callback]:
     # Block 1 ends KV-only, block 3 (which starts with weights of its own in decode) leaves both stages, and one block
     # stands for 5 and 6, with weights that both stages share.
+    criterion = GreedyKL() if precision == "32-true" else Named(3, 4)  # rounding may part equals
     return [
         MergeAt({1: ("both", (5, 6))}, Merging(min_cosine=-1, steps=4, tied=True)),
-        BlockDrop("decode", GreedyKL(), {0: 1, 1: 1}, Guards(2, 3)),
+        BlockDrop("decode", criterion, {0: 1, 1: 1}, Guards(2, 3)),
         BlockDrop("prefill", Named(1, 3), {1: 1, 2: 1}, Guards(1, 1)),
         KVRetention(MassSelector(threshold=0.0, first=2, last=0.25)),
     ]
@@ -120,9 +121,9 @@ def trainer_of(
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     return Trainer(
         default_root_dir=folder, max_epochs=EPOCHS, accelerator="cpu", devices=processes, strategy=strategy,
-        callbacks=[*schedule(), ExportPair(export, "float32", new_tokens=2, prompt_tokens=8), saver], plugins=io,
-        precision=precision, accumulate_grad_batches=2, gradient_clip_val=0.5, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=[*schedule(precision), ExportPair(export, "float32", new_tokens=2, prompt_tokens=8), saver],
+        plugins=io, precision=precision, accumulate_grad_batches=2, gradient_clip_val=0.5, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
 
 

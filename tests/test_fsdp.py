@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,16 @@ import torch
 from fsdp_worker import CASES, PROCESSES, STEPS, compare
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
+from test_criteria import batches
 from tiny_models import tiny_model
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pdtrim_pl import fsdp
 from pdtrim_pl.checkpoint import CheckpointState
 from pdtrim_pl.dry_run import run
 from pdtrim_pl.lightning_cli import _uses_checkpoint_io
 from pdtrim_pl.memory import Layout, Load, Shape, memory_per_process
+from pdtrim_pl.merging import Merging, fit_runs
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.record import RunRecord
 from pdtrim_pl.staged import StagedCausalLM
@@ -110,6 +115,27 @@ def saved(path: Path, student: StagedCausalLM, *, added: bool = False) -> Path:
     weights = {f"student.{name}": value for name, value in student.state_dict().items()}
     torch.save({CheckpointState.KEY: state.to_json(), "state_dict": weights}, path)
     return path
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[DeviceMesh]:
+    store = (tmp_path / "store").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_local_fit_leaves_a_sharded_student_as_it_is(one_process: DeviceMesh) -> None:
+    """One process holds all of every shard: a copy must be one."""
+    student, teacher = (StagedCausalLM(tiny_model("llama")) for _ in range(2))
+    for model in (student, teacher):
+        fsdp.shard(model, one_process)
+    before = {name: weight.full_tensor().clone() for name, weight in student.state_dict().items()}
+    settings = Merging(min_cosine=-1, steps=2, tied=True)
+    (run,) = fit_runs(student, teacher, batches(), "both", [(1, 2)], settings, gather=lambda _: nullcontext()).runs
+    assert run.cosine != run.plain_cosine
+    for name, weight in student.state_dict().items():
+        assert torch.equal(weight.full_tensor(), before[name]), name
 
 
 def test_a_directory_of_shards_is_refused(tmp_path: Path) -> None:

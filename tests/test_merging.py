@@ -27,6 +27,7 @@ from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import STAGES, Boundary, Relation, Stage, StagePlan, Target
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.gate import Observer
 from pdtrim_pl.staged.model import reference_to
 
 TARGETS: tuple[Target, ...] = ("prefill", "decode", "both")
@@ -103,11 +104,11 @@ def test_a_block_on_trial_computes_what_it_computes_in_the_student_once_it_is_me
     start = Start(move, dict.fromkeys(stages, (1, 2)))
     recording = record(staged(family, boundary=boundary), batch, boundary, start.places)
     trial = Trial.of(student, start)
-    for parameter in trial.weights.parameters():
+    for parameter in trial.blocks.parameters():
         parameter.mul_(1.1)
 
     seen: dict[Stage, Tensor] = {}
-    student.offer([FittedRun(move, start.stands_for, 1, 1, 0, trial.weights)])
+    student.offer([FittedRun(move, start.stands_for, 1, 1, 0, trial.blocks[str(into)])])
     plan = QUICK.apply(student.plan, move)
     policy = None if student.policy is None else student.policy.restricted_to(plan)
 
@@ -135,6 +136,47 @@ def test_a_fit_brings_the_block_nearer_to_the_run_on_text_it_was_not_fitted_on(t
     assert plain.tokens == 0
     assert out.block_tokens == plain.block_tokens + 3 * out.tokens
     assert plain.block_tokens == 8 * 19 * BLOCKS + 2 * 4 * 2 * 19
+
+
+@pytest.mark.parametrize("boundary", ["prefill", "decode"])
+@torch.no_grad()
+def test_blocks_behind_a_run_learn_with_it_and_come_with_the_merge(boundary: Boundary) -> None:
+    student, teacher = staged(boundary=boundary), staged(boundary=boundary)
+    merging = Merging(min_cosine=-1, steps=12, batch_size=2, learning_rate=0.01)
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    (run,) = fit_runs(student, teacher, batches(8), "both", [(1, 2)], merging, behind=1).runs
+    assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
+    assert (set(run.behind), set(run.blocks)) == ({3}, {3, run.move.into})
+    student.offer([run])
+    batch = batches(1)[0]
+    assert torch.equal(student(*batch.request).hidden, teacher(*batch.request).hidden), "the merge is not made"
+
+    plan, errors = merging.apply(student.plan, run.move), list[Tensor]()
+    for judged in batches(8)[:2]:
+        held = record(teacher, judged, boundary, {4})
+        seen: dict[Stage, Tensor] = {}
+
+        def watch(stage: Stage, seen: dict[Stage, Tensor] = seen) -> Observer:
+            return lambda block, _, after: seen.update({stage: after}) if block == 3 else None
+
+        student(*judged.request, plan=plan, observers={stage: watch(stage) for stage in STAGES})
+        for stage in STAGES:
+            apart = (seen[stage] - held.hidden[stage][4])[held.request.valid[stage]]
+            errors.append(apart.square())
+    assert float(torch.cat(errors).mean()) == pytest.approx(run.mse, rel=1e-4)
+    merged = student(*batch.request, plan=plan).hidden
+    student.apply_plan(plan)
+    assert torch.equal(student(*batch.request).hidden, merged)
+    for index, block in run.blocks.items():
+        own = student.gates[index].block
+        assert all(torch.equal(own.get_parameter(name), weight) for name, weight in block.named_parameters())
+
+
+def test_blocks_behind_a_run_must_be_alike_in_both_stages() -> None:
+    student = staged()
+    student.apply_plan(student.plan.drop("decode", 0))
+    with pytest.raises(ValueError, match=r"`behind` needs a plan under which both stages run the same blocks"):
+        fit_runs(student, staged(), batches(), "both", [(1, 2)], QUICK, behind=1)
 
 
 def test_batches_are_cut_to_the_size_of_a_step() -> None:

@@ -292,34 +292,44 @@ def test_any_number_of_ranks_finds_the_same_with_less_work_for_each(
         assert share < work
 
 
+def projected(project: Callable[..., Any], note: Callable[[], None], *args: Any) -> Any:
+    note()
+    return project(*args)
+
+
 def repeated(batch: Batch, times: int) -> Batch:
     return Batch(*(torch.cat([part] * times) for part in batch))
 
 
-@pytest.mark.parametrize("memory", [Memory(), Memory(base=9_000, teacher=30_000)])
+@pytest.mark.parametrize("memory", [Memory(), Memory(base=300_000, teacher=30_000), Memory(base=500_000)])
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_that_hold_parts_of_the_weights_keep_step(size: int, memory: Memory) -> None:
+@pytest.mark.parametrize("target", ["prefill", "decode"])
+def test_ranks_that_hold_parts_of_the_weights_keep_step(size: int, memory: Memory, target: Target) -> None:
     """They split the batches too, and run the same blocks, and the heads as often, at the same time."""
     small, large = batches(1), [repeated(batch, 9) for batch in batches(0)]  # whose head runs twice
-    data = [small[0], large[0], large[1], small[1], *batches(2)[:1]]
+    single = small[0]._replace(response_ids=small[0].response_ids[:, :1], response_mask=small[0].response_mask[:, :1])
+    data = [small[0], large[0], large[1], single, *batches(2)[:1]]
     monitored = StagedCausalLM(tiny_model("llama", blocks=7)).eval()
     expected = Evaluator(monitored, monitored, data)
     calls: dict[int, list[str]] = {}
+    start = StagePlan.full(monitored.plan.model, "free")
 
     def note(name: str, *_: Any) -> None:
         calls.setdefault(get_ident(), []).append(name)
 
     for index, gate in monitored.gates.items():
         gate.block.register_forward_pre_hook(partial(note, str(index)))
-    monitored.model.get_output_embeddings().register_forward_pre_hook(partial(note, "head"))
+        gate.project = partial(projected, gate.project, partial(note, f"keys and values of {index}"))
+    for name in ("input", "output"):
+        getattr(monitored.model, f"get_{name}_embeddings")().register_forward_pre_hook(partial(note, name))
 
     def search(ranks: Ranks) -> tuple[object, float, list[str]]:
         evaluator = Evaluator(monitored, monitored, data, ranks=ranks, memory=memory)
-        rounds = RoundSearch(evaluator, monitored.plan, "decode", 3, NO_GUARDS)
+        rounds = RoundSearch(evaluator, start, target, 2, NO_GUARDS)
         best, energy = anneal(rounds, rounds.greedy()[0], Annealing(10, temperature=0.3))
         return best, energy, calls.pop(get_ident())
 
-    rounds = RoundSearch(expected, monitored.plan, "decode", 3, NO_GUARDS)
+    rounds = RoundSearch(expected, start, target, 2, NO_GUARDS)
     best, energy = anneal(rounds, rounds.greedy()[0], Annealing(10, temperature=0.3))
     found = Threads(size, whole=False).run(search)
     assert [rank[0] for rank in found] == [best] * size

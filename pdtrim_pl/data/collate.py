@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pdtrim_pl.data.examples import Example
 
@@ -33,6 +34,13 @@ class Batch(NamedTuple):
     def cut(self, size: int) -> "list[Batch]":
         """Batches of at most `size` examples, in order; padding stays."""
         return [Batch(*rows) for rows in zip(*(tensor.split(size) for tensor in self), strict=True)]
+
+    def with_decode(self) -> "Batch":
+        """The batch, with a padding token where every response is one token: the decode pass then runs in any case."""
+        if self.response_ids.shape[1] > 1:
+            return self
+        ids, mask = (functional.pad(part, (0, 1)) for part in (self.response_ids, self.response_mask))
+        return self._replace(response_ids=ids, response_mask=mask)
 
     @property
     def request(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

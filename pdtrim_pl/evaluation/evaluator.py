@@ -83,9 +83,7 @@ class Evaluator:
         self.tokens = sum(int(batch.response_mask.sum()) for batch in batches)
         if not self.tokens:
             raise ValueError("The calibration set has no response token: see `parts.calibration` of the data.")
-        self.parts = _parts(ranks, batches)
-        """Among so many ranks the batches are split: batch `i` is the `i // parts`-th of rank `i % parts`."""
-        peers = _peers(ranks, batches, self.parts)
+        peers = _peers(ranks, batches if ranks.whole else [batch.with_decode() for batch in batches])
         self.batches = [group[ranks.rank % len(group)].on(device) for group in peers]
         self.targets = [batch.response_ids[batch.response_mask] for batch in self.batches]
         self.neighbours = Neighbours(student, self.batches, memory.base, peers)
@@ -98,7 +96,8 @@ class Evaluator:
         with torch.no_grad():
             self.teacher_hidden = [final_hidden(teacher, batch) for batch in self.batches]
         lengths = [max(int(batch.response_mask.sum()) for batch in group) for group in peers]
-        self._min_chunks = 0 if ranks.whole else max(len(chunks(length, CHUNK_TOKENS)) for length in lengths)
+        self._chunks = [len(chunks(length, CHUNK_TOKENS)) for length in lengths]
+        """Per batch, how often the heads are called: ranks that keep step call them equally often."""
         self.references = self._kept_references(memory.teacher, lengths)
         self._next_base: Candidate | None = None
         self.weight = [0.0] * self.count
@@ -184,9 +183,9 @@ class Evaluator:
             for parameter in model.parameters()
         ]
         offers = [
-            (block, stage, run, sum(map(_total, weights.parameters())))
+            (block, *merge, sum(map(_total, weights.parameters())))
             for block, gate in self.student.gates.items()
-            for (stage, run), weights in gate.offers.items()
+            for merge, weights in gate.offers.items()
         ]
         held = self.ranks.agree(sums) if self.ranks.whole else self.ranks.gather(sums)
         device = self.student.model.device.type
@@ -217,11 +216,11 @@ class Evaluator:
         """One more batch, or one more on every rank that has one left."""
         self.ranks.leave_if_asked()
         chosen = self._next(self.journal.known(text))
-        mine = chosen[self.ranks.rank % self.parts]
+        mine = chosen[self.ranks.rank]
         if not self.ranks.whole:  # run it in any case, as all others do
             mine = next(batch for batch in chosen if batch is not None)
-        sums = None if mine is None else tuple(self._sums(candidate, mine // self.parts))
-        every = [self.ranks.agree(sums)] if self.parts == 1 else self.ranks.gather(sums)
+        sums = None if mine is None else tuple(self._sums(candidate, mine // self.ranks.size))
+        every = self.ranks.gather(sums)
         for batch, found in zip(chosen, every, strict=True):
             if batch is not None:
                 # A candidate that overflows is no worse than impossible; where all do, the search says so.
@@ -230,12 +229,17 @@ class Evaluator:
             self._weigh(text)
 
     def _next(self, known: Mapping[int, Sums]) -> list[int | None]:
-        """For every rank, the batch that is likely to tell most of those that it has left."""
-        left = sorted(set(range(self.count)) - set(known), key=lambda batch: (-self.weight[batch], batch))
+        """For every rank, the batch that is likely to tell most of those that it has left; batch `i` is the
+        `i // size`-th of rank `i % size`, and ranks that keep step take those of one place together."""
+        left, size = set(range(self.count)) - set(known), self.ranks.size
         if self.ranks.whole:
-            return [next((batch for batch in left if batch % self.parts == part), None) for part in range(self.parts)]
-        first = left[0] // self.parts * self.parts
-        return [batch if batch in left else None for batch in range(first, first + self.parts)]
+            order = sorted(left, key=lambda batch: (-self.weight[batch], batch))
+            return [next((batch for batch in order if batch % size == rank), None) for rank in range(size)]
+        told = dict.fromkeys(sorted({batch // size for batch in left}), 0.0)
+        for batch in left:
+            told[batch // size] += self.weight[batch]
+        place = max(told, key=told.__getitem__)
+        return [batch if batch in left else None for batch in range(place * size, (place + 1) * size)]
 
     def _weigh(self, text: str) -> None:
         """Learn from a plan that was evaluated on all batches how much of the energy each of them holds."""
@@ -253,38 +257,32 @@ class Evaluator:
         hidden = self.neighbours.response(candidate, index)
         reference = self.references[index]
         if reference is not None:
-            compared = reference.compare(self.student.logits, hidden, self.targets[index], min_chunks=self._min_chunks)
+            compared = reference.compare(
+                self.student.logits, hidden, self.targets[index], min_chunks=self._chunks[index]
+            )
             return Sums(*compared)
         heads = (self.student.logits, self.teacher.logits)
         scores = score_tokens(
-            hidden, self.teacher_hidden[index], self.targets[index], *heads, min_chunks=self._min_chunks
+            hidden, self.teacher_hidden[index], self.targets[index], *heads, min_chunks=self._chunks[index]
         )
         return Sums(float(scores.kl.double().sum()), float(scores.nll.double().sum()))
 
     def _kept_references(self, budget: int, lengths: Sequence[int]) -> list[Reference | None]:
         kept: list[Reference | None] = []
         vocabulary = self.teacher.model.config.vocab_size
-        for hidden, length in zip(self.teacher_hidden, lengths, strict=True):
+        for hidden, length, calls in zip(self.teacher_hidden, lengths, self._chunks, strict=True):
             budget -= length * vocabulary * torch.float32.itemsize
-            fits = budget >= 0
-            kept.append(Reference.of(self.teacher.logits, hidden, min_chunks=self._min_chunks) if fits else None)
+            kept.append(Reference.of(self.teacher.logits, hidden, min_chunks=calls) if budget >= 0 else None)
         return kept
 
 
-def _parts(ranks: Ranks, batches: Sequence[Batch]) -> int:
-    """Among how many ranks the batches are split. Where all must run the same blocks, all batches must have some decode
-    to do, or none may run another batch than the others."""
-    alike = ranks.whole or all(batch.response_ids.shape[1] > 1 for batch in batches)
-    return ranks.size if alike else 1
-
-
-def _peers(ranks: Ranks, batches: Sequence[Batch], parts: int) -> list[list[Batch]]:
+def _peers(ranks: Ranks, batches: Sequence[Batch]) -> list[list[Batch]]:
     """Per batch of this rank, those that count with it: itself, or what all ranks run at that time. Ranks that are to
     keep step and have no batch left run the last one again."""
+    size, last = ranks.size, len(batches) - 1
     if ranks.whole:
-        return [[batch] for batch in batches[ranks.rank % parts :: parts]]
-    last = len(batches) - 1
-    return [[batches[min(i, last)] for i in range(first, first + parts)] for first in range(0, len(batches), parts)]
+        return [[batch] for batch in batches[ranks.rank :: size]]
+    return [[batches[min(i, last)] for i in range(first, first + size)] for first in range(0, len(batches), size)]
 
 
 def _total(weights: Tensor) -> int:

@@ -28,8 +28,8 @@ class Ranks:
     gather_weights: Gather | None = None
     """The strategy's, where it shards weights."""
     whole: bool = True
-    """Whether every rank holds whole weights. If not, all must run the same blocks at the same time, each on batches of
-    its own."""
-
+    """Whether every rank holds whole weights. If not, all must run the same blocks at the same time: in an evaluation
+    each on batches of its own."""
     leave_if_asked: Callable[[], None] = lambda: None
-    """Called by every rank before every evaluation and local fit; raises where the run has to leave the machine."""
+    """Called by every rank before every evaluation and every group of local fits; raises where the run has to leave the
+    machine."""

@@ -25,7 +25,7 @@ from pdtrim_pl.merging.recording import Recording, record
 from pdtrim_pl.merging.settings import Merging, merging_stages
 from pdtrim_pl.merging.trial import Start, Trial
 from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import Target
+from pdtrim_pl.plan import STAGES, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.fitted import FittedRun
 
@@ -89,7 +89,7 @@ def fit_runs(
     student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], target: Target,
     runs: Sequence[tuple[int, ...]], settings: Merging, *, device: torch.device | str = "cpu",
     gather: Gather | None = None, progress: Callable[[str], None] = lambda line: None,
-    leave_if_asked: Callable[[], None] = lambda: None,
+    leave_if_asked: Callable[[], None] = lambda: None, behind: int = 0,
 ) -> FittedRuns:  # fmt: skip
     """Fit one block to each run of neighbours of the student's plan: from the first, from the last; the better is kept.
 
@@ -108,6 +108,8 @@ def fit_runs(
         gather: from the strategy, where it shards weights; every rank then fits the same runs on the same batches.
         progress: told how far it is.
         leave_if_asked: called before every `pairs_at_once` runs; raises where the process has to leave the machine.
+        behind: so many blocks behind a run learn with it, towards the teacher's state behind them: they make good what
+            one block alone cannot. Both stages must run and merge all of them alike.
 
     Raises:
         ValueError: blocks that are not neighbours, or cannot be merged `tied`; a teacher of other blocks; no token of
@@ -115,7 +117,7 @@ def fit_runs(
     """
     started, cost = time.monotonic(), _Cost()
     _check_teacher(student, teacher)
-    asked = [_starts(student, target, run, settings) for run in runs]
+    asked = [_starts(student, target, run, settings, behind) for run in runs]
     batches = [part for batch in batches for part in batch.cut(settings.batch_size)]
     held = len(batches) // 4 or min(1, len(batches) - 1)
     fitted: list[FittedRun] = []
@@ -144,7 +146,9 @@ def _check_teacher(student: StagedCausalLM, teacher: StagedCausalLM) -> None:
         )
 
 
-def _starts(student: StagedCausalLM, target: Target, run: tuple[int, ...], settings: Merging) -> list[Start]:
+def _starts(
+    student: StagedCausalLM, target: Target, run: tuple[int, ...], settings: Merging, behind: int
+) -> list[Start]:
     """The first and the last member that may be the block that stays."""
     moves = [Move(target, tuple(run), into) for into in run]
     allowed = [move for move in moves if settings.allows(student.plan, move)]
@@ -154,8 +158,21 @@ def _starts(student: StagedCausalLM, target: Target, run: tuple[int, ...], setti
             f"`tied: true` cannot merge {list(run)} in `{target}`: a stage without the merge goes on with the same "
             "weights. Merge in both stages, or leave `tied` out."
         )
-    starts = [Start(move, merging_stages(student.plan, plan, move)) for move, plan in zip(allowed, merged, strict=True)]
+    helpers = _behind(student.plan, run, behind)
+    starts = [
+        Start(move, merging_stages(student.plan, plan, move), helpers)
+        for move, plan in zip(allowed, merged, strict=True)
+    ]
     return [starts[0], *starts[1:][-1:]]
+
+
+def _behind(plan: StagePlan, run: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The next blocks behind a run, fewer where the model ends."""
+    blocks = [block for block in plan.prefill if block > max(run)][:count]
+    own = [block for block in blocks if any(block in plan.untied[stage] for stage in STAGES)]
+    if count and (plan.prefill != plan.decode or own):
+        raise ValueError("`behind` needs a plan under which both stages run the same blocks with the same weights.")
+    return tuple(blocks)
 
 
 def _parts(
@@ -180,12 +197,12 @@ def _fit_group(
     every = [fit for row in fits for fit in row]
     _train(every, settings, cost)
     judged = sum(recording.tokens(stage) for recording in judging for stage in recording.hidden)
-    cost.block_tokens += 2 * judged * len(every)
+    cost.block_tokens += 2 * judged * sum(len(fit.trial.blocks) for fit in every)
     return [max((_judged(fit, judging, settings) for fit in row), key=lambda run: run.cosine) for row in fits]
 
 
 def _train(fits: Sequence[_Fit], settings: Merging, cost: _Cost) -> None:
-    weights = [parameter for fit in fits for parameter in fit.trial.weights.parameters()]
+    weights = [parameter for fit in fits for parameter in fit.trial.blocks.parameters()]
     peaks = [settings.learning_rate * max(float(x.detach().square().mean().sqrt()), _SMALLEST) for x in weights]
     optimizer = torch.optim.Adam([{"params": [parameter]} for parameter in weights])
     for step in range(settings.steps):
@@ -197,10 +214,10 @@ def _train(fits: Sequence[_Fit], settings: Merging, cost: _Cost) -> None:
             with torch.enable_grad():
                 loss = F.mse_loss(fit.trial.output(batch), fit.trial.target(batch)) / fit.scale
                 loss.backward()
-            nn.utils.clip_grad_norm_(fit.trial.weights.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(fit.trial.blocks.parameters(), 1.0)
             tokens = fit.trial.tokens(batch)
             cost.tokens += tokens
-            cost.block_tokens += 3 * tokens
+            cost.block_tokens += 3 * tokens * len(fit.trial.blocks)
         optimizer.step()
         torch.clear_autocast_cache()  # under the caller's autocast it holds these weights as they were
 
@@ -214,7 +231,8 @@ def _rate(step: int, steps: int) -> float:
 def _judged(fit: _Fit, judging: Sequence[Recording], settings: Merging) -> FittedRun:
     """The block as the student would hold it, in its element type."""
     trial = fit.trial
-    trial.weights.requires_grad_(False).to(trial.student.model.dtype)
+    trial.blocks.requires_grad_(False).to(trial.student.model.dtype)
     cosine, mse = trial.judge(judging)
-    kept = trial.weights if cosine >= settings.min_cosine else None
-    return FittedRun(trial.start.move, trial.start.stands_for, cosine, fit.plain_cosine, mse, kept)
+    blocks = {int(index): block for index, block in trial.blocks.items()} if cosine >= settings.min_cosine else {}
+    into = blocks.pop(trial.start.into, None)
+    return FittedRun(trial.start.move, trial.start.stands_for, cosine, fit.plain_cosine, mse, into, blocks)

@@ -1,4 +1,4 @@
-"""Merged weights in a run that is under way: in the optimizer, in DDP's wrapper, in DeepSpeed's shards.
+"""Merged weights in a run that is under way: in the optimizer, in DDP's wrapper, in shards of DeepSpeed and FSDP.
 
 An engine keeps its own copies of weights and their optimizer states, cut up between ranks.
 """
@@ -27,8 +27,9 @@ def check_merges(strategy: Strategy, settings: Merging) -> None:
         engine = "DeepSpeed" if isinstance(strategy, DeepSpeedStrategy) else "FSDP"
         raise ValueError(
             f"`trainer.strategy` is {engine}, whose shards are cut once, at the start, so that no block can get "
-            "weights of its own later. Set `tied: true` for the merges, which then are made only in both stages at "
-            "once, or use `strategy: ddp_find_unused_parameters_true`."
+            "weights of its own later. Set `tied: true` for the merges of BlockDrop, which then are made only in both "
+            "stages at once (JointDrop merges in one at a time, so not here), or use `strategy: "
+            "ddp_find_unused_parameters_true`."
         )
 
 
@@ -52,7 +53,7 @@ class WeightChange:
             _write_shards(self.strategy, parameter, value)
         else:
             if isinstance(parameter, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             with torch.no_grad():
                 parameter.copy_(value)
         self.written.append(parameter)
@@ -63,6 +64,7 @@ class WeightChange:
             assert not created, "`check_merges` refuses this"
             _clear_sharded_states(self.strategy, self.written)
             return
+        assert not (created and isinstance(self.strategy, ModelParallelStrategy)), "`check_merges` refuses this"
         for optimizer in self.strategy.optimizers:
             for parameter in self.written:
                 optimizer.state.pop(parameter, None)

@@ -1,4 +1,4 @@
-"""One block on trial for a run of neighbours: run under the contract from the teacher's hidden state, and compared.
+"""Blocks on trial for a run of neighbours: run under the contract from the teacher's hidden state, and compared.
 
 Shapes: B batch, T tokens of a stage, N real tokens of the stages that merge, H hidden.
 """
@@ -29,6 +29,8 @@ class Start:
     move: Move
     stands_for: Mapping[Stage, tuple[int, ...]]
     """Per stage that merges, the original blocks that the merged one is to stand for."""
+    behind: tuple[int, ...] = ()
+    """Blocks behind the run that learn with it, towards what the teacher's state is behind them."""
 
     @property
     def into(self) -> int:
@@ -43,8 +45,8 @@ class Start:
 
     @property
     def end(self) -> int:
-        """The block behind the run."""
-        return max(max(run) for run in self.stands_for.values()) + 1
+        """The block behind all that learns."""
+        return max([*self.behind, *(block for run in self.stands_for.values() for block in run)]) + 1
 
     @property
     def places(self) -> set[int]:
@@ -54,7 +56,7 @@ class Start:
 
 @dataclass(eq=False)
 class Trial:
-    """A copy of one block that shall do what the run does, in the stages that merge it.
+    """A copy of one block that shall do what the run does, in the stages that merge it; blocks behind may help it.
 
     A block that is merged in decode alone attends, at prompt positions, to the keys and values that the student's own
     prefill block of that index makes of the teacher's hidden state there; merged in prefill, to its own.
@@ -62,23 +64,26 @@ class Trial:
 
     student: StagedCausalLM
     start: Start
-    weights: nn.Module
-    """In fp32, from what the first merging stage runs now."""
+    blocks: nn.ModuleDict
+    """The copy, and those of the blocks behind the run that learn with it, by index, in fp32: from what the first
+    merging stage runs now."""
     plan: StagePlan
-    """This block alone, in both stages, merged."""
+    """These blocks alone, in both stages, merged."""
     _sent: dict[int, KVCache] = field(default_factory=dict)
 
     @classmethod
     def of(cls, student: StagedCausalLM, start: Start, gather: Gather | None = None) -> Trial:
         """The trial of a merge into the student's own plan; the student is not changed."""
-        into, now = start.into, student.plan
-        block = student.gates[into].weights(next(iter(start.stands_for)), now)
-        weights = (copy_of(block) if gather is None else _whole_copy(student, into, block, gather)).float().eval()
-        untied = {stage: (into,) for stage in STAGES if into in now.untied[stage]}
-        merged = {stage: {into: run} for stage, run in start.stands_for.items()}
-        return cls(
-            student, start, weights, StagePlan(now.model, (into,), (into,), "free", now.boundary, merged, untied)
-        )
+        now, stage = student.plan, next(iter(start.stands_for))
+        learning = (start.into, *start.behind)
+        blocks = nn.ModuleDict()
+        for index in learning:
+            block = student.gates[index].weights(stage, now)
+            blocks[str(index)] = copy_of(block) if gather is None else _whole_copy(student, index, block, gather)
+        untied = {stage: tuple(index for index in learning if index in now.untied[stage]) for stage in STAGES}
+        merged = {stage: {start.into: run} for stage, run in start.stands_for.items()}
+        plan = StagePlan(now.model, learning, learning, "free", now.boundary, merged, untied)
+        return cls(student, start, blocks.float().eval(), plan)
 
     def tokens(self, recording: Recording) -> int:
         """Positions at which the block is compared."""
@@ -96,8 +101,8 @@ class Trial:
         return self._real(recording, {stage: recording.hidden[stage].get(place) for stage in self.start.stands_for})
 
     def output(self, recording: Recording) -> Tensor:
-        """The block's output where the run's is `target`, fp32 [N, H]; gradients reach `weights`."""
-        dtype = next(self.weights.parameters()).dtype
+        """The output of the last of the blocks where the teacher's is `target`, fp32 [N, H]; gradients reach them."""
+        dtype = next(self.blocks.parameters()).dtype
         outputs: dict[Stage, Tensor] = {}
 
         def keeping(stage: Stage) -> Observer:
@@ -145,15 +150,19 @@ class Trial:
 
     @contextmanager
     def _on_trial(self) -> Iterator[None]:
-        """The block is what its gate runs, for the length of a pass."""
-        offers = self.student.gates[self.start.into].offers
-        before = dict(offers)
-        offers.update(dict.fromkeys(self.start.stands_for.items(), self.weights))
+        """The blocks are what their gates run, for the length of a pass."""
+        gates = {int(index): self.student.gates[int(index)] for index in self.blocks}
+        before = {index: dict(gate.offers) for index, gate in gates.items()}
+        for index, gate in gates.items():
+            gate.offers.clear()
+            merges = [(stage, self.start.into, run) for stage, run in self.start.stands_for.items()]
+            gate.offers.update(dict.fromkeys(merges, self.blocks[str(index)]))
         try:
             yield
         finally:
-            offers.clear()
-            offers.update(before)
+            for index, gate in gates.items():
+                gate.offers.clear()
+                gate.offers.update(before[index])
 
     @torch.no_grad()
     def judge(self, recordings: Sequence[Recording]) -> tuple[float, float]:
@@ -176,6 +185,6 @@ def _whole_copy(student: StagedCausalLM, index: int, block: nn.Module, gather: G
     for name, parameter in block.named_parameters():
         with gather([parameter]):
             weight = parameter.detach()
-            weights[name] = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+            weights[name] = (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
     fresh.load_state_dict(weights, assign=True)
     return fresh.requires_grad_(True)

@@ -67,10 +67,10 @@ def _agreed(context: ScoringContext, accepted: list[FittedRun]) -> list[FittedRu
     if context.ranks.size == 1:
         return accepted
     for run in accepted:
-        assert run.weights is not None
-        run.weights.cpu()
+        for block in run.blocks.values():
+            block.cpu()
     agreed: list[FittedRun] = context.ranks.agree(accepted)
     for run in agreed:
-        assert run.weights is not None
-        run.weights.to(context.device)
+        for block in run.blocks.values():
+            block.to(context.device)
     return agreed

@@ -46,7 +46,7 @@ class Space(ABC, Generic[State]):
         Args:
             state: where to begin.
             progress: told how far it is.
-            over: asked between steps whether to take no more.
+            over: asked before a step whether to take it no more.
         """
 
     def energy(self, state: State, limit: float = inf) -> float | None:

@@ -54,11 +54,14 @@ class StagePass:
     resume: Resume | None = None
     cached: dict[int, BlockKV] = field(default_factory=dict)
     """Filled by the gates: entries of every block after this pass."""
+    dtype: torch.dtype | None = None
+    """Of a pass that starts at a block: the model's own hidden states'."""
     _slots: dict[int | None, Slots] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.runs = frozenset(self.plan.blocks(self.stage))
+        self.last = max(self.runs, default=-1)
         self.projects = frozenset(self.plan.kv_only) if self.stage == "prefill" else frozenset[int]()
         self.sends = frozenset(self.plan.decode)
         self.all_valid = bool(self.tokens.valid.all())
@@ -106,8 +109,9 @@ class Gate(nn.Module):
         self.project: Callable[[nn.Module, Tensor, RoPE], tuple[Tensor, Tensor]] = architecture.keys_values
         """Makes keys and values of a KV-only block; a strategy that shards weights puts its own in place."""
         self.untied = nn.ModuleDict()
-        self.offers: dict[tuple[Stage, tuple[int, ...]], nn.Module] = {}
-        """Fitted weights of merges that a search may choose, by stage and run: no parameters of the model yet."""
+        self.offers: dict[tuple[Stage, int, tuple[int, ...]], nn.Module] = {}
+        """Fitted weights that come with merges a search may choose, by stage, block that stays and run: no parameters
+        of the model yet."""
 
     def __getattr__(self, name: str) -> Any:
         """Some models read attributes of their blocks, such as `attention_type`; the block answers."""
@@ -118,10 +122,15 @@ class Gate(nn.Module):
 
     def weights(self, stage: Stage, plan: StagePlan) -> nn.Module:
         """The block whose weights `stage` uses under `plan`: those on offer for its run, its own, or the shared one."""
-        offered = self.offers.get((stage, plan.merged[stage].get(self.index, ())))
+        offered = self._offered(stage, plan)
         if offered is not None:
             return offered
         return self.untied[stage] if self.index in plan.untied[stage] else self.block
+
+    def _offered(self, stage: Stage, plan: StagePlan) -> nn.Module | None:
+        merged = plan.merged[stage]
+        fits = (weights for (of, into, run), weights in self.offers.items() if of == stage and merged.get(into) == run)
+        return next(fits, None)
 
     def untie(self, stage: Stage) -> None:
         """Give `stage` weights of its own, starting from the shared ones."""
@@ -134,8 +143,8 @@ class Gate(nn.Module):
         Raises:
             ValueError: with the way out.
         """
-        shared = {stage: self.offers.get((stage, plan.merged[stage].get(self.index, ())))
-                  for stage in _stages_using(self.index, plan) if self.index not in plan.untied[stage]}  # fmt: skip
+        users = (stage for stage in _stages_using(self.index, plan) if self.index not in plan.untied[stage])
+        shared = {stage: self._offered(stage, plan) for stage in users}
         if len(set(shared.values())) > 1:
             raise ValueError(
                 f"Block {self.index} would be merged with `tied: true`, and {' and '.join(shared)} use its shared "
@@ -145,7 +154,7 @@ class Gate(nn.Module):
 
     def take_up(self, plan: StagePlan, write: Callable[[nn.Parameter, Tensor], None]) -> None:
         """Untie what `plan` unties, make the weights on offer for its merges those of their stages, end the offers."""
-        chosen = {stage: self.offers.get((stage, plan.merged[stage].get(self.index, ()))) for stage in STAGES}
+        chosen = {stage: self._offered(stage, plan) for stage in STAGES}
         self.offers.clear()
         targets: dict[int, tuple[nn.Module, nn.Module]] = {}
         for stage in STAGES:
@@ -168,8 +177,8 @@ class Gate(nn.Module):
     def forward(self, hidden: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         """Run, project or skip; hidden state in and out, [B, T, H]."""
         current: StagePass = kwargs[self.architecture.cache_argument]
-        dtype = hidden.dtype
         if current.resume is not None:
+            current.dtype = current.dtype or hidden.dtype
             if self.index < current.resume.block:
                 return hidden
             if self.index == current.resume.block:
@@ -194,8 +203,8 @@ class Gate(nn.Module):
             current.observer(self.index, hidden, out)
         if current.keep and self.index in current.sends:
             current.cached[self.index] = BlockKV(keys, values, slots)
-        # A block is fitted in fp32 inside a model of bf16, by a pass that starts at it; the last norm takes bf16 only.
-        return out if current.resume is None else out.to(dtype)
+        # Blocks are fitted in fp32 inside a model of bf16, by a pass that starts there; the last norm takes bf16 only.
+        return out.to(current.dtype) if self.index == current.last and current.dtype is not None else out
 
     def _run(
         self, block: nn.Module, kwargs: dict[str, Any], hidden: Tensor, keys: Tensor | None, values: Tensor | None

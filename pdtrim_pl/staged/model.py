@@ -150,11 +150,11 @@ class StagedCausalLM(nn.Module):
         """
         gates = self.gates
         for run in fitted:
-            if run.weights is not None:
-                weights = run.weights.to(self.model.device).eval().requires_grad_(False)
-                assert run.move.into is not None
-                for stage, blocks in run.stands_for.items():
-                    gates[run.move.into].offers[stage, blocks] = weights
+            assert run.move.into is not None
+            for index, block in run.blocks.items():
+                weights = block.to(self.model.device).eval().requires_grad_(False)
+                for stage, merged in run.stands_for.items():
+                    gates[index].offers[stage, run.move.into, merged] = weights
 
     def withdraw(self) -> None:
         """End all offers."""

@@ -33,6 +33,7 @@ class ReplaceSpan(Method):
         share: of the token budget that the local training takes; the rest is left to rows that start from this one.
         batch_size: examples of a step.
         tried: share of the token budget to try every span on, the first part of `share`; 0 takes the most alike.
+        behind: so many blocks behind the span are trained with it, towards the model's state behind them.
 
     Raises:
         ValueError: `share` outside (0, 1], or `tried` outside [0, `share`].
@@ -40,7 +41,7 @@ class ReplaceSpan(Method):
 
     def __init__(
         self, learning_rate: float = 5e-2, relation: Relation = "unified", share: float = 1.0, batch_size: int = 1,
-        tried: float = 0.0,
+        tried: float = 0.0, behind: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         if not 0 < share <= 1:
@@ -48,7 +49,7 @@ class ReplaceSpan(Method):
         if not 0 <= tried <= share:
             raise ValueError(f"`tried` is {tried}: give a share of the token budget, at least 0 and at most `share`.")
         self.learning_rate, self.relation, self.share, self.batch_size = learning_rate, relation, share, batch_size
-        self.tried = tried
+        self.tried, self.behind = tried, behind
 
     @property
     @override
@@ -62,7 +63,7 @@ class ReplaceSpan(Method):
         criterion = "fitted_kl" if self.tried else "streamline"
         span, score = (self._least_kl if self.tried else most_alike)(bench, student, count)
         with bench.unmetered():
-            fitted, tokens = self._fit(bench, student, [span], self.share)
+            fitted, tokens = self._fit(bench, student, [span], self.share, self.behind)
         run = fitted.runs[0]
         student.offer(fitted.runs)
         plan = run.move.apply(plan, untied=False, criterion=criterion, score=score)
@@ -70,12 +71,12 @@ class ReplaceSpan(Method):
         return Found(plan, None, bench.changed(student), tokens)
 
     def _fit(
-        self, bench: Bench, student: StagedCausalLM, runs: Sequence[tuple[int, ...]], share: float
+        self, bench: Bench, student: StagedCausalLM, runs: Sequence[tuple[int, ...]], share: float, behind: int = 0
     ) -> tuple[FittedRuns, int]:
         """One block for each of the runs, on so much of the budget; and how many tokens that was."""
         batches, tokens = bench.texts.training_batches(int(share * bench.training.tokens), self.batch_size)
         settings = Merging(-1.0, len(batches), self.batch_size, self.learning_rate, pairs_at_once=1)
-        return bench.fit(student, batches, runs, settings), tokens
+        return bench.fit(student, batches, runs, settings, behind), tokens
 
     def _least_kl(self, bench: Bench, student: StagedCausalLM, count: int) -> tuple[tuple[int, ...], float]:
         """The span whose briefly fitted block leaves the least KL on the calibration set, and that KL."""
