@@ -223,6 +223,15 @@ def test_a_replaced_span_is_trained_on_the_budget_and_only_its_block_changes(ben
     assert {name.split(".block.")[0] for name in found.weights} == {f"model.model.layers.{into}"}
 
 
+def test_blocks_behind_a_replaced_span_change_with_it_where_there_are_some(bench: Bench) -> None:
+    found = ReplaceSpan(behind=2).find(bench, None, 1)
+    ((into, run),) = found.plan.merged["prefill"].items()
+    changed = {int(name.split(".block.")[0].rsplit(".", 1)[1]) for name in found.weights}
+    assert changed == {into, *range(run[-1] + 1, min(run[-1] + 3, 4))}
+    with pytest.raises(ValueError, match=r"`behind` is -1: give a number of blocks, 0 for none"):
+        ReplaceSpan(behind=-1)
+
+
 def test_of_all_spans_tried_the_one_that_leaves_the_least_kl_is_replaced(bench: Bench) -> None:
     method = ReplaceSpan(tried=0.5)
     chosen = method.find(bench, None, 1)

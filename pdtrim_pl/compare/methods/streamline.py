@@ -36,7 +36,7 @@ class ReplaceSpan(Method):
         behind: so many blocks behind the span are trained with it, towards the model's state behind them.
 
     Raises:
-        ValueError: `share` outside (0, 1], or `tried` outside [0, `share`].
+        ValueError: `share` outside (0, 1], `tried` outside [0, `share`], or a negative `behind`.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class ReplaceSpan(Method):
             raise ValueError(f"`share` is {share}: give a share of the token budget, above 0 and at most 1.")
         if not 0 <= tried <= share:
             raise ValueError(f"`tried` is {tried}: give a share of the token budget, at least 0 and at most `share`.")
+        if behind < 0:
+            raise ValueError(f"`behind` is {behind}: give a number of blocks, 0 for none.")
         self.learning_rate, self.relation, self.share, self.batch_size = learning_rate, relation, share, batch_size
         self.tried, self.behind = tried, behind
 
