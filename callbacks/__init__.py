@@ -9,6 +9,7 @@ from callbacks.plan_logger import PlanLogger
 from callbacks.plan_progress_bar import PlanProgressBar
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.preemption import Preemption
+from callbacks.span_merge import SpanMerge
 
 __all__ = [
     "BlockDrop",
@@ -22,4 +23,5 @@ __all__ = [
     "Preemption",
     "RepeatedDrop",
     "RequestShape",
+    "SpanMerge",
 ]

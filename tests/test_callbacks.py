@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, RepeatedDrop, RequestShape
+from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, RepeatedDrop, RequestShape, SpanMerge
 from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, sidecar
 from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
@@ -330,6 +330,38 @@ def test_a_round_may_merge_neighbours_into_weights_of_their_own(tiny_llama_dir: 
     state = CheckpointState.at(next((tmp_path / "checkpoints").glob("epoch=2*.ckpt")))
     assert state is not None
     assert state.plan == module.plan
+
+
+def test_one_block_takes_the_place_of_a_span_and_the_run_goes_on_from_a_checkpoint(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    merging = Merging(min_cosine=-1.0, steps=8)
+
+    def span() -> list[Callback]:
+        return [SpanMerge(2, 1, merging, tried=2, behind=1, guards=Guards(0, 0))]
+
+    _, module = fit(tmp_path / "whole", tiny_llama_dir, span())
+    ((into, run),) = module.plan.merged["prefill"].items()
+    assert (len(run), module.plan.merged["decode"]) == (3, {into: run})
+    step = module.plan.history[-1]
+    assert (step.action, step.criterion, step.round) == ("merge", "fitted_kl", 0)
+    assert not any(gate.offers for gate in module.student.gates.values())
+    for epoch in (0, 1):
+        checkpoint = next((tmp_path / "whole" / "checkpoints").glob(f"epoch={epoch}*.ckpt"))
+        _, again = fit(tmp_path / f"from-{epoch}", tiny_llama_dir, span(), ckpt_path=checkpoint)
+        assert again.plan == module.plan
+        ours, theirs = again.state_dict(), module.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_span_that_cannot_be_replaced_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"A span merge needs `blocks` >= 1 and .* has 0, 0, 64 and 2"):
+        SpanMerge(0)
+    with pytest.raises(ValueError, match=r"No 4 neighbours of \(0, 1, 2, 3\) can be merged in both stages within"):
+        fit(tmp_path, tiny_llama_dir, [SpanMerge(3)])
+    short = SpanMerge(1, merging=Merging(min_cosine=1.0, steps=1), tried=1, guards=Guards(0, 0))
+    with pytest.raises(ValueError, match=r"reaches a cosine of 0.*`merging.min_cosine` is 1.0. Remove fewer blocks"):
+        fit(tmp_path, tiny_llama_dir, [short])
 
 
 def test_one_search_over_both_stages_meets_its_target_in_rounds(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -4,8 +4,18 @@ from pdtrim_pl.search.annealing import Annealing, anneal
 from pdtrim_pl.search.choose import choose_drops
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.joint import JointSearch
-from pdtrim_pl.search.merges import distillation_set
+from pdtrim_pl.search.merges import distillation_set, replace_span
 from pdtrim_pl.search.rounds import RoundSearch
 from pdtrim_pl.search.space import Space
 
-__all__ = ["Annealing", "Guards", "JointSearch", "RoundSearch", "Space", "anneal", "choose_drops", "distillation_set"]
+__all__ = [
+    "Annealing",
+    "Guards",
+    "JointSearch",
+    "RoundSearch",
+    "Space",
+    "anneal",
+    "choose_drops",
+    "distillation_set",
+    "replace_span",
+]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 
 from pdtrim_pl.criteria.base import ScoringContext
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.merging import FittedRun, Merging, fit_runs
+from pdtrim_pl.evaluation.neighbours import Candidate
+from pdtrim_pl.merging import FittedRun, FittedRuns, Merging, fit_runs
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search.guards import Guards
@@ -37,11 +41,7 @@ def distillation_set(
         The merges that may be chosen, in order of their blocks.
     """
     pairs = neighbours(start, target, settings, guards)
-    fitted = fit_runs(
-        context.student, context.teacher, batches or context.batches, target, pairs, settings,
-        device=context.device, gather=context.ranks.gather_weights, progress=context.progress,
-        leave_if_asked=context.ranks.leave_if_asked,
-    )  # fmt: skip
+    fitted = _fitted(context, target, pairs, settings, batches or context.batches)
     accepted = _agreed(context, list(fitted.accepted))
     context.student.offer(accepted)
     log.info(
@@ -49,6 +49,56 @@ def distillation_set(
         len(accepted), len(pairs), target, settings.min_cosine, fitted.seconds, fitted.tokens,
     )  # fmt: skip
     return [run.move for run in accepted]
+
+
+def replace_span(
+    context: ScoringContext, start: StagePlan, count: int, settings: Merging, guards: Guards, batches: Sequence[Batch],
+    tried: int, behind: int = 0,
+) -> StagePlan:  # fmt: skip
+    """Let one block stand for `count + 1` neighbours in both stages: those where, after a brief fit, least KL is left.
+
+    Asked for as `distillation_set` is. What was fitted is on offer to the plan that is returned.
+
+    Args:
+        context: student, teacher and calibration set; its student runs under `start`.
+        start: the plan before.
+        count: blocks to remove.
+        settings: of the fit of the block that stays.
+        guards: blocks that no merge may touch.
+        batches: text to fit on, the same on every rank.
+        tried: optimizer steps of the brief fits, one for every span.
+        behind: so many blocks behind the span learn with it; see `fit_runs`.
+
+    Raises:
+        ValueError: no neighbours to merge, or a fit that does not reach `min_cosine`.
+    """
+    spans = neighbours(start, "both", settings, guards, count + 1)
+    if not spans:
+        raise ValueError(f"No {count + 1} neighbours of {start.prefill} can be merged in both stages within {guards}.")
+    brief = replace(settings, steps=tried, min_cosine=-1.0)
+    few = batches[: brief.batches(len(batches[0].prompt_ids))]
+    fits = _agreed(context, list(_fitted(context, "both", spans, brief, few).accepted))
+    best, energy = least_kl(context, start, fits)
+    span = fits[best].move.run
+    log.info("Blocks %d to %d: KL %.4f after a brief fit, the least of %d.", span[0], span[-1], energy, len(spans))
+    (run,) = _fitted(context, "both", [span], settings, batches, behind).runs
+    (run,) = _agreed(context, [run])
+    if run.weights is None:
+        raise ValueError(
+            f"The block fitted to {list(span)} reaches a cosine of {run.cosine:.3f}, and `merging.min_cosine` is "
+            f"{settings.min_cosine}. Remove fewer blocks, fit for more `steps`, or lower it."
+        )
+    context.student.offer([run])
+    return settings.apply(start, run.move, criterion="fitted_kl", score=energy)
+
+
+def least_kl(context: ScoringContext, start: StagePlan, fitted: Sequence[FittedRun]) -> tuple[int, float]:
+    """The index of the merge that leaves the least KL to the teacher on the calibration set, and that KL, nats."""
+    context.student.offer(fitted)
+    with torch.no_grad():
+        found = context.evaluator.best([Candidate(run.move.apply(start, untied=False)) for run in fitted])
+    context.student.withdraw()
+    return found
 
 
 def neighbours(
@@ -62,11 +112,22 @@ def neighbours(
     return [run for run in runs if all(settings.allows(plan, Move(target, run, into)) for into in run)]
 
 
+def _fitted(
+    context: ScoringContext, target: Target, runs: Sequence[tuple[int, ...]], settings: Merging,
+    batches: Sequence[Batch], behind: int = 0,
+) -> FittedRuns:  # fmt: skip
+    return fit_runs(
+        context.student, context.teacher, batches, target, runs, settings, device=context.device,
+        gather=context.ranks.gather_weights, progress=context.progress,
+        leave_if_asked=context.ranks.leave_if_asked, behind=behind,
+    )  # fmt: skip
+
+
 def _agreed(context: ScoringContext, accepted: list[FittedRun]) -> list[FittedRun]:
     """Rank 0's fits on every rank: rounding may part both their weights and who reaches the bar."""
     if context.ranks.size == 1:
         return accepted
-    for run in accepted:
+    for run in accepted:  # through host memory
         for block in run.blocks.values():
             block.cpu()
     agreed: list[FittedRun] = context.ranks.agree(accepted)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
 from torch.nn import functional as F
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.method import Found, Method
-from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging import FittedRuns, Merging
 from pdtrim_pl.merging.recording import record
 from pdtrim_pl.plan import STAGES, Relation
-from pdtrim_pl.search.merges import neighbours
+from pdtrim_pl.search.merges import least_kl, neighbours
 from pdtrim_pl.staged import StagedCausalLM
 
 log = logging.getLogger(__name__)
@@ -85,12 +83,7 @@ class ReplaceSpan(Method):
         with bench.unmetered():
             fitted, _ = self._fit(bench, student, spans(bench, student, count), self.tried)
         bench.charge(fitted)
-        student.offer(fitted.runs)
-        context = bench.context(student)
-        with torch.no_grad():
-            plans = [run.move.apply(student.plan, untied=False) for run in fitted.runs]
-            best, energy = context.evaluator.best([Candidate(plan) for plan in plans])
-        student.withdraw()
+        best, energy = least_kl(bench.context(student), student.plan, fitted.runs)
         run = fitted.runs[best].move.run
         log.info("  blocks %d to %d: KL %.4f after a brief fit", run[0], run[-1], energy)
         return run, energy
