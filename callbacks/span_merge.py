@@ -43,27 +43,22 @@ class SpanMerge(RemovalRounds):
         self, blocks: int, epoch: int = 0, merging: Merging = LONG_FIT, tried: int = 64,
         behind: int = 2, guards: Guards = Guards(), memory: Memory = Memory(),
     ) -> None:  # fmt: skip
-        if blocks < 1 or epoch < 0 or tried < 0 or behind < 0:
+        if min(blocks, tried) < 1 or min(epoch, behind) < 0:
             raise ValueError(
-                f"A span merge needs `blocks` >= 1 and `epoch`, `tried` and `behind` >= 0, and has {blocks}, {epoch}, "
-                f"{tried} and {behind}."
+                "A span merge needs `blocks` >= 1 and `epoch` >= 0, `tried` >= 1 and `behind` >= 0, and has "
+                f"{blocks}, {epoch}, {tried} and {behind}."
             )
         super().__init__("span merge", [epoch], guards, merging, memory)
         self.blocks, self.tried, self.behind = blocks, tried, behind
-        self.settings = merging
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return "SpanMerge"
 
     @override
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
+        assert self.merging is not None
         log.info("Fitting one block to every %d neighbours.", self.blocks + 1)
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher, self.memory)
-            text = fitting_batches(trainer, self.settings)
+            text = fitting_batches(trainer, self.merging)
             plan = replace_span(
-                context, module.plan, self.blocks, self.settings, self.guards, text, self.tried, self.behind
+                context, module.plan, self.blocks, self.merging, self.guards, text, self.tried, self.behind
             )
         module.apply_plan(StagePlan.from_json(context.ranks.agree(plan.to_json())))

@@ -1,6 +1,6 @@
 """One training run with merges in it, of `test_merging_runs.py`, on any number of CPU processes.
 
-    python tests/merging_run.py STRATEGY PROCESSES MODEL FOLDER KIND
+    python tests/merging_run.py STRATEGY PROCESSES MODEL FOLDER
 
 Lightning starts the other processes by running this script again. Every run sees the same examples at every step.
 """
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from distributed_run import data_of, strategy_of
+from distributed_run import data_of
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from merge_at import MergeAt, Merges
@@ -23,7 +23,6 @@ from pdtrim_pl.checkpoint import PlanCheckpointIO
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.settings import Structure
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
 
 torch.set_num_threads(1)
 EPOCHS = 3
@@ -33,7 +32,7 @@ SHARED: Merges = {1: ("both", (2, 3))}
 
 
 def fit(
-    name: str, processes: int, model: Path, folder: Path, kind: str, ckpt_path: Path | None = None, *,
+    strategy: str, processes: int, model: Path, folder: Path, kind: str, ckpt_path: Path | None = None, *,
     adam: bool = False,
 ) -> PDTrimModule:  # fmt: skip
     """Train from a free full plan; `kind` is `own` or `shared`."""
@@ -44,27 +43,25 @@ def fit(
         structure=Structure("free"),
     )  # fmt: skip
     settings = Merging(min_cosine=-1, steps=4, tied=kind == "shared")
-    strategy = strategy_of(name)
-    io = [] if isinstance(strategy, PDTrimDeepSpeedStrategy) else [PlanCheckpointIO()]
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     merging = MergeAt(SHARED if kind == "shared" else OWN, settings)
     trainer = Trainer(
         default_root_dir=folder, max_epochs=EPOCHS, accelerator="cpu", devices=processes, strategy=strategy,
-        callbacks=[merging, saver], plugins=io, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0,
+        callbacks=[merging, saver], plugins=[PlanCheckpointIO()], logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(module, datamodule=data_of(model, processes), ckpt_path=ckpt_path)
     return module
 
 
-def main(name: str, processes: int, model: Path, folder: Path, kind: str) -> None:
+def main(strategy: str, processes: int, model: Path, folder: Path) -> None:
     """Train, and continue from the end of the epoch of the last merge."""
     for part, ckpt_path in (("whole", None), ("continued", folder / "whole" / "epoch=1.ckpt")):
-        module = fit(name, processes, model, folder / part, kind, ckpt_path)
+        module = fit(strategy, processes, model, folder / part, "own", ckpt_path)
         if module.global_rank == 0:
             told = {"losses": module.record.losses, "plan": module.plan.to_json()}
             (folder / part / "told.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))

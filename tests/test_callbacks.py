@@ -357,6 +357,8 @@ def test_one_block_takes_the_place_of_a_span_and_the_run_goes_on_from_a_checkpoi
 def test_a_span_that_cannot_be_replaced_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"A span merge needs `blocks` >= 1 and .* has 0, 0, 64 and 2"):
         SpanMerge(0)
+    with pytest.raises(ValueError, match=r"`tried` >= 1 .* has 1, 0, 0 and 2"):
+        SpanMerge(1, tried=0)
     with pytest.raises(ValueError, match=r"No 4 neighbours of \(0, 1, 2, 3\) can be merged in both stages within"):
         fit(tmp_path, tiny_llama_dir, [SpanMerge(3)])
     short = SpanMerge(1, merging=Merging(min_cosine=1.0, steps=1), tried=1, guards=Guards(0, 0))

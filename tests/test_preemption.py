@@ -203,7 +203,8 @@ def test_a_search_longer_than_the_notice_is_left_and_continued(
     assert journal.read_text().startswith(known), "what was known is not evaluated again"
     assert journal.read_text() == (tmp_path / "whole" / "checkpoints" / "search_journal.jsonl").read_text()
     assert told[0].startswith(
-        "Asked to leave in a search: its evaluations are kept, its local fits begin again. Continue with the same"
+        "Asked to leave in a search: its evaluations are kept, its local fits begin again. "
+        "Continue with the same command"
     )
 
 

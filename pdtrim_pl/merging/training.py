@@ -27,8 +27,8 @@ def check_merges(strategy: Strategy, settings: Merging) -> None:
         engine = "DeepSpeed" if isinstance(strategy, DeepSpeedStrategy) else "FSDP"
         raise ValueError(
             f"`trainer.strategy` is {engine}, whose shards are cut once, at the start, so that no block can get "
-            "weights of its own later. Set `tied: true` for the merges of BlockDrop, which then are made only in both "
-            "stages at once (JointDrop merges in one at a time, so not here), or use `strategy: "
+            "weights of its own later. Set `tied: true` for the merges, which then are made only in both stages at "
+            "once (JointDrop merges in one at a time, so not here), or use `strategy: "
             "ddp_find_unused_parameters_true`."
         )
 
