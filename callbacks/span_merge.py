@@ -16,7 +16,7 @@ from pdtrim_pl.search import Guards, replace_span
 
 log = logging.getLogger(__name__)
 
-LONG_FIT = Merging(min_cosine=-1.0, steps=1024)
+LONG_FIT = Merging(min_cosine=-1.0, steps=1024, learning_rate=0.015)
 
 
 class SpanMerge(RemovalRounds):

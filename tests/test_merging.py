@@ -21,7 +21,8 @@ from torch import Tensor
 from pdtrim_pl.data import Batch
 from pdtrim_pl.export import export_pair
 from pdtrim_pl.merging import FittedRun, Merging, fit_runs
-from pdtrim_pl.merging.recording import record
+from pdtrim_pl.merging.least_squares import RIDGES, solve_last_projection
+from pdtrim_pl.merging.recording import Recording, record
 from pdtrim_pl.merging.trial import Start, Trial
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import STAGES, Boundary, Relation, Stage, StagePlan, Target
@@ -35,8 +36,10 @@ QUICK = Merging(min_cosine=-1, steps=3)
 few = settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
-def staged(family: str = "llama", relation: Relation = "free", boundary: Boundary = "prefill") -> StagedCausalLM:
-    model = tiny_model(family, blocks=BLOCKS)
+def staged(
+    family: str = "llama", relation: Relation = "free", boundary: Boundary = "prefill", **config: float
+) -> StagedCausalLM:
+    model = tiny_model(family, blocks=BLOCKS, **config)
     return StagedCausalLM(model, StagePlan.full(reference_to(model, "tiny"), relation, boundary)).eval()
 
 
@@ -67,6 +70,25 @@ def far_apart(fitted: Sequence[FittedRun]) -> Sequence[FittedRun]:
 
 
 # The fit
+
+NO_LAST_PROJECTION = {"gemma2", "gemma3_text", "olmo2", "granite"}
+"""Families that norm or scale what the MLP gives before it is added."""
+
+
+def moments(trial: Trial, recordings: Sequence[Recording]) -> Tensor:
+    """The Gram matrix of the last projection's inputs, from a hook of our own."""
+    projection, seen = trial.last_projection, list[Tensor]()
+    assert projection is not None
+    with torch.no_grad():
+        for recording in recordings:
+            outputs = list[Tensor]()
+            hook = projection.register_forward_hook(lambda _, inputs, __, outputs=outputs: outputs.append(inputs[0]))
+            trial.output(recording)
+            hook.remove()
+            stages = [stage for stage in STAGES if stage in trial.start.stands_for]
+            seen += [x[recording.request.valid[s]] for x, s in zip(outputs, stages, strict=True)]
+    rows = torch.cat(seen)
+    return rows.T @ rows
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -134,8 +156,95 @@ def test_a_fit_brings_the_block_nearer_to_the_run_on_text_it_was_not_fitted_on(t
     tokens = {"prefill": 12, "decode": 7, "both": 19}[target]
     assert out.tokens == 4 * 12 * tokens
     assert plain.tokens == 0
-    assert out.block_tokens == plain.block_tokens + 3 * out.tokens
+    solved = 4 * (6 * 19 + (len(RIDGES) + 1) * 2 * 19)
+    assert out.block_tokens == plain.block_tokens + 3 * out.tokens + solved
     assert plain.block_tokens == 8 * 19 * BLOCKS + 2 * 4 * 2 * 19
+
+
+def on_trial(student: StagedCausalLM, teacher: StagedCausalLM, target: Target, behind: int) -> tuple[Trial, Start]:
+    """Block 1 for 1 and 2, and one behind it, away from the teacher's weights."""
+    stages = STAGES if target == "both" else (target,)
+    start = Start(Move(target, (1, 2), 1), dict.fromkeys(stages, (1, 2)), (3,) * behind)
+    trial = Trial.of(student, start)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trial.blocks.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return trial, start
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@few
+@given(target=st.sampled_from(TARGETS), boundary=st.sampled_from(["prefill", "decode"]), behind=st.integers(0, 1))
+def test_the_last_projection_ends_where_the_ridge_regression_has_no_gradient(
+    family: str, target: Target, boundary: Boundary, behind: int
+) -> None:
+    behind = behind if target == "both" else 0
+    scaled = {"residual_multiplier": 0.5} if family == "granite" else {}
+    student, teacher = (staged(family, boundary=boundary, **scaled) for _ in range(2))
+    trial, start = on_trial(student, teacher, target, behind)
+    seen = [record(teacher, batch, boundary, start.places) for batch in batches(3)]
+    before = {name: weight.detach().clone() for name, weight in trial.blocks.named_parameters()}
+    passes = solve_last_projection(trial, seen, seen)
+    changed = {name for name, weight in trial.blocks.named_parameters() if not torch.equal(weight, before[name])}
+    if family in NO_LAST_PROJECTION:
+        assert (passes, changed) == (0, set())
+        return
+    (name,) = changed
+    assert name.startswith("3." if behind else "1.mlp.")
+    weight = trial.blocks.get_parameter(name)
+    with torch.enable_grad():
+        errors = [0.5 * (trial.output(one) - trial.target(one)).square().sum() for one in seen]
+        (gradient,) = torch.autograd.grad(torch.stack(errors).sum(), weight)
+    inputs = moments(trial, seen)
+    ridge = min(RIDGES) * inputs.diagonal().mean()
+    torch.testing.assert_close(
+        gradient, ridge * (before[name] - weight), atol=1e-3 * float(gradient.abs().max()), rtol=0
+    )
+
+
+@few
+@given(seed=st.integers(0, 2**16), count=st.integers(1, 3))
+def test_the_last_projection_is_solved_only_where_that_helps_on_other_text(seed: int, count: int) -> None:
+    student, teacher = staged(), staged()
+    trial, start = on_trial(student, teacher, "both", 1)
+    torch.manual_seed(seed)
+    seen = [record(teacher, batch, "prefill", start.places) for batch in batches(6)]
+    weight = trial.last_projection
+    assert weight is not None
+    weight.weight.data += 0.1 * torch.randn(weight.weight.shape)
+    cosine, error = trial.judge(seen[3:])
+    solve_last_projection(trial, seen[:count], seen[3:])
+    after = trial.judge(seen[3:])
+    assert (after[0] >= cosine, after[1] <= error) == (True, True)
+
+
+@pytest.mark.parametrize(("prompt", "response", "boundary"), [(1, 5, "decode"), (7, 1, "prefill"), (7, 1, "decode")])
+def test_the_last_projection_is_solved_from_one_stage_where_the_other_is_fed_nothing(
+    prompt: int, response: int, boundary: Boundary
+) -> None:
+    student, teacher = staged(boundary=boundary), staged(boundary=boundary)
+    trial, start = on_trial(student, teacher, "both", 0)
+    ids = torch.arange(3, 3 + 2 * (prompt + response)).view(2, -1)
+    all_real = [torch.ones(2, length, dtype=torch.bool) for length in (prompt, response)]
+    batch = Batch(ids[:, :prompt], all_real[0], ids[:, prompt:], all_real[1])
+    seen = [record(teacher, batch, boundary, start.places)]
+    _, error = trial.judge(seen)
+    solve_last_projection(trial, seen, seen)
+    assert trial.judge(seen)[1] < 0.9 * error
+
+
+def test_the_last_projection_is_solved_under_autocast_too() -> None:
+    student, teacher = staged(), staged()
+    errors = list[float]()
+    for half in (False, True):
+        trial, start = on_trial(student, teacher, "both", 1)
+        seen = [record(teacher, batch, "prefill", start.places) for batch in batches(3)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            errors.append(trial.judge(seen)[1])
+            solve_last_projection(trial, seen, seen)
+            errors.append(trial.judge(seen)[1])
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2:] == pytest.approx(errors[:2], rel=0.01)
 
 
 @pytest.mark.parametrize("boundary", ["prefill", "decode"])
@@ -189,6 +298,18 @@ def test_batches_are_cut_to_the_size_of_a_step() -> None:
     assert (whole.runs[0].cosine, whole.runs[0].mse) == (rows.runs[0].cosine, rows.runs[0].mse)
     assert whole.tokens == rows.tokens
     assert [small.batches(2), large.batches(2), large.batches(3), small.batches(8)] == [4, 8, 4, 1]
+
+
+@given(steps=st.integers(1, 4000), batch_size=st.integers(1, 8), size=st.integers(1, 8))
+def test_every_step_of_a_fit_has_text_of_its_own_beside_what_is_held_back(
+    steps: int, batch_size: int, size: int
+) -> None:
+    merging = Merging(steps=steps, batch_size=batch_size)
+    cut = merging.batches(size) * -(-size // batch_size)
+    held = merging.held_back(cut)
+    assert cut - held >= steps
+    assert cut == 1 or 0 < held <= max(1, cut // 4)
+    assert held * batch_size < 64 + batch_size
 
 
 def test_a_run_is_fitted_alike_whatever_else_is_fitted_and_however_little_memory_there_is() -> None:

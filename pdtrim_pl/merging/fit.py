@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.ranks import Gather
+from pdtrim_pl.merging.least_squares import solve_last_projection
 from pdtrim_pl.merging.recording import Recording, record
 from pdtrim_pl.merging.settings import Merging, merging_stages
 from pdtrim_pl.merging.trial import Start, Trial
@@ -94,8 +95,8 @@ def fit_runs(
     """Fit one block to each run of neighbours of the student's plan: from the first, from the last; the better is kept.
 
     The teacher runs once for all runs. A fitted block does not depend on which other runs are fitted with it. Of the
-    batches, cut to the size of a step, a quarter is held back to judge on if there are two or more. Neither model is
-    changed, nor any random generator.
+    batches, cut to the size of a step, some are held back to judge on (`Merging.held_back`). Neither model is changed,
+    nor any random generator.
 
     Args:
         student: gives the weights to start from, plan and policy.
@@ -119,7 +120,7 @@ def fit_runs(
     _check_teacher(student, teacher)
     asked = [_starts(student, target, run, settings, behind) for run in runs]
     batches = [part for batch in batches for part in batch.cut(settings.batch_size)]
-    held = len(batches) // 4 or min(1, len(batches) - 1)
+    held = settings.held_back(len(batches))
     fitted: list[FittedRun] = []
     with eval_mode(student), eval_mode(teacher):
         for part in _parts(asked, teacher, batches, settings):
@@ -196,8 +197,13 @@ def _fit_group(
     ]
     every = [fit for row in fits for fit in row]
     _train(every, settings, cost)
-    judged = sum(recording.tokens(stage) for recording in judging for stage in recording.hidden)
-    cost.block_tokens += 2 * judged * sum(len(fit.trial.blocks) for fit in every)
+    seen, judged = (
+        sum(recording.tokens(stage) for recording in recordings for stage in recording.hidden)
+        for recordings in (training, judging)
+    )
+    for fit in every:
+        passes = solve_last_projection(fit.trial, training, judging) if settings.steps else 0
+        cost.block_tokens += (bool(passes) * seen + (2 + passes) * judged) * len(fit.trial.blocks)
     return [max((_judged(fit, judging, settings) for fit in row), key=lambda run: run.cosine) for row in fits]
 
 
@@ -220,6 +226,7 @@ def _train(fits: Sequence[_Fit], settings: Merging, cost: _Cost) -> None:
             cost.block_tokens += 3 * tokens * len(fit.trial.blocks)
         optimizer.step()
         torch.clear_autocast_cache()  # under the caller's autocast it holds these weights as they were
+    optimizer.zero_grad()
 
 
 def _rate(step: int, steps: int) -> float:

@@ -8,6 +8,9 @@ from typing import Any
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
 
+_JUDGED = 64
+"""Examples that tell well enough which of two fits is better; with more of them, fewer are left to learn from."""
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -42,10 +45,18 @@ class Merging:
         if min(self.pairs_at_once, self.batch_size) < 1 or self.cache_bytes < 0:
             raise ValueError(f"Merging needs `pairs_at_once` and `batch_size` >= 1 and `cache_bytes` >= 0, got {self}.")
 
+    def held_back(self, batches: int) -> int:
+        """So many batches of `batch_size` are kept to judge on: a quarter, at least one of two, at most 64 examples."""
+        return min(batches // 4, self._most_held_back) or min(1, batches - 1)
+
     def batches(self, size: int) -> int:
-        """So many batches of `size` examples give every step some of its own; a quarter is held back to judge on."""
-        steps = -(-self.steps * 4 // 3)
+        """So many batches of `size` examples give every step some of its own, beside those that are held back."""
+        steps = self.steps + min(-(-self.steps // 3), self._most_held_back)
         return -(-steps // -(-size // self.batch_size))
+
+    @property
+    def _most_held_back(self) -> int:
+        return -(-_JUDGED // self.batch_size)
 
     def allows(self, plan: StagePlan, move: Move) -> bool:
         """Whether a merge can be made under `plan`: of neighbours, and, where `tied`, in every stage that uses it."""

@@ -85,9 +85,24 @@ class Trial:
         plan = StagePlan(now.model, learning, learning, "free", now.boundary, merged, untied)
         return cls(student, start, blocks.float().eval(), plan)
 
+    @property
+    def last_projection(self) -> nn.Linear | None:
+        """The module in whose weights `output` is linear; None where the model family has none."""
+        name = self.student.architecture.last_projection
+        if name is None:
+            return None
+        last = self.blocks[str(max(int(index) for index in self.blocks))].get_submodule(name)
+        assert isinstance(last, nn.Linear)
+        return last
+
     def tokens(self, recording: Recording) -> int:
         """Positions at which the block is compared."""
         return sum(recording.tokens(stage) for stage in self.start.stands_for)
+
+    def valid(self, recording: Recording) -> list[Tensor]:
+        """Real tokens of each stage that merges and was fed any, bool [B, T]."""
+        masks = [recording.request.valid[stage] for stage in self.start.stands_for]
+        return [mask for mask in masks if mask.shape[1]]
 
     def target(self, recording: Recording) -> Tensor:
         """The run's output, fp32 [N, H]."""

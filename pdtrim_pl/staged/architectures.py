@@ -29,6 +29,8 @@ class Architecture(ABC):
     """Name under which the model passes its cache to a block."""
     kv_modules: ClassVar[tuple[str, ...]]
     """Submodules of a block that a KV-only block needs, in the block's own naming."""
+    last_projection: ClassVar[str | None] = None
+    """Linear submodule of a block whose output, as it is, is the last thing that is added to the residual stream."""
     mask_by_kind: ClassVar[bool] = False
     """Whether the model takes a dictionary of masks by `layer_types`."""
 
@@ -72,6 +74,7 @@ class LlamaLine(Architecture):
     """Llama: input norm, separate projections, full RoPE, no windows."""
 
     kv_modules: ClassVar[tuple[str, ...]] = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")
+    last_projection: ClassVar[str | None] = "mlp.down_proj"
 
     def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
         attention = block.get_submodule("self_attn")
@@ -128,7 +131,9 @@ def _softcapped(config: PreTrainedConfig, logits: Tensor) -> Tensor:
 
 
 class Gemma2(Qwen2):
-    """Gemma 2: windows by `layer_types`, soft-capped scores and logits."""
+    """Gemma 2: windows by `layer_types`, a norm behind the MLP, soft-capped scores and logits."""
+
+    last_projection = None
 
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return _softcapped(model.config, super().logits(model, hidden))
@@ -138,16 +143,19 @@ class Gemma2(Qwen2):
 
 
 class Gemma3(Qwen3):
-    """Gemma 3 (text): normed key heads, windows by `layer_types`, soft-capped logits where configured."""
+    """Gemma 3 (text): normed key heads, else as Gemma 2."""
+
+    last_projection = None
 
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return _softcapped(model.config, super().logits(model, hidden))
 
 
 class Olmo2(LlamaLine):
-    """OLMo 2: no input norm, and one norm over all key heads."""
+    """OLMo 2: no input norm but one behind attention and MLP, and one norm over all key heads."""
 
     kv_modules = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+    last_projection = None
 
     def normed(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return hidden
@@ -178,6 +186,7 @@ class GPTNeoX(LlamaLine):
     attention_name = "attention"
     cache_argument = "layer_past"
     kv_modules = ("input_layernorm", "attention.query_key_value")
+    last_projection = "mlp.dense_4h_to_h"
 
     def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
         size = _size(block.get_submodule("attention"), "head_size")
@@ -187,10 +196,18 @@ class GPTNeoX(LlamaLine):
 
 
 class Granite(LlamaLine):
-    """Granite: the Llama line with scaled logits."""
+    """Granite: the Llama line with scaled logits and scaled additions to the residual stream."""
+
+    last_projection = None
 
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return super().logits(model, hidden) / model.config.logits_scaling
+
+
+class Starcoder2(Mistral):
+    """StarCoder 2: as Mistral, with other names in the MLP."""
+
+    last_projection = "mlp.c_proj"
 
 
 _LLAMA = LlamaLine()
@@ -206,7 +223,7 @@ ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
         "gpt_neox": GPTNeoX(),
         "olmo2": Olmo2(),
         "granite": Granite(),
-        "starcoder2": Mistral(),
+        "starcoder2": Starcoder2(),
     }
 )
 
