@@ -57,6 +57,11 @@ class RemovalRounds(Callback):
         """Epoch of the last round."""
         return max(self.epochs)
 
+    @property
+    def fitted_at_once(self) -> int:
+        """Blocks that local fits train at a time: a run is fitted from its first block and from its last."""
+        return 0 if self.merging is None else 2 * self.merging.pairs_at_once
+
     @abstractmethod
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
         """Make round `round`, counted from 0: choose and apply a plan."""

@@ -51,6 +51,11 @@ class SpanMerge(RemovalRounds):
         super().__init__("span merge", [epoch], guards, merging, memory)
         self.blocks, self.tried, self.behind = blocks, tried, behind
 
+    @property
+    @override
+    def fitted_at_once(self) -> int:
+        return max(super().fitted_at_once, 2 * (1 + self.behind))
+
     @override
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
         assert self.merging is not None

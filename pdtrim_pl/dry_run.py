@@ -137,13 +137,14 @@ class Removes(Protocol):
 
     merging: Merging | None
     memory: SearchMemory
+    fitted_at_once: int
 
 
 def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Sequence[Callback] | None = None) -> Load:
     """What one process has in hand under these settings.
 
-    Of callbacks that merge, the one that fits most pairs at once counts, and of those that search the one that keeps
-    most: they take turns.
+    Of callbacks that merge, the one that fits most at once counts, and of those that search the one that keeps most:
+    they take turns.
     """
     removing = [callback for callback in callbacks or () if isinstance(callback, Removes)]
     kept = [callback.memory for callback in removing] or [SearchMemory()]
@@ -155,6 +156,7 @@ def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Seq
         chunk_tokens=module.chunk_tokens, gradient_checkpointing=module.loading.gradient_checkpointing,
         calibration=examples,
         merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
+        fitted_at_once=max((callback.fitted_at_once for callback in removing), default=0),
         search_cache_bytes=max(memory.base for memory in kept),
         search_teacher_bytes=max(memory.teacher for memory in kept),
     )  # fmt: skip

@@ -106,6 +106,8 @@ class Load:
     """Examples of the calibration set, whose batches the processes share."""
     merging: Merging | None = None
     """How merged blocks are fitted, where any are."""
+    fitted_at_once: int = 0
+    """Blocks that local fits train at a time."""
     search_cache_bytes: int = 4 * GIB
     search_teacher_bytes: int = 2 * GIB
 
@@ -234,13 +236,15 @@ def _search(shape: Shape, layout: Layout, load: Load) -> int:
 def _fits(shape: Shape, layout: Layout, load: Load) -> int:
     """Hidden states to fit to, and the blocks in training: fp32 weights, gradients and Adam's two moments.
 
-    A pair is fitted from both of its blocks.
+    Least squares, after the steps of all, has three fp64 matrices as wide as the MLP instead of gradients and moments.
     """
     if load.merging is None:
         return 0
     examples = load.merging.batches(load.eval_batch) * load.eval_batch
     places = examples * load.tokens * shape.hidden * layout.teacher_bytes * (shape.blocks + 1)
-    return min(places, load.merging.cache_bytes) + 2 * load.merging.pairs_at_once * 16 * shape.block
+    steps = load.fitted_at_once * 16 * shape.block
+    solving = load.fitted_at_once * 4 * shape.block + 3 * 8 * shape.inner * (shape.inner + shape.hidden)
+    return min(places, load.merging.cache_bytes) + max(steps, solving)
 
 
 def _offers(shape: Shape, layout: Layout, load: Load) -> int:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from tiny_models import tiny_model
 from torch import Tensor
 
-from callbacks import BlockDrop, PlanLogger
+from callbacks import BlockDrop, PlanLogger, SpanMerge
 from pdtrim_pl import cli
 from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import PromptResponseDataModule
@@ -155,15 +155,20 @@ def test_merges_need_every_fitted_block_and_those_in_training(eight: Shape) -> N
     assert eight.block == 218_112_000
     layout = Layout(student_bytes=2, teacher_bytes=2, compute_bytes=2)
     merging = Merging(steps=6, pairs_at_once=8, cache_bytes=10**15)
-    load = replace(LOAD, calibration=1, eval_batch=1, tokens=512, merging=merging)
+    load = replace(LOAD, calibration=1, eval_batch=1, tokens=512, merging=merging, fitted_at_once=16)
     without, whole = (
         memory_per_process(eight, eight, layout, asked).device["activations or search"]
-        for asked in (replace(load, merging=None), load)
+        for asked in (replace(load, merging=None, fitted_at_once=0), load)
     )
     states = 8 * 512 * 33 * 4096 * 2
-    fits = 2 * 8 * 16 * eight.block
+    fits = 16 * 16 * eight.block
     assert whole == states + fits + 31 * eight.block * 2, "eight batches of one example: six steps, and two that judge"
     assert without < whole
+    one = replace(load, fitted_at_once=1)
+    solving = 4 * eight.block + 24 * 14336 * (14336 + 4096)
+    assert solving > 16 * eight.block, "the three matrices of the least squares"
+    found = memory_per_process(eight, eight, layout, one).device["activations or search"]
+    assert found == states + solving + 31 * eight.block * 2
     capped = replace(load, merging=replace(merging, cache_bytes=1000))
     assert memory_per_process(eight, eight, layout, capped).device["activations or search"] == whole - states + 1000
 
@@ -174,6 +179,9 @@ def test_a_dry_run_counts_the_largest_merges_of_all_callbacks(tiny_llama_dir: Pa
     drops: list[Callback] = [BlockDrop("decode", LastN(), {0: 1}, merging=each) for each in (None, small, large)]
     assert load_of(module, data, [*drops, PlanLogger()]).merging == large
     assert load_of(module, data, drops[:1]).merging is load_of(module, data).merging is None
+    span = SpanMerge(1, merging=Merging(pairs_at_once=1), behind=3)
+    asked = ([], drops[:1], drops, [span], [*drops, span], [SpanMerge(1, merging=large, behind=1)])
+    assert [load_of(module, data, callbacks).fitted_at_once for callbacks in asked] == [0, 0, 6, 8, 8, 6]
 
 
 def test_more_tokens_need_more_memory_and_checkpointing_less(eight: Shape) -> None:

@@ -108,7 +108,7 @@ def test_two_processes_train_in_bf16_what_one_trains_in_bf16(together: Path, mod
     module = fit("auto", 1, model, tmp_path, precision=BF16[name])
     found, exact = told(together / "bf16"), told(together / "whole")
     assert found["types"] == ["torch.bfloat16" if BF16[name] == "bf16-true" else "torch.float32"]
-    assert_same_run(found, module, loss=1e-2, validation=5e-2, share=2.5e-2)
+    assert_same_run(found, module, loss=1e-2, validation=5e-2, validation_abs=2.5e-2)
     ours, theirs = (dict(run["record"]["losses"]) for run in (found, exact))
     assert ours != pytest.approx(theirs, abs=1e-4)
 
@@ -132,9 +132,9 @@ def assert_same_run(
     module: PDTrimModule,
     loss: float = 1e-5,
     validation: float = 1e-4,
-    share: float | None = None,
+    validation_abs: float | None = None,
 ) -> None:
-    """`loss` bounds how far losses are apart, `validation` other means, as a share of them; or `share` does, itself."""
+    """`loss` bounds how far losses are apart, `validation` other means, relatively, or `validation_abs` absolutely."""
     record, plan = module.record, module.plan
     assert [(r.stage, r.block, r.round) for r in StagePlan.from_json(found["plan"]).history] == [
         (r.stage, r.block, r.round) for r in plan.history
@@ -143,7 +143,7 @@ def assert_same_run(
     for (step, ours), (_, theirs) in zip(found["record"]["losses"], record.losses, strict=True):
         assert ours == pytest.approx(theirs, abs=loss), step
     for (step, ours), (_, theirs) in zip(found["record"]["validations"], record.validations, strict=True):
-        assert ours == pytest.approx(theirs, rel=validation, abs=share), step
+        assert ours == pytest.approx(theirs, rel=validation, abs=validation_abs), step
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.ranks import Gather
-from pdtrim_pl.merging.least_squares import solve_last_projection
+from pdtrim_pl.merging.least_squares import PASSES, solve_last_projection
 from pdtrim_pl.merging.recording import Recording, record
 from pdtrim_pl.merging.settings import Merging, merging_stages
 from pdtrim_pl.merging.trial import Start, Trial
@@ -120,7 +120,7 @@ def fit_runs(
     _check_teacher(student, teacher)
     asked = [_starts(student, target, run, settings, behind) for run in runs]
     batches = [part for batch in batches for part in batch.cut(settings.batch_size)]
-    held = settings.held_back(len(batches))
+    held = settings.held_back(len(batches), len(batches[0].prompt_ids))
     fitted: list[FittedRun] = []
     with eval_mode(student), eval_mode(teacher):
         for part in _parts(asked, teacher, batches, settings):
@@ -131,7 +131,7 @@ def fit_runs(
             for first in range(0, len(part), settings.pairs_at_once):
                 leave_if_asked()
                 group = part[first : first + settings.pairs_at_once]
-                fitted += _fit_group(student, group, training, judging, settings, cost, gather)
+                fitted += _fit_group(student, group, training, judging, settings, cost, gather, solve=held > 0)
                 done, seconds = len(fitted), time.monotonic() - started
                 progress(f"fitting runs {done}/{len(runs)}, about {seconds / done * (len(runs) - done):.0f} s left")
     return FittedRuns(tuple(fitted), cost.tokens, cost.block_tokens, time.monotonic() - started)
@@ -189,7 +189,7 @@ def _parts(
 
 def _fit_group(
     student: StagedCausalLM, group: Sequence[list[Start]], training: Sequence[Recording],
-    judging: Sequence[Recording], settings: Merging, cost: _Cost, gather: Gather | None,
+    judging: Sequence[Recording], settings: Merging, cost: _Cost, gather: Gather | None, *, solve: bool,
 ) -> list[FittedRun]:  # fmt: skip
     """Train the blocks of some runs side by side, and keep the better one of each run."""
     fits = [
@@ -197,13 +197,12 @@ def _fit_group(
     ]
     every = [fit for row in fits for fit in row]
     _train(every, settings, cost)
-    seen, judged = (
-        sum(recording.tokens(stage) for recording in recordings for stage in recording.hidden)
-        for recordings in (training, judging)
-    )
     for fit in every:
-        passes = solve_last_projection(fit.trial, training, judging) if settings.steps else 0
-        cost.block_tokens += (bool(passes) * seen + (2 + passes) * judged) * len(fit.trial.blocks)
+        seen, judged = (sum(map(fit.trial.tokens, recordings)) for recordings in (training, judging))
+        cost.block_tokens += 2 * judged * len(fit.trial.blocks)
+        if solve and settings.steps and fit.trial.last_projection is not None:
+            solve_last_projection(fit.trial, training, judging)
+            cost.block_tokens += (seen + PASSES * judged) * len(fit.trial.blocks)
     return [max((_judged(fit, judging, settings) for fit in row), key=lambda run: run.cosine) for row in fits]
 
 

@@ -1,8 +1,8 @@
 """The end of a local fit: the last projection by least squares.
 
-What the last projection of a block makes of its input is added to the residual stream as it is. So the output is
-linear in its weights, and their best change, all other weights as they are, solves a ridge regression. Gradient steps
-come near to that; this gets there.
+Most families add what the last projection of a block makes of its input to the residual stream as it is. So the output
+is linear in its weights, and their best change, all other weights as they are, solves a ridge regression. Gradient
+steps come near to that; this gets there.
 
 Shapes: N real tokens of the stages that merge, I inputs of the projection, H hidden.
 """
@@ -12,48 +12,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdtrim_pl.merging.recording import Recording
 from pdtrim_pl.merging.trial import Trial
 
 RIDGES = (1.0, 0.1, 0.01)
 """What is added to the diagonal of the Gram matrix, as a share of its mean."""
+PASSES = len(RIDGES) + 1
+"""How often what is judged on runs, beside what is solved for, which runs once."""
 
 
 @torch.no_grad()
-def solve_last_projection(trial: Trial, training: Sequence[Recording], judging: Sequence[Recording]) -> int:
+def solve_last_projection(trial: Trial, training: Sequence[Recording], judging: Sequence[Recording]) -> None:
     """Set the last projection to the ridge solution that is best on `judging`, by squared error and by cosine.
 
-    Where none is better in both, nothing changes.
-
-    Two matrices [I, I] in fp64 are in memory: less than the gradients and moments of two fits, which are gone by then.
+    Where none is better in both, nothing changes. Ranks that shard the student make the same passes, whatever rounding
+    or a fit that diverged makes of the numbers. Three matrices [I, I] in fp64 are in memory for a while.
 
     Args:
-        trial: after its steps.
+        trial: after its steps, of a family that has such a projection.
         training: what is solved for.
-        judging: other text, where there is any.
-
-    Returns:
-        How often a whole pass over `judging` was made beside the one over `training`.
+        judging: other text.
     """
-    projection = trial.last_projection
-    if projection is None:
-        return 0
-    weight = projection.weight
-    gram, cross = _moments(trial, projection, training)
+    assert trial.last_projection is not None
+    weight = trial.last_projection.weight
+    gram, cross = moments(trial, training)
     diagonal, scale = gram.diagonal().clone(), gram.diagonal().mean().clamp_min(1e-12)
     before, best = weight.clone(), weight.clone()
     closest, least = trial.judge(judging)
     for ridge in RIDGES:
         gram.diagonal().copy_(diagonal + ridge * scale)
-        change = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).to(weight.dtype)
-        _set(weight, before + change.T)
+        factor, _ = torch.linalg.cholesky_ex(gram)  # of a fit that diverged: no number, never better
+        _set(weight, before + torch.cholesky_solve(cross, factor).T.to(weight.dtype))
         cosine, error = trial.judge(judging)
         if error < least and cosine >= closest:
             closest, least, best = cosine, error, weight.clone()
     _set(weight, best)
-    return len(RIDGES) + 1
 
 
 def _set(weight: Tensor, value: Tensor) -> None:
@@ -61,9 +56,14 @@ def _set(weight: Tensor, value: Tensor) -> None:
     torch.clear_autocast_cache()  # under the caller's autocast it holds the weight as it was
 
 
-def _moments(trial: Trial, projection: nn.Linear, recordings: Sequence[Recording]) -> tuple[Tensor, Tensor]:
-    """Of the projection's inputs with each other [I, I], and with what is missing at the output [I, H]; fp64."""
-    seen: list[Tensor] = []
+@torch.no_grad()
+def moments(trial: Trial, recordings: Sequence[Recording]) -> tuple[Tensor, Tensor]:
+    """Of the last projection's inputs with each other, [I, I], and with what is missing at the output, [I, H].
+
+    Products in fp32, sums in fp64.
+    """
+    projection, seen = trial.last_projection, list[Tensor]()
+    assert projection is not None
     weight = projection.weight
     wide, narrow = weight.shape[1], weight.shape[0]
     gram, cross = (weight.new_zeros(wide, columns, dtype=torch.float64) for columns in (wide, narrow))

@@ -19,7 +19,9 @@ class Merging:
     min_cosine: float = 0.95
     """A run may be merged if the fitted block reaches this mean cosine with the run's output (d_T of PDTrim)."""
     steps: int = 128
-    """Optimizer steps of a fit."""
+    """Optimizer steps of a fit. After them the block's last projection is solved by least squares on the same text, in
+    families that add what it gives as it is (not Gemma 2 and 3, OLMo 2, Granite), and kept so if that is better on text
+    that was held back."""
     batch_size: int = 1
     """Examples a step sees, at most: batches of the data are cut, not joined. Of the same text, many small steps fit
     better than few large ones (docs/results)."""
@@ -45,18 +47,18 @@ class Merging:
         if min(self.pairs_at_once, self.batch_size) < 1 or self.cache_bytes < 0:
             raise ValueError(f"Merging needs `pairs_at_once` and `batch_size` >= 1 and `cache_bytes` >= 0, got {self}.")
 
-    def held_back(self, batches: int) -> int:
-        """So many batches of `batch_size` are kept to judge on: a quarter, at least one of two, at most 64 examples."""
-        return min(batches // 4, self._most_held_back) or min(1, batches - 1)
+    def held_back(self, batches: int, size: int) -> int:
+        """Of batches of `size` examples, a step's each, so many are kept to judge on.
+
+        A quarter, but no more than give 64 examples; one of two or three, none of one.
+        """
+        return min(batches // 4, -(-_JUDGED // size)) or min(1, batches - 1)
 
     def batches(self, size: int) -> int:
         """So many batches of `size` examples give every step some of its own, beside those that are held back."""
-        steps = self.steps + min(-(-self.steps // 3), self._most_held_back)
-        return -(-steps // -(-size // self.batch_size))
-
-    @property
-    def _most_held_back(self) -> int:
-        return -(-_JUDGED // self.batch_size)
+        step = min(size, self.batch_size)
+        steps = self.steps + min(-(-self.steps // 3), -(-_JUDGED // step))
+        return -(-steps // -(-size // step))
 
     def allows(self, plan: StagePlan, move: Move) -> bool:
         """Whether a merge can be made under `plan`: of neighbours, and, where `tied`, in every stage that uses it."""

@@ -69,11 +69,17 @@ class Trial:
     merging stage runs now."""
     plan: StagePlan
     """These blocks alone, in both stages, merged."""
+    last_projection: nn.Linear | None
+    """The module in whose weights `output` is linear; None where the model family has none."""
     _sent: dict[int, KVCache] = field(default_factory=dict)
 
     @classmethod
     def of(cls, student: StagedCausalLM, start: Start, gather: Gather | None = None) -> Trial:
-        """The trial of a merge into the student's own plan; the student is not changed."""
+        """The trial of a merge into the student's own plan; the student is not changed.
+
+        Raises:
+            ValueError: the model family's `last_projection` is not a linear layer of its blocks.
+        """
         now, stage = student.plan, next(iter(start.stands_for))
         learning = (start.into, *start.behind)
         blocks = nn.ModuleDict()
@@ -83,17 +89,8 @@ class Trial:
         untied = {stage: tuple(index for index in learning if index in now.untied[stage]) for stage in STAGES}
         merged = {stage: {start.into: run} for stage, run in start.stands_for.items()}
         plan = StagePlan(now.model, learning, learning, "free", now.boundary, merged, untied)
-        return cls(student, start, blocks.float().eval(), plan)
-
-    @property
-    def last_projection(self) -> nn.Linear | None:
-        """The module in whose weights `output` is linear; None where the model family has none."""
-        name = self.student.architecture.last_projection
-        if name is None:
-            return None
-        last = self.blocks[str(max(int(index) for index in self.blocks))].get_submodule(name)
-        assert isinstance(last, nn.Linear)
-        return last
+        last = _linear(blocks[str(learning[-1])], student.architecture.last_projection)
+        return cls(student, start, blocks.float().eval(), plan, last)
 
     def tokens(self, recording: Recording) -> int:
         """Positions at which the block is compared."""
@@ -190,6 +187,18 @@ class Trial:
                 error += float((found - expected).double().square().sum())
                 positions, width = positions + len(found), found.shape[1]
         return cosine / positions, error / (positions * width)
+
+
+def _linear(block: nn.Module, name: str | None) -> nn.Linear | None:
+    if name is None:
+        return None
+    found = dict(block.named_modules()).get(name)
+    if not isinstance(found, nn.Linear):
+        raise ValueError(
+            f"`last_projection` of the model's Architecture is {name!r}, and a block has no linear layer of that name. "
+            "Name the one whose output is added to the residual stream last and as it is, or set it to None."
+        )
+    return found
 
 
 def _whole_copy(student: StagedCausalLM, index: int, block: nn.Module, gather: Gather) -> nn.Module:

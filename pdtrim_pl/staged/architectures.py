@@ -30,7 +30,8 @@ class Architecture(ABC):
     kv_modules: ClassVar[tuple[str, ...]]
     """Submodules of a block that a KV-only block needs, in the block's own naming."""
     last_projection: ClassVar[str | None] = None
-    """Linear submodule of a block whose output, as it is, is the last thing that is added to the residual stream."""
+    """Linear submodule of a block whose output, as it is, is added to the residual stream last; None where there is
+    none, or a norm or a factor comes behind it. Local fits end with its least-squares solution."""
     mask_by_kind: ClassVar[bool] = False
     """Whether the model takes a dictionary of masks by `layer_types`."""
 
@@ -74,7 +75,6 @@ class LlamaLine(Architecture):
     """Llama: input norm, separate projections, full RoPE, no windows."""
 
     kv_modules: ClassVar[tuple[str, ...]] = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")
-    last_projection: ClassVar[str | None] = "mlp.down_proj"
 
     def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
         attention = block.get_submodule("self_attn")
@@ -100,8 +100,16 @@ class LlamaLine(Architecture):
         return None
 
 
+class Llama(LlamaLine):
+    """Llama itself."""
+
+    last_projection = "mlp.down_proj"
+
+
 class Mistral(LlamaLine):
     """Mistral: one sliding window for every block, or none."""
+
+    last_projection = "mlp.down_proj"
 
     def window(self, config: PreTrainedConfig, position: int) -> int | None:
         window: int | None = config.sliding_window
@@ -111,6 +119,7 @@ class Mistral(LlamaLine):
 class Qwen2(LlamaLine):
     """Qwen2: a window for the blocks that `layer_types` says."""
 
+    last_projection: ClassVar[str | None] = "mlp.down_proj"
     mask_by_kind = True
     window = Architecture.window
 
@@ -155,7 +164,6 @@ class Olmo2(LlamaLine):
     """OLMo 2: no input norm but one behind attention and MLP, and one norm over all key heads."""
 
     kv_modules = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
-    last_projection = None
 
     def normed(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return hidden
@@ -198,8 +206,6 @@ class GPTNeoX(LlamaLine):
 class Granite(LlamaLine):
     """Granite: the Llama line with scaled logits and scaled additions to the residual stream."""
 
-    last_projection = None
-
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return super().logits(model, hidden) / model.config.logits_scaling
 
@@ -210,10 +216,9 @@ class Starcoder2(Mistral):
     last_projection = "mlp.c_proj"
 
 
-_LLAMA = LlamaLine()
 ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
     {
-        "llama": _LLAMA,
+        "llama": Llama(),
         "mistral": Mistral(),
         "qwen2": Qwen2(),
         "qwen3": Qwen3(),
@@ -241,7 +246,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             "For another decoder-only model pass `architecture=` to StagedCausalLM: a subclass of "
             "pdtrim_pl.staged.Architecture that supplies `blocks` (the ModuleList of decoder blocks), "
             "`attention_name`, `cache_argument`, `kv_modules` and `keys_values` (keys after RoPE and values of one "
-            "block), `logits` (the head) and `window` (a block's sliding window)."
+            "block), `logits` (the head), `window` (a block's sliding window) and `last_projection` (a block's last "
+            "linear layer, or None)."
         )
     return found
 
