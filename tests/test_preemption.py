@@ -213,11 +213,11 @@ def test_local_fits_that_take_longer_than_the_notice_are_left_and_made_again(
 ) -> None:
     fit_group, groups, asked = fitting._fit_group, list[int](), True
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **named: Any) -> Any:
         groups.append(len(groups))
         if asked:
             signal.raise_signal(signal.SIGUSR1)
-        return fit_group(*args)
+        return fit_group(*args, **named)
 
     def run(folder: Path) -> PDTrimModule:
         saver = ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False)
