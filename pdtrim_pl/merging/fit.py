@@ -225,7 +225,7 @@ def _train(fits: Sequence[_Fit], settings: Merging, cost: _Cost) -> None:
             cost.block_tokens += 3 * tokens * len(fit.trial.blocks)
         optimizer.step()
         torch.clear_autocast_cache()  # under the caller's autocast it holds these weights as they were
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # the least squares need the room
 
 
 def _rate(step: int, steps: int) -> float:
