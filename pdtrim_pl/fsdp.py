@@ -95,7 +95,7 @@ def shard(staged: StagedCausalLM, mesh: DeviceMesh) -> None:
         for block in (gate.block, *gate.untied.values()):
             fully_shard(block, mesh=mesh)
             # After FSDP's own hook, which is to watch the output that the node hands a gradient to.
-            block.register_forward_hook(partial(_leave_together, gate.architecture.cache_argument), with_kwargs=True)
+            block.register_forward_hook(_leave_together, with_kwargs=True)
             _add_forward_method(block, "keys_values", partial(gate.architecture.keys_values, block))
         gate.project = partial(_project, gate.architecture)
     # FSDP leaves the root's weights whole after a pass, and after one without gradients they may be stale at the next.
@@ -122,11 +122,8 @@ def _project(architecture: Architecture, block: nn.Module, hidden: Tensor, rope:
     return keys, values
 
 
-def _leave_together(
-    cache_argument: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
-) -> Tensor:
-    cache = kwargs[cache_argument]
-    assert isinstance(cache, OneBlockCache)
+def _leave_together(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
+    (cache,) = (value for value in kwargs.values() if isinstance(value, OneBlockCache))
     if hidden.requires_grad:
         hidden, cache.keys, cache.values = _OneNode.apply(hidden, cache.keys, cache.values)
     return hidden

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import Guards, choose_drops
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.gate import current_pass
 
 
 def batches(seed: int = 0) -> list[Batch]:
@@ -214,11 +214,11 @@ def test_taylor_is_the_first_order_change_of_the_loss(pair: tuple[StagedCausalLM
 def _scaled(student: StagedCausalLM, block: int, scale: float, target: str) -> Callable[[], None]:
     """Make a gate add `scale` times what its block adds, in the target's stages; returns how to undo it."""
 
-    def hook(_: object, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
-        stage = kwargs["past_key_values"].stage
+    def hook(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        stage = current_pass().stage
         return args[0] + scale * (out - args[0]) if target in (stage, "both") else out
 
-    return student.gates[block].register_forward_hook(hook, with_kwargs=True).remove
+    return student.gates[block].register_forward_hook(hook).remove
 
 
 def test_choices_without_data_are_what_they_say(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:

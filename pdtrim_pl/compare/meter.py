@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.gate import Gate, StagePass
+from pdtrim_pl.staged.gate import Gate, current_pass
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Meter:
     def watch(self, student: StagedCausalLM) -> None:
         """Count the blocks of a student from now on."""
         for gate in student.gates.values():
-            gate.register_forward_pre_hook(self._count, with_kwargs=True)
+            gate.register_forward_pre_hook(self._count)
 
     def add(self, spent: Spent) -> None:
         """Count what was spent while paused."""
@@ -77,9 +77,9 @@ class Meter:
         self._seconds = self.spent.seconds
         self._running, self._started = on, time.perf_counter()
 
-    def _count(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count(self, gate: nn.Module, _: tuple[Any, ...]) -> None:
         assert isinstance(gate, Gate)
-        current: StagePass = kwargs[gate.architecture.cache_argument]
+        current = current_pass()
         reached = current.resume is None or gate.index >= current.resume.block
         if self._running and reached and gate.index in current.runs:
             passes = 3 if torch.is_grad_enabled() else 1  # who wants no gradient turns it off

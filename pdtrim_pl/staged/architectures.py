@@ -25,8 +25,6 @@ class Architecture(ABC):
 
     attention_name: ClassVar[str] = "self_attn"
     """Attribute of a block that holds its attention module."""
-    cache_argument: ClassVar[str] = "past_key_values"
-    """Name under which the model passes its cache to a block."""
     kv_modules: ClassVar[tuple[str, ...]]
     """Submodules of a block that a KV-only block needs, in the block's own naming."""
     last_projection: ClassVar[str | None] = None
@@ -192,7 +190,6 @@ class GPTNeoX(LlamaLine):
     """GPT-NeoX: queries, keys and values interleaved by head in one projection, partial RoPE."""
 
     attention_name = "attention"
-    cache_argument = "layer_past"
     kv_modules = ("input_layernorm", "attention.query_key_value")
     last_projection = "mlp.dense_4h_to_h"
 
@@ -245,7 +242,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"`model` is of type {config.model_type!r}, which has no adapter. Supported: {', '.join(ARCHITECTURES)}. "
             "For another decoder-only model pass `architecture=` to StagedCausalLM: a subclass of "
             "pdtrim_pl.staged.Architecture that supplies `blocks` (the ModuleList of decoder blocks), "
-            "`attention_name`, `cache_argument`, `kv_modules` and `keys_values` (keys after RoPE and values of one "
+            "`attention_name`, `kv_modules` and `keys_values` (keys after RoPE and values of one "
             "block), `logits` (the head), `window` (a block's sliding window) and `last_projection` (a block's last "
             "linear layer, or None)."
         )

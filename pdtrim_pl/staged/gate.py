@@ -6,8 +6,11 @@ Shapes: B batch, T new tokens, N cached entries, H hidden, K key/value heads, D 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
 from pdtrim_pl.staged.architectures import Architecture, RoPE
+from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, attention_mask
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -36,7 +40,7 @@ class Resume:
 
 @dataclass
 class StagePass:
-    """One pass of one stage over new tokens. It travels through the model as its `past_key_values`."""
+    """One pass of one stage over new tokens. Gates find it with `current_pass`: the model never sees it."""
 
     stage: Stage
     plan: StagePlan
@@ -65,8 +69,19 @@ class StagePass:
         self.projects = frozenset(self.plan.kv_only) if self.stage == "prefill" else frozenset[int]()
         self.sends = frozenset(self.plan.decode)
         self.all_valid = bool(self.tokens.valid.all())
+        # Any 4D mask: transformers hands one on as it is, and every gate puts its own in its place.
+        self.placeholder = self.tokens.valid[:, None, None]
         if self.resume is not None:
             self.cached.update({i: kv for i, kv in self.resume.cached.items() if i < self.resume.block})
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Gates that are reached in here, by this thread, belong to this pass."""
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
 
     def slots(self, past: BlockKV | None) -> Slots:
         """Slots of a block's entries after this pass, shared between blocks that share a past."""
@@ -97,6 +112,24 @@ class StagePass:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, lowest)
 
 
+_CURRENT: ContextVar[StagePass] = ContextVar("current_pass")
+
+
+def current_pass() -> StagePass:
+    """The pass that reaches a gate now, in this thread.
+
+    Raises:
+        RuntimeError: the Hugging Face model was called by itself.
+    """
+    try:
+        return _CURRENT.get()
+    except LookupError:
+        raise RuntimeError(
+            "A model whose blocks have gates runs through `StagedCausalLM` only: call its `prefill`, `decode` or "
+            "`forward`."
+        ) from None
+
+
 class Gate(nn.Module):
     """Stands in a model's block list for one block and obeys the plan of the pass that reaches it."""
 
@@ -106,6 +139,7 @@ class Gate(nn.Module):
         self.index = index
         self.window = window
         self.architecture = architecture
+        self.call = BlockCall.of(block)
         self.project: Callable[[nn.Module, Tensor, RoPE], tuple[Tensor, Tensor]] = architecture.keys_values
         """Makes keys and values of a KV-only block; a strategy that shards weights puts its own in place."""
         self.untied = nn.ModuleDict()
@@ -176,7 +210,7 @@ class Gate(nn.Module):
 
     def forward(self, hidden: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         """Run, project or skip; hidden state in and out, [B, T, H]."""
-        current: StagePass = kwargs[self.architecture.cache_argument]
+        current = current_pass()
         if current.resume is not None:
             current.dtype = current.dtype or hidden.dtype
             if self.index < current.resume.block:
@@ -185,20 +219,20 @@ class Gate(nn.Module):
                 hidden = current.resume.hidden
         block = self.weights(current.stage, current.plan)
         if self.index in current.projects:
-            keys, values = self.project(block, hidden, kwargs["position_embeddings"])
+            keys, values = self.project(block, hidden, rope_among(kwargs))
             current.cached[self.index] = BlockKV(keys, values, current.tokens)
             return hidden
         if self.index not in current.runs:
             return hidden
         past = current.past.blocks[self.index] if current.past is not None else None
         slots = current.slots(past)
-        kwargs["attention_mask"] = current.mask(slots, self.window, hidden.dtype)
-        kwargs["use_cache"] = True
+        mask = current.mask(slots, self.window, hidden.dtype)
+        call = partial(self._run, block, kwargs, current.placeholder, mask)
         old = (past.keys, past.values) if past is not None else (None, None)
         if current.recompute and torch.is_grad_enabled():
-            out, keys, values = checkpoint(self._run, block, kwargs, hidden, *old, use_reentrant=False)
+            out, keys, values = checkpoint(call, hidden, *old, use_reentrant=False)
         else:
-            out, keys, values = self._run(block, kwargs, hidden, *old)
+            out, keys, values = call(hidden, *old)
         if current.observer is not None:
             current.observer(self.index, hidden, out)
         if current.keep and self.index in current.sends:
@@ -207,12 +241,16 @@ class Gate(nn.Module):
         return out.to(current.dtype) if self.index == current.last and current.dtype is not None else out
 
     def _run(
-        self, block: nn.Module, kwargs: dict[str, Any], hidden: Tensor, keys: Tensor | None, values: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, block: nn.Module, given: dict[str, Any], placeholder: Tensor, mask: Tensor | None, hidden: Tensor,
+        keys: Tensor | None, values: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         cache = OneBlockCache(keys, values)
-        out: Tensor = block(hidden, **{**kwargs, self.architecture.cache_argument: cache})
-        assert cache.keys is not None
-        assert cache.values is not None
+        out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
+        if cache.keys is None or cache.values is None:
+            raise ValueError(
+                f"Block {self.index} of `model`, a {type(block).__name__}, was given its cache as `{self.call.cache}` "
+                "and put no keys and values into it."
+            )
         return out, cache.keys, cache.values
 
 

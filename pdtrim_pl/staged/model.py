@@ -320,16 +320,15 @@ class StagedCausalLM(nn.Module):
         return StagePass(stage, plan or self.plan, tokens, past, additive, recompute, keep, observer, resume)
 
     def _run(self, token_ids: Tensor, current: StagePass) -> Tensor:
-        placeholder = current.tokens.valid[:, None, None]  # any 4D mask: every gate puts its own in its place
-        masks = {"full_attention": placeholder, "sliding_attention": placeholder}
-        by_kind = self.architecture.mask_by_kind
-        out = self.model.base_model(
-            input_ids=token_ids,
-            position_ids=current.tokens.positions,
-            attention_mask=masks if by_kind else placeholder,
-            past_key_values=current,
-            use_cache=True,
-        )
+        mask = current.placeholder
+        by_kind = {"full_attention": mask, "sliding_attention": mask}
+        with current.running():
+            out = self.model.base_model(
+                input_ids=token_ids,
+                position_ids=current.tokens.positions,
+                attention_mask=by_kind if self.architecture.mask_by_kind else mask,
+                use_cache=False,
+            )
         hidden: Tensor = out.last_hidden_state
         return hidden
 
