@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from pdtrim_pl.compat import LoopProgress as At
+
 
 def resumable_loops(loops: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
     """The `loops` of a checkpoint such that a run continued from it goes through every hook that is still to come.
@@ -16,25 +18,25 @@ def resumable_loops(loops: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
     without a word. Such a checkpoint is made to say where the run was: before the first batch of validation, or, where
     none is due, at the end of the epoch. Any other is left as it is.
     """
-    fit = loops.get("fit_loop")
+    fit = loops.get(At.FIT)
     if fit is None or not _after_last_batch(fit):
         return loops
     loops = deepcopy(loops)
-    fit = loops["fit_loop"]
+    fit = loops[At.FIT]
     for count in ("total", "current"):
-        fit["epoch_loop.batch_progress"][count]["completed"] += 1
+        fit[At.BATCHES][count]["completed"] += 1
     if _validation_is_due(trainer):
         begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        fit["epoch_loop.val_loop.batch_progress"] |= {"total": begun, "current": dict(begun), "is_last_batch": False}
+        fit[At.VALIDATION_BATCHES] |= {"total": begun, "current": dict(begun), "is_last_batch": False}
     else:
-        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        fit[At.EPOCH_STATE][At.STEPPED] += 1
         for count in ("total", "current"):
-            fit["epoch_progress"][count]["processed"] += 1
+            fit[At.EPOCHS][count]["processed"] += 1
     return loops
 
 
 def _after_last_batch(fit: dict[str, Any]) -> bool:
-    batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]["total"]
+    batches, epochs = fit[At.BATCHES], fit[At.EPOCHS]["total"]
     done = batches["total"]
     in_batch_end = done["ready"] == done["processed"] == done["completed"] + 1
     in_epoch = epochs["started"] == epochs["processed"] + 1

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from pdtrim_pl.compat import recovery_script_step
 from pdtrim_pl.sharded_checkpoint import TAG, sync
 
 _NOT_CLIENT_STATE = ("state_dict", "optimizer_states")  # the engine saves these itself
@@ -55,10 +56,11 @@ class ShardWriter:
     def _between(self, engine: Any) -> Generator[None, None, None]:
         """Stand between the engine and the disk."""
         disk = engine.checkpoint_engine
+        owner, name = recovery_script_step(engine)
         steps = [
             (disk, "makedirs", disk.makedirs),
             (disk, "save", partial(self._write_shard, disk.save)),
-            (engine, "_copy_recovery_script", engine._copy_recovery_script),
+            (owner, name, getattr(owner, name)),
         ]
         for owner, name, step in steps:
             setattr(owner, name, partial(self.attempt, step))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdtrim_pl.compat import model_state_file
 from pdtrim_pl.staged import StagedCausalLM
 
 NOTE_FILE = "pdtrim.json"
@@ -141,10 +142,8 @@ def read_sharded(directory: str | PathLike[str]) -> dict[str, Any]:
 def read_run_state(directory: str | PathLike[str]) -> dict[str, Any]:
     """What a directory of shards says besides weights and optimizer; errors as in `read_sharded`."""
     stage = ShardedCheckpoint.load(directory).stage
-    from deepspeed.utils.zero_to_fp32 import get_model_state_file
-
     # DeepSpeed's files hold more than tensors, so `weights_only` cannot read them.
-    file = get_model_state_file(os.path.join(directory, TAG), stage)
+    file = model_state_file(os.path.join(directory, TAG), stage)
     saved = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     return {key: value for key, value in saved.items() if key not in _ENGINE_KEYS}
 

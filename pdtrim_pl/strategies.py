@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from pdtrim_pl import compat
 from pdtrim_pl.checkpoint import CheckpointState, remove_beside, unwritable
 from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.fsdp import PDTrimFSDPStrategy
@@ -101,7 +102,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        due = not self.lightning_module.trainer.fit_loop.epoch_loop._should_accumulate()
+        due = compat.optimizer_step_is_due(self.lightning_module.trainer)
         self.deepspeed_engine.set_gradient_accumulation_boundary(due)
         return super().training_step(*args, **kwargs)
 
@@ -119,9 +120,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         if "offload_optimizer" not in self.config["zero_optimization"]:
             return
-        zero: Any = self.deepspeed_engine.optimizer
-        parts = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
-        for part in parts:
+        for part in compat.fp32_parts(self.deepspeed_engine, self.stage):
             if part.grad is not None:
                 part.grad.zero_()
 
@@ -172,7 +171,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         if self.zero_stage_3 and self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             # DeepSpeed keeps ZeRO-3 weights with the optimizer's, and has no optimizer here: rank 0 hands them out.
             weights = read_weights(checkpoint_path) if self.is_global_zero else {}
-            self._restore_zero_state({"state_dict": weights}, strict=False)
+            compat.hand_out_weights(self, weights)
             return read_run_state(checkpoint_path)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
@@ -273,7 +272,7 @@ def check_drops(strategy: Strategy) -> None:
     """
     if not isinstance(strategy, DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         return
-    settings = strategy._ddp_kwargs
+    settings = compat.ddp_settings(strategy)
     if settings.get("static_graph") or not settings.get("find_unused_parameters"):
         raise ValueError(
             "`trainer.strategy` is DDP that waits for a gradient of every parameter at every step "
@@ -308,7 +307,7 @@ def _own_part(strategy: Strategy) -> Callable[[nn.Parameter], Tensor]:
     if isinstance(strategy, PDTrimFSDPStrategy):
         return lambda weight: weight.to_local() if isinstance(weight, DTensor) else weight
     if _is_zero_3(strategy):
-        return lambda weight: weight.ds_tensor  # type: ignore[attr-defined]
+        return compat.own_shard
     return lambda weight: weight
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdtrim_pl.compat import attention_of
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.policy import Retention
@@ -117,7 +118,7 @@ def _hook(tally: _Tally, valid: Tensor, kept: Tensor) -> Callable[[nn.Module, An
 @contextmanager
 def _eager_attention(model: StagedCausalLM) -> Iterator[None]:
     """Only eager attention returns its weights."""
-    before = model.model.config._attn_implementation
+    before = attention_of(model.model)
     model.model.set_attn_implementation("eager")
     try:
         yield

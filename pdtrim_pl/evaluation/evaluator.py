@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pdtrim_pl.compat import attention_of
 from pdtrim_pl.data.collate import Batch, fingerprint
 from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
@@ -191,7 +192,7 @@ class Evaluator:
         device = self.student.model.device.type
         arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         sizes = [len(batch.response_mask) for batch in batches]
-        attention = self.student.model.config._attn_implementation
+        attention = attention_of(self.student.model)
         offered, plan = self.ranks.agree(offers), self.teacher.plan.to_json()
         text = f"{arithmetic} {attention} {sizes} {held} {offered} {plan} {fingerprint(batches)}"
         return hashlib.sha256(text.encode()).hexdigest()

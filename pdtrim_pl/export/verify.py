@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from pdtrim_pl.compat import attention_of
 from pdtrim_pl.export.checkpoints import assembled, cast, stage_tensors, stock_tensors
 from pdtrim_pl.export.kv_only import kv_only_tensors
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
@@ -143,7 +144,7 @@ def _prefill_part(export: Path, staged: StagedCausalLM, probe: Probe, dtype: tor
 
 def _worker(export: Path, stage: Stage, staged: StagedCausalLM, dtype: torch.dtype) -> StagedCausalLM:
     """One stage of the export, its tensors compared with the student's."""
-    attention = staged.model.config._attn_implementation
+    attention = attention_of(staged.model)
     worker = load_stage(export, stage, attn_implementation=attention, architecture=staged.architecture)
     _compare(export / stage, stage_tensors(worker, stage), stage_tensors(staged, stage, dtype))
     if stage == "prefill":

@@ -6,7 +6,6 @@ An engine keeps its own copies of weights and their optimizer states, cut up bet
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pdtrim_pl import compat
 from pdtrim_pl.merging.settings import Merging
 
 
@@ -62,7 +62,9 @@ class WeightChange:
         """Forget optimizer states of the weights that were there before, and train `created` ones from now on."""
         if isinstance(self.strategy, DeepSpeedStrategy):
             assert not created, "`check_merges` refuses this"
-            _clear_sharded_states(self.strategy, self.written)
+            stage = 3 if self.strategy.zero_stage_3 else 2  # 1 keeps its states as 2 does
+            for parameter in self.written:
+                compat.clear_optimizer_state(self.strategy.deepspeed_engine, stage, parameter)
             return
         assert not (created and isinstance(self.strategy, ModelParallelStrategy)), "`check_merges` refuses this"
         for optimizer in self.strategy.optimizers:
@@ -78,7 +80,7 @@ def _wrap_again(strategy: Strategy) -> None:
     """DDP sums gradients only of the parameters that were there when it wrapped the module."""
     wrapper = strategy.model
     if isinstance(strategy, DDPStrategy) and isinstance(wrapper, DistributedDataParallel):
-        wrapper._remove_autograd_hooks()  # else every gradient is summed twice
+        compat.remove_gradient_hooks(wrapper)  # else every gradient is summed twice
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
 
@@ -94,24 +96,4 @@ def _write_shards(strategy: DeepSpeedStrategy, parameter: nn.Parameter, value: T
         return
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(value)
-    shard: Tensor = vars(parameter)["ds_tensor"]
-    safe_set_local_fp32_param(parameter, shard.float())
-
-
-def _clear_sharded_states(strategy: DeepSpeedStrategy, parameters: Sequence[nn.Parameter]) -> None:
-    """Momenta of these weights become zero. The count of steps, which all weights of a shard share, stays."""
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-    engine: Any = strategy.deepspeed_engine
-    for parameter in parameters:
-        if strategy.zero_stage_3:
-            shard: Tensor = vars(parameter)["ds_tensor"]
-            group = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)][0]
-            flat = engine.optimizer.fp32_partitioned_groups_flat[group]
-            for key, state in engine.optimizer.optimizer.state[flat].items():
-                if torch.is_tensor(state) and state.shape == flat.shape:
-                    safe_set_local_optimizer_state(parameter, torch.zeros_like(shard, dtype=torch.float32), key)
-            continue
-        mapping = vars(parameter)["_hp_mapping"]  # None where the shard is another rank's
-        for key in [] if mapping is None or mapping.optim_fragment is None else mapping.get_optim_state_keys():
-            safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter, dtype=torch.float32), key)
+    safe_set_local_fp32_param(parameter, compat.own_shard(parameter).float())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pdtrim_pl.compat import attention_of
 from pdtrim_pl.context import usable_context
 from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
@@ -308,14 +309,14 @@ class StagedCausalLM(nn.Module):
         for name, buffer in list(self.named_buffers()):
             if buffer.dtype != exact[name].dtype:
                 owner, _, leaf = name.rpartition(".")
-                self.get_submodule(owner)._buffers[leaf] = exact[name].to(buffer.device)
+                setattr(self.get_submodule(owner), leaf, exact[name].to(buffer.device))
         return self
 
     def _pass(
         self, stage: Stage, tokens: Slots, past: KVCache | None, plan: StagePlan | None, observer: Observer | None,
         resume: Resume | None, *, keep: bool,
     ) -> StagePass:  # fmt: skip
-        additive = self.model.config._attn_implementation == "eager"
+        additive = attention_of(self.model) == "eager"
         recompute = self.gradient_checkpointing and self.training
         return StagePass(stage, plan or self.plan, tokens, past, additive, recompute, keep, observer, resume)
 
@@ -369,7 +370,7 @@ def kv_shape_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> KVS
 
 
 def _check_attention(model: PreTrainedModel, architecture: Architecture) -> None:
-    chosen = model.config._attn_implementation
+    chosen = attention_of(model)
     if chosen not in ("sdpa", "eager"):
         raise ValueError(
             f"`attn_implementation` is {chosen!r}, which takes no mask of the contract's kind (cached entries at "

