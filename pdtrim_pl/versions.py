@@ -34,7 +34,7 @@ def check_versions() -> None:
     except PackageNotFoundError:  # run from its source folder, not installed
         return
     found = _installed([need.name for need in required if need.marker is None or need.marker.evaluate({"extra": ""})])
-    bounds = {
+    bounds: dict[str, str] = {
         canonicalize_name(need.name): spec.version
         for need in required
         for spec in need.specifier
@@ -53,7 +53,7 @@ def check_versions() -> None:
 
 def _installed(names: list[str]) -> dict[str, str]:
     """Versions by normalised name, without a local part such as +cpu. A missing package is left to its own import."""
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         try:
             found[canonicalize_name(name)] = Version(version(name)).public
