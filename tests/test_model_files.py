@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from model_runs import run
+from process_group import run_script
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import Tensor
@@ -305,3 +306,18 @@ def test_a_quantised_half_of_an_export_is_refused(tmp_path: Path) -> None:
     described(quantization_config={"quant_method": "gptq", "bits": 4})(export / "decode")
     with pytest.raises(ValueError, match=r"decode` is quantised: its config.json has `quantization_config`"):
         load_stage(export, "decode")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "what"), [("zero3", "more blocks"), ("zero3", "another width"), ("fsdp", "no head")]
+)
+def test_every_process_refuses_a_model_that_its_files_hold_in_part(
+    strategy: str, what: str, model: Path, tmp_path: Path
+) -> None:
+    """transformers tells of missing weights alone under ZeRO-3, and of wrong shapes on the first process alone."""
+    PARTIAL[what][0](model)
+    run_script("partial_run.py", str(model), str(tmp_path), strategy, folder=tmp_path, timeout=200)
+    for rank in range(2):
+        told = json.loads((tmp_path / f"told-{strategy}-{rank}.json").read_text(encoding="utf-8"))
+        assert re.search(PARTIAL[what][1], told), told
