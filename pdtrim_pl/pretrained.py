@@ -80,10 +80,8 @@ def load_causal_lm(
     with _readable_errors(name_or_path):
         stored = stored_tensors(path)
     check_element_types(name_or_path, stored)
-    adapter = architecture or architecture_of(config)
-    if attn_implementation == "sdpa" and not adapter.supports_sdpa(config):
-        attn_implementation = "eager"
-        _say_once(f"{name_or_path} is computed with `attn_implementation: eager`: sdpa knows no soft-capped scores.")
+    if attn_implementation == "sdpa":
+        attn_implementation = attention_for(name_or_path, config, architecture or architecture_of(config))
     with _readable_errors(name_or_path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation,
@@ -93,6 +91,14 @@ def load_causal_lm(
     check_whole(name_or_path, told)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def attention_for(name: str, config: PretrainedConfig, architecture: Architecture) -> Literal["sdpa", "eager"]:
+    """The fastest attention code that computes a model; `eager` is told of in the log, once a model."""
+    if architecture.supports_sdpa(config):
+        return "sdpa"
+    _say_once(f"{name} is computed with `attn_implementation: eager`: sdpa knows no soft-capped scores.")
+    return "eager"
 
 
 def check_model(name_or_path: str, architecture: Architecture | None = None) -> PretrainedConfig:

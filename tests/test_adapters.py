@@ -90,9 +90,11 @@ def test_a_family_that_only_the_adapters_module_knows_is_served_by_processes_tha
     folder = tmp_path / "run"
     assert run("fit", own, folder, **OWN) == 0
     command = [sys.executable, "-m", "pdtrim_pl", "generate", "--export", str(folder / "pair"), "--prompt", "The"]
+    command += ["--max_new_tokens", "3"]
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "You are using a model of type" not in done.stderr
     environment["PYTHONPATH"] = str(ROOT)
     lost = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert lost.returncode == 1

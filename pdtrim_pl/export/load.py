@@ -16,6 +16,7 @@ from pdtrim_pl.export.schemas import validate_file
 from pdtrim_pl.model_files import check_description
 from pdtrim_pl.plan import PLAN_FILE, PLAN_FORMAT, STAGES, Stage, StagePlan
 from pdtrim_pl.policy import POLICY_FILE, POLICY_FORMAT, KVRetentionPolicy
+from pdtrim_pl.pretrained import attention_for
 from pdtrim_pl.staged import Architecture, StagedCausalLM, adapter_at, architecture_of
 
 
@@ -74,7 +75,7 @@ def load_stage(
         _check_config(config, plan, stage)
         architecture = architecture or architecture_of(config)
     if attn_implementation is None:
-        attn_implementation = "sdpa" if architecture.supports_sdpa(config) else "eager"
+        attn_implementation = attention_for(str(directory), config, architecture)
     model = _load_model(directory, dtype, attn_implementation)
     originals = plan.blocks(stage)
     if stage == "prefill" and plan.kv_only:

@@ -146,7 +146,7 @@ class Gemma2(Qwen2):
         return _softcapped(model.config, super().logits(model, hidden))
 
     def supports_sdpa(self, config: PreTrainedConfig) -> bool:
-        return config.attn_logit_softcapping is None
+        return False  # transformers refuses it for the whole family
 
 
 class Gemma3(Qwen3):
@@ -156,6 +156,9 @@ class Gemma3(Qwen3):
 
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return _softcapped(model.config, super().logits(model, hidden))
+
+    def supports_sdpa(self, config: PreTrainedConfig) -> bool:
+        return config.attn_logit_softcapping is None  # else it would leave the cap out and say nothing
 
 
 class Olmo2(LlamaLine):
