@@ -15,7 +15,12 @@ from tiny_models import tiny_model
 from transformers import ArceeConfig, ArceeForCausalLM
 
 from pdtrim_pl.cli import main
+from pdtrim_pl.compare.comparison import Comparison
+from pdtrim_pl.compare.methods import Drop
 from pdtrim_pl.compare.settings import Subject
+from pdtrim_pl.compare.texts import read_texts
+from pdtrim_pl.criteria import LastN
+from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.export import export_pair, load_plan_and_policy, load_stage, verify_pair
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import PLAN_FILE, STAGES, ModelRef, StagePlan
@@ -77,6 +82,20 @@ def test_comparisons_and_dry_runs_take_the_adapter_too(command: str, arcee: Path
     if command == "compare":
         (plan,) = [StagePlan.load(file) for file in (tmp_path / "run").rglob("*.json") if _is_plan(file)]
         assert plan.model.architecture == "own_family.Arcee"
+
+
+def test_rows_that_were_made_before_there_were_adapters_keep_their_keys(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    subject, texts = Subject(str(tiny_llama_dir), "float32", "cpu"), read_texts(_data(tiny_llama_dir), None)
+    comparison = Comparison(subject, _data(tiny_llama_dir), {"last": Drop(criterion=LastN())})
+    before = {"name": str(tiny_llama_dir), "dtype": "float32", "accelerator": "cpu"}
+    known = comparison._shared(texts, {"model": before, "measures": {}})
+    assert comparison._shared(texts, {"model": {**before, "architecture": None}, "measures": {}}) == known
+    assert comparison._shared(texts, {"model": {**before, **ARCEE}, "measures": {}}) != known
+
+
+def _data(model: Path) -> PromptResponseDataModule:
+    parts = Parts(validation=1, calibration=2, test=2, max_train=2)
+    return PromptResponseDataModule(str(model), lengths=Lengths(24, 8, 16), parts=parts)
 
 
 def _is_plan(file: Path) -> bool:
