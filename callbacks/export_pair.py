@@ -183,5 +183,6 @@ def _untrained(module: PDTrimModule) -> StagedCausalLM:
     """The student as it was before training: the teacher's weights, unless the teacher is another model."""
     if module.loading.teacher in (None, module.model_name):
         return module.teacher
-    attention = module.loading.attn_implementation
-    return StagedCausalLM(load_causal_lm(module.model_name, attn_implementation=attention)).to(module.device).eval()
+    attention, adapter = module.loading.attn_implementation, module.architecture
+    model = load_causal_lm(module.model_name, attn_implementation=attention, architecture=adapter)
+    return StagedCausalLM(model, architecture=adapter).to(module.device).eval()

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from pdtrim_pl.checkpoint import CheckpointState, check_file, check_weights, mapped
 from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.plan import ModelRef
-from pdtrim_pl.pretrained import load_config
+from pdtrim_pl.pretrained import usable_config
 from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, earlier, is_whole, put_in_place, remove, unfinished
-from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged import Architecture, StagedCausalLM
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,13 @@ class Continuation:
         model: name, path or Hub id of the model that is trimmed.
         processes: how many processes train.
         zero_stage: DeepSpeed's, whose checkpoints are directories of shards; None where they are files.
+        architecture: adapter of the model's family, where the package has none.
     """
 
-    def __init__(self, model: str, processes: int, zero_stage: int | None = None) -> None:
-        self.model, self.processes, self.zero_stage = model, processes, zero_stage
+    def __init__(
+        self, model: str, processes: int, zero_stage: int | None = None, architecture: Architecture | None = None
+    ) -> None:
+        self.model, self.processes, self.zero_stage, self.architecture = model, processes, zero_stage, architecture
 
     def check(self, path: Path) -> None:
         """Refuse a checkpoint that is damaged, or not one of such a run.
@@ -61,7 +64,8 @@ class Continuation:
         state.check_model(ModelRef(self.model, self._config.model_type, self._config.num_hidden_layers))
         state.check_processes(self.processes)
         with torch.device("meta"):
-            student = StagedCausalLM(AutoModelForCausalLM.from_config(self._config, attn_implementation="eager"))
+            model = AutoModelForCausalLM.from_config(self._config, attn_implementation="eager")
+            student = StagedCausalLM(model, architecture=self.architecture)
             for stage, blocks in state.untied.items():
                 for block in blocks:
                     student.gates[block].untie(stage)
@@ -69,7 +73,7 @@ class Continuation:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
-        return load_config(self.model)
+        return usable_config(self.model, self.architecture)
 
 
 def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation | None = None) -> Path | None:

@@ -24,7 +24,8 @@ from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.pretrained import load_config
+from pdtrim_pl.pretrained import usable_config
+from pdtrim_pl.staged import Architecture
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_freezing, check_strategy
 
 ASSUMED_GPU = 79 * GIB
@@ -64,13 +65,15 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     assert isinstance(parsed.model, PDTrimModule)
     assert isinstance(parsed.datamodule, PromptResponseDataModule)
     folders = [Path(str(file)).parent / "shapes" for file in parsed.config_files]
-    config = model_config(parsed.model.model_name, folders)
+    adapter = parsed.model.architecture
+    config = model_config(parsed.model.model_name, folders, adapter)
     teacher = parsed.model.loading.teacher
-    teacher_config = config if teacher is None else model_config(teacher, folders)
+    teacher_config = config if teacher is None else model_config(teacher, folders, adapter)
+    adapter_of_teacher = adapter if teacher_config.model_type == config.model_type else None
     layout = layout_of(parsed.model, parsed.trainer_settings, teacher_config)
-    shape = Shape.of(config)
+    shape = Shape.of(config, adapter)
     load = load_of(parsed.model, parsed.datamodule, parsed.trainer_settings.callbacks)
-    memory = memory_per_process(shape, Shape.of(teacher_config), layout, load)
+    memory = memory_per_process(shape, Shape.of(teacher_config, adapter_of_teacher), layout, load)
     limit = _limit(parsed.trainer_settings, layout, options.device_memory)
     on_a_node = _devices(parsed.trainer_settings.devices)
     on_host = parsed.trainer_settings.accelerator == "cpu"
@@ -86,13 +89,13 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     return 0
 
 
-def model_config(name: str, folders: Sequence[Path]) -> PreTrainedConfig:
+def model_config(name: str, folders: Sequence[Path], architecture: Architecture | None = None) -> PreTrainedConfig:
     """The published shape from a file in one of the folders, else the model's own `config.json`."""
     for file in sorted(file for folder in folders for file in folder.glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
         if name in facts.pop("published_as"):
             return AutoConfig.for_model(**facts)
-    return load_config(name).get_text_config()
+    return usable_config(name, architecture)
 
 
 def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfig) -> Layout:

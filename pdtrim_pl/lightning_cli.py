@@ -54,6 +54,12 @@ class PDTrimCLI(LightningCLI):
         """The base class reads the whole checkpoint here, for hyperparameters that ours do not hold."""
 
     @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert isinstance(self.model, PDTrimModule)
+        self.model.check_models()  # before the trainer lets the data module tokenise
+        super()._run_subcommand(subcommand)
+
+    @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit" and kwargs.get("ckpt_path") == "last":
@@ -99,7 +105,8 @@ def _newest_checkpoint(trainer: Trainer, module: PDTrimModule) -> str | Path | N
         return "last"
     strategy = trainer.strategy
     stage = strategy.stage if isinstance(strategy, PDTrimDeepSpeedStrategy) else None
-    return latest_valid_checkpoint(*folders, run=Continuation(module.model_name, trainer.world_size, stage))
+    run = Continuation(module.model_name, trainer.world_size, stage, module.architecture)
+    return latest_valid_checkpoint(*folders, run=run)
 
 
 def _has_checkpoint_io(plugins: Sequence[Any]) -> bool:

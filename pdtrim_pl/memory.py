@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.staged import architecture_of
+from pdtrim_pl.staged import Architecture, architecture_of
 
 GIB = 2**30
 LOGIT_COPIES = 8
@@ -45,14 +45,19 @@ class Shape:
     vocabulary: int
 
     @classmethod
-    def of(cls, config: PreTrainedConfig) -> Shape:
+    def of(cls, config: PreTrainedConfig, architecture: Architecture | None = None) -> Shape:
         """Count a model that is built on the meta device: true shapes, no memory.
+
+        Args:
+            config: of a decoder-only model.
+            architecture: adapter of the model's family, where the package has none.
 
         Raises:
             ValueError: no adapter for its family.
         """
+        adapter = architecture or architecture_of(config)
         model = meta_model(config)
-        block = architecture_of(config).blocks(model)[0]
+        block = adapter.blocks(model)[0]
         facts = config.to_dict()
         heads = config.num_attention_heads
         size = facts.get("head_dim") or config.hidden_size // heads

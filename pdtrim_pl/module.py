@@ -35,11 +35,11 @@ from pdtrim_pl.merging.training import WeightChange
 from pdtrim_pl.observed import BlockOutputs, run_observed
 from pdtrim_pl.plan import Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
-from pdtrim_pl.pretrained import load_causal_lm
+from pdtrim_pl.pretrained import check_model, load_causal_lm, model_type_of
 from pdtrim_pl.random_state import RandomState, random_states, restore_random_state
 from pdtrim_pl.record import RunRecord
 from pdtrim_pl.settings import Loading, Structure, dtype_of
-from pdtrim_pl.staged import Request, StagedCausalLM
+from pdtrim_pl.staged import Architecture, Request, StagedCausalLM, check_adapter
 from pdtrim_pl.staged.generation import stop_ids_of
 from pdtrim_pl.staged.model import reference_to
 from pdtrim_pl.strategies import (
@@ -67,6 +67,7 @@ class PDTrimModule(LightningModule):
         structure: relation, boundary, and files to start from.
         loading: element types, teacher, attention, gradient checkpointing.
         chunk_tokens: response tokens whose logits are alive at a time.
+        architecture: adapter of the model's family, where the package has none; it serves a teacher of that family too.
     """
 
     student: StagedCausalLM
@@ -81,6 +82,7 @@ class PDTrimModule(LightningModule):
         structure: Structure = Structure(),
         loading: Loading = Loading(),
         chunk_tokens: int = 128,
+        architecture: Architecture | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # the teacher is never in a checkpoint; `check_weights` is strict about the rest
@@ -92,12 +94,15 @@ class PDTrimModule(LightningModule):
         self.optimizer_of, self.lr_scheduler_of = optimizer, lr_scheduler
         self.structure, self.loading = structure, loading
         self.chunk_tokens = chunk_tokens
+        check_adapter(architecture)
+        self.architecture = architecture
         self.record = RunRecord()
         self.run_config = ""
         self.found_checkpoint: str | Path | None = None
         """What this process found for `--ckpt_path last`; the processes compare it before they load anything."""
         self.run_name = ""
         """A random one for every new run; a continued run has that of its checkpoint."""
+        self._checked = False
         self._unrecorded: tuple[int, Tensor] | None = None
         self._random: RandomState | None = None
         self._means: dict[str, MeanMetric] = {}
@@ -146,11 +151,33 @@ class PDTrimModule(LightningModule):
         """Train under `policy` from now on."""
         self.student.apply_policy(policy)
 
+    def check_models(self) -> None:
+        """Refuse models that cannot be trimmed or are not whole, before anything is tokenised or a weight is read.
+
+        Raises:
+            ValueError: see `load_causal_lm`.
+        """
+        if self._checked:
+            return
+        check_model(self.model_name, self.architecture)
+        if self.loading.teacher not in (None, self.model_name):
+            check_model(self.loading.teacher, self._adapter_of_teacher())
+        self._checked = True
+
+    def _adapter_of_teacher(self) -> Architecture | None:
+        """That of the model, unless the package knows the teacher as one of another family."""
+        teacher = self.loading.teacher
+        if self.architecture is None or teacher is None or model_type_of(teacher) == model_type_of(self.model_name):
+            return self.architecture
+        return None
+
     @override
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
         check_same_checkpoint(ranks_of(self.trainer.strategy), self.found_checkpoint)
+        if "student" not in self._modules:
+            self.check_models()  # not in `configure_model`, where ZeRO-3 would have its way with it
         self.run_name = self.trainer.strategy.broadcast(uuid4().hex)
 
     @override
@@ -161,19 +188,20 @@ class PDTrimModule(LightningModule):
         policy = KVRetentionPolicy.load(self.structure.policy, plan) if self.structure.policy else None
         loading = self.loading
         student = load_causal_lm(
-            self.model_name, dtype=dtype_of(loading.dtype), attn_implementation=loading.attn_implementation
-        )
+            self.model_name, dtype=dtype_of(loading.dtype), attn_implementation=loading.attn_implementation,
+            architecture=self.architecture,
+        )  # fmt: skip
+        adapter = self._adapter_of_teacher()
         teacher = load_causal_lm(
-            loading.teacher or self.model_name,
-            dtype=dtype_of(loading.teacher_dtype),
-            attn_implementation=loading.attn_implementation,
-        )
+            loading.teacher or self.model_name, dtype=dtype_of(loading.teacher_dtype),
+            attn_implementation=loading.attn_implementation, architecture=adapter,
+        )  # fmt: skip
         _check_same_vocabulary(student.config.vocab_size, teacher.config.vocab_size)
         reference = reference_to(student, self.model_name)
         plan = plan or StagePlan.full(reference, self.structure.relation, self.structure.boundary)
         if plan.model.model_type == reference.model_type and plan.model.num_blocks == reference.num_blocks:
             plan = replace(plan, model=reference)  # a plan file may name its model by another path
-        self.student = StagedCausalLM(student).train()
+        self.student = StagedCausalLM(student, architecture=self.architecture).train()
         self._untie(plan.untied)
         self.student.apply_plan(plan)
         self.student.apply_policy(policy)
@@ -184,7 +212,8 @@ class PDTrimModule(LightningModule):
             # An engine, though, must be built over the same parameters in every run: `on_fit_start` freezes then.
             self.student.freeze_unused()
         teacher_reference = reference_to(teacher, loading.teacher or self.model_name)
-        self.teacher = StagedCausalLM(teacher, StagePlan.full(teacher_reference, boundary=plan.boundary))
+        teacher_plan = StagePlan.full(teacher_reference, boundary=plan.boundary)
+        self.teacher = StagedCausalLM(teacher, teacher_plan, architecture=adapter)
         self.teacher.eval().requires_grad_(False)
         self._check_data()
 

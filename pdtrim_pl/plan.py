@@ -37,6 +37,8 @@ class ModelRef:
     """transformers' `config.model_type`."""
     num_blocks: int
     """Number of decoder blocks of the original model."""
+    architecture: str | None = None
+    """Class path of the adapter of its family, where it is not the package's own."""
 
 
 @dataclass(frozen=True)
@@ -208,10 +210,10 @@ class StagePlan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as the `pdtrim.stage_plan/1` object. `untied` is written only where it says something."""
+        """The plan as the `pdtrim.stage_plan/1` object. Optional keys are written only where they say something."""
         out: dict[str, Any] = {
             "format": PLAN_FORMAT,
-            "model": vars(self.model).copy(),
+            "model": {name: value for name, value in vars(self.model).items() if value is not None},
             "relation": self.relation,
             "boundary": self.boundary,
             "prefill": {"blocks": list(self.prefill), "kv_only": list(self.kv_only)},

@@ -9,8 +9,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -19,6 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from pdtrim_pl.model_files import (
+    LOADER_ERRORS,
+    check_description,
+    check_element_types,
+    check_whole,
+    rehearse,
+    stored_tensors,
+)
+from pdtrim_pl.staged.architectures import Architecture, architecture_of
 
 log = logging.getLogger(__name__)
 
@@ -49,36 +60,105 @@ def load_causal_lm(
     *,
     dtype: torch.dtype | None = None,
     attn_implementation: Literal["sdpa", "eager"] = "sdpa",
+    architecture: Architecture | None = None,
 ) -> PreTrainedModel:
-    """Load a decoder-only language model, in eval mode.
+    """Load a decoder-only language model, whole, in eval mode.
 
     Args:
         name_or_path: See `resolve_model`.
         dtype: The dtype of the weights; None keeps the checkpoint's own.
-        attn_implementation: Hugging Face's name of the attention code.
+        attn_implementation: Hugging Face's name of the attention code; `sdpa` becomes `eager`, with a line in the log,
+            where it cannot compute the model.
+        architecture: Adapter of the model's family, where the package has none.
 
     Raises:
-        ValueError: There is no such model, or its files are damaged.
+        ValueError: There is no such model, its family has no adapter, its weights are quantised, or its files are
+            damaged or do not hold every weight.
+    """
+    config = usable_config(name_or_path, architecture)
+    path = resolve_model(name_or_path)
+    with _readable_errors(name_or_path):
+        stored = stored_tensors(path)
+    check_element_types(name_or_path, stored)
+    if attn_implementation == "sdpa":
+        attn_implementation = attention_for(name_or_path, config, architecture or architecture_of(config))
+    with _readable_errors(name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation,
+            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    model, told = loaded
+    check_whole(name_or_path, told)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def attention_for(name: str, config: PretrainedConfig, architecture: Architecture) -> Literal["sdpa", "eager"]:
+    """The fastest attention code that computes a model; `eager` is told of in the log, once a model."""
+    if architecture.supports_sdpa(config):
+        return "sdpa"
+    _say_once(f"{name} is computed with `attn_implementation: eager`: sdpa knows no soft-capped scores.")
+    return "eager"
+
+
+def check_model(name_or_path: str, architecture: Architecture | None = None) -> PretrainedConfig:
+    """Refuse a model that `load_causal_lm` would refuse, before a weight is read; names and errors as there.
+
+    Returns:
+        Its configuration.
+    """
+    config = usable_config(name_or_path, architecture)
+    path = resolve_model(name_or_path)
+    with _readable_errors(name_or_path):
+        stored = stored_tensors(path)
+    check_element_types(name_or_path, stored)
+    if stored:
+        with _readable_errors(name_or_path):
+            told = rehearse(config, stored)
+        check_whole(name_or_path, told)
+    return config
+
+
+def usable_config(name_or_path: str, architecture: Architecture | None = None) -> PretrainedConfig:
+    """Load the configuration of a model that is to be trimmed; names as in `load_causal_lm`.
+
+    Raises:
+        ValueError: There is no such model, its family has no adapter, or its weights are quantised.
     """
     path = resolve_model(name_or_path)
     with _readable_errors(name_or_path):
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation
-        )
+        description, _ = PretrainedConfig.get_config_dict(path)
+    check_description(name_or_path, description, architecture)
+    config = load_config(name_or_path)
+    if architecture is None:
+        architecture_of(config)  # a config.json without a type gets one from its folder's name
+    return config
+
+
+def model_type_of(name_or_path: str) -> str | None:
+    """What a model's `config.json` says it is; names as in `load_causal_lm`."""
+    path = resolve_model(name_or_path)
+    with _readable_errors(name_or_path):
+        return PretrainedConfig.get_config_dict(path)[0].get("model_type")
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model; names and errors as in `load_causal_lm`."""
     path = resolve_model(name_or_path)
     with _readable_errors(name_or_path):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def load_config(name_or_path: str) -> PretrainedConfig:
-    """Load a model's configuration without its weights; names and errors as in `load_causal_lm`."""
+    """Load any model's configuration; names as in `load_causal_lm`."""
     path = resolve_model(name_or_path)
     with _readable_errors(name_or_path):
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    log.info(line)
 
 
 def cache_directory() -> Path:
@@ -99,9 +179,13 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise ValueError(
             f"The weights of model `{name}` are damaged ({error}); copy or download them again."
         ) from error
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model
+    except LOADER_ERRORS as error:
         if local:
             raise ValueError(f"The directory `{name}` does not hold a usable model: {error}") from error
+        if not isinstance(error, OSError | ValueError):
+            raise ValueError(f"Model `{name}` cannot be loaded: {error}") from error
         offline = " HF_HUB_OFFLINE is set, so only Hub models that are in the local cache load." if _offline() else ""
         raise ValueError(
             f"There is no model `{name}`: it is not `{EMBEDDED_MODEL}`, not an existing directory, and the Hub gave "
@@ -174,7 +258,11 @@ def _convert(gguf: Path, target: Path) -> None:
             f"run `pip install {' '.join(missing)}`, or name another model."
         )
     # Weights are stored packed; asking for fp32 says that unpacking them is meant.
-    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+    )
+    packed, told = loaded
+    check_whole(EMBEDDED_MODEL, told)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model loaded from GGUF refuses to be saved while its config carries a quantization config.
     settings = packed.config.to_dict()

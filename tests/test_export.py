@@ -32,6 +32,7 @@ from pdtrim_pl.export import (
 )
 from pdtrim_pl.plan import STAGES, Boundary, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of, reference_to
 
@@ -130,6 +131,25 @@ def test_kv_only_blocks_between_at_the_start_and_at_the_end_are_put_back(
     held = {name for name, _ in worker.gates[1].block.named_parameters()}
     assert {name.rpartition(".")[0] for name in held} == set(worker.architecture.kv_modules)
     assert not any(p.is_meta for p in worker.parameters())
+
+
+def test_an_export_names_no_code_that_it_does_not_hold(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """What BAAI-DCAI/M3D#6 reports: `auto_map` points at files that stayed with the original model."""
+    folder = tmp_path / "with code"
+    shutil.copytree(tiny_llama_dir, folder)
+    code = {"auto_map": {"AutoConfig": "configuration_own.Own", "AutoTokenizer": ["tokenization_own.Own", None]}}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        file = folder / name
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**settings, **code, "custom_pipelines": {"own": {"impl": "own.Own"}}}))
+    model, tokenizer = load_causal_lm(str(folder)), load_tokenizer(str(folder))
+    tokenizer.init_kwargs.update(code)
+    export = export_pair(StagedCausalLM(model), tmp_path / "pair", tokenizer=tokenizer)
+    written = {path.relative_to(export): path.read_text(encoding="utf-8") for path in export.rglob("*.json")}
+    assert {Path(stage, name) for stage in STAGES for name in ("config.json", "tokenizer_config.json")} <= set(written)
+    assert [str(path) for path, text in written.items() if "auto_map" in text or "custom_pipelines" in text] == []
+    again = load_tokenizer(str(export / "decode"))
+    assert again("Grüße")["input_ids"] == tokenizer("Grüße")["input_ids"]
 
 
 def test_a_worker_reads_only_its_own_stage(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pdtrim_pl.compare.meter import Meter, Spent
 from pdtrim_pl.compare.method import Found
@@ -55,9 +56,10 @@ class Bench:
         self._journal: Path | None = None
         self._keep: KeepSpent = lambda spent: None
         self._fitted: dict[Merging, FittedRuns] = {}
-        self._original = load_causal_lm(subject.name, dtype=dtype_of(subject.dtype))
+        self._original = self._load(subject.dtype)
         self.model = reference_to(self._original, subject.name)
         self.teacher = self._fresh(subject.dtype).to(self.device).eval().requires_grad_(False)
+        self.model = self.teacher.plan.model  # which names the adapter too
         self.costs = CostModel.of(self.teacher, *request)
 
     @contextmanager
@@ -175,8 +177,8 @@ class Bench:
 
     def _fresh(self, dtype: DType) -> StagedCausalLM:
         """The model's own weights; read anew where they were rounded to another element type."""
-        if dtype == self.subject.dtype:
-            model = copy.deepcopy(self._original)
-        else:
-            model = load_causal_lm(self.subject.name, dtype=dtype_of(dtype))
-        return StagedCausalLM(model, self.full("nested"))
+        model = copy.deepcopy(self._original) if dtype == self.subject.dtype else self._load(dtype)
+        return StagedCausalLM(model, self.full("nested"), architecture=self.subject.architecture)
+
+    def _load(self, dtype: DType) -> PreTrainedModel:
+        return load_causal_lm(self.subject.name, dtype=dtype_of(dtype), architecture=self.subject.architecture)

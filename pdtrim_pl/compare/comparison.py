@@ -18,11 +18,13 @@ from pdtrim_pl.compare.settings import Measures, Output, Rows, Subject, Training
 from pdtrim_pl.compare.texts import Texts, read_texts
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.pretrained import check_model
 
 log = logging.getLogger(__name__)
 
 ROWS = 1
 """Raised when what a row holds or means changes, so that older ones are made again."""
+NO_ADAPTER = ("architecture", None)
 DENSE = "dense"
 """Name of the unpruned model in the accuracy table."""
 
@@ -82,6 +84,7 @@ class Comparison:
         Returns:
             All rows, by count and then in the order of `methods`.
         """
+        check_model(self.model.name, self.model.architecture)
         ledger = Ledger(self.output.folder)
         texts = read_texts(self.data, self.measures.held_out)
         prompt, response = texts.request()
@@ -104,7 +107,9 @@ class Comparison:
             "rows": ROWS,
             "texts": texts.fingerprint(),
             "choices": {name: sha256(path.read_bytes()).hexdigest() for name, path in self.measures.choices.items()},
-            **{name: settings[name] for name in ("model", "measures")},
+            # No adapter is no entry, as before there were any: the rows that were made then stay.
+            "model": {name: value for name, value in settings["model"].items() if (name, value) != NO_ADAPTER},
+            "measures": settings["measures"],
         }
 
 

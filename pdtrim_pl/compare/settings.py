@@ -15,6 +15,7 @@ from pdtrim_pl.data.sources import TextSource
 from pdtrim_pl.losses import KL, LossTerm, check_terms
 from pdtrim_pl.search import Guards
 from pdtrim_pl.settings import DType
+from pdtrim_pl.staged import Architecture, check_adapter
 
 LOOK_BACK = "look_back"
 """Column of the share of tokens found again."""
@@ -30,6 +31,11 @@ class Subject:
     """Element type of the weights while searching and measuring; training always has float32 weights."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where everything runs; `auto` takes a GPU if there is one."""
+    architecture: Architecture | None = None
+    """Adapter of the model's family, where the package has none."""
+
+    def __post_init__(self) -> None:
+        check_adapter(self.architecture)
 
     @property
     def device(self) -> torch.device:

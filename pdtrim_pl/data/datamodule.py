@@ -11,6 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from pdtrim_pl.context import usable_context
 from pdtrim_pl.data.checks import check_context, check_vocabulary
 from pdtrim_pl.data.collate import Collator
 from pdtrim_pl.data.examples import Example, SaidAgain, TokenExamples
@@ -105,6 +106,7 @@ class PromptResponseDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Convert the model and fill the cache of tokenised text, in one process of every node."""
+        self._check_model()
         self._encode()
 
     @override
@@ -194,6 +196,8 @@ class PromptResponseDataModule(LightningDataModule):
         directory = Path(resolve_model(self.tokenizer_name))
         if directory.is_dir() and not (directory / "config.json").is_file():
             return
-        config = load_config(self.tokenizer_name).get_text_config()
-        check_context(self.lengths.max_length, config.max_position_embeddings)
-        check_vocabulary(max(self.tokenizer.get_vocab().values()) + 1, config.vocab_size)
+        config = load_config(self.tokenizer_name).get_text_config().to_dict()
+        if "max_position_embeddings" in config:  # the tokenizer may be that of a model nobody trims
+            check_context(self.lengths.max_length, usable_context(config))
+        if "vocab_size" in config:
+            check_vocabulary(max(self.tokenizer.get_vocab().values()) + 1, config["vocab_size"])

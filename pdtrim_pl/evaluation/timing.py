@@ -13,6 +13,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from pdtrim_pl.context import usable_context
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
@@ -86,10 +87,11 @@ def measure_timing(
     if low:
         raise ValueError("; ".join(f"`{name}` is {value}: give at least 1" for name, value in low.items()) + ".")
     config = model.model.config
-    if prompt_tokens + new_tokens > config.max_position_embeddings:
+    context = usable_context(config.to_dict())
+    if prompt_tokens + new_tokens > context:
         raise ValueError(
             f"`prompt_tokens: {prompt_tokens}` and `new_tokens: {new_tokens}` exceed the context of the model, "
-            f"{config.max_position_embeddings} tokens. Lower them."
+            f"{context} tokens. Lower them."
         )
     generator = torch.Generator().manual_seed(seed)
     shape = (batch_size, prompt_tokens + new_tokens)

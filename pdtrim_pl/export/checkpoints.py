@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from pdtrim_pl.staged import StagedCausalLM
 
 PER_BLOCK_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Settings of a config that hold one entry a block. Named, for a list may have this length by chance."""
+
+CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+CODE_SETTINGS = frozenset({"auto_map", "custom_pipelines"})
+"""Settings of these files that name Python files beside them."""
 
 
 def per_block_settings(config: PreTrainedConfig) -> dict[str, list[Any]]:
@@ -102,6 +107,16 @@ def write_checkpoint(
     model.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    _name_no_code(directory)
+
+
+def _name_no_code(directory: Path) -> None:
+    """Drop the settings that name Python files beside the original model: stock classes hold these weights."""
+    for file in filter(Path.is_file, (directory / name for name in CONFIG_FILES)):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.keys() & CODE_SETTINGS:
+            kept = {name: value for name, value in settings.items() if name not in CODE_SETTINGS}
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _savable(config: GenerationConfig) -> GenerationConfig:

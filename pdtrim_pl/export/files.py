@@ -7,16 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from pdtrim_pl.model_files import LOADER_ERRORS
+
 KV_ONLY_FILE = "kv_only.safetensors"
-_DAMAGE = (
-    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,
-    StrictDataclassError,
-)  # fmt: skip
-"""What safetensors and transformers raise on damaged files: a wrong value in config.json surfaces as any of these."""
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -36,5 +32,5 @@ def blaming(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise  # says nothing of the file
-    except _DAMAGE as error:
+    except LOADER_ERRORS as error:
         raise ValueError(f"{path} cannot be used: {error}") from error

@@ -10,10 +10,10 @@ import torch
 from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, check_weights
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.pair import check_target, export_pair
-from pdtrim_pl.pretrained import load_causal_lm, load_config, load_tokenizer
+from pdtrim_pl.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.settings import TORCH_DTYPES
 from pdtrim_pl.sharded_checkpoint import read_sharded
-from pdtrim_pl.staged import StagedCausalLM, architecture_of
+from pdtrim_pl.staged import StagedCausalLM, adapter_at
 
 
 def export_checkpoint(
@@ -31,10 +31,9 @@ def export_checkpoint(
     checkpoint = _read(ckpt_path)
     state = CheckpointState.of(checkpoint)
     name = state.plan.model.name_or_path
-    config = load_config(name)
-    fused = architecture_of(config).supports_sdpa(config)
-    model = load_causal_lm(name, dtype=torch.float32, attn_implementation="sdpa" if fused else "eager")
-    student = StagedCausalLM(model, state.plan, state.policy)
+    adapter = adapter_at(state.plan.model.architecture) if state.plan.model.architecture else None
+    model = load_causal_lm(name, dtype=torch.float32, architecture=adapter)
+    student = StagedCausalLM(model, state.plan, state.policy, architecture=adapter)
     for stage, blocks in state.untied.items():
         for block in blocks:
             student.gates[block].untie(stage)

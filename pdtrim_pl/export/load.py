@@ -13,9 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from pdtrim_pl.export.files import KV_ONLY_FILE, blaming
 from pdtrim_pl.export.kv_only import insert_kv_only
 from pdtrim_pl.export.schemas import validate_file
+from pdtrim_pl.model_files import check_description
 from pdtrim_pl.plan import PLAN_FILE, PLAN_FORMAT, STAGES, Stage, StagePlan
 from pdtrim_pl.policy import POLICY_FILE, POLICY_FORMAT, KVRetentionPolicy
-from pdtrim_pl.staged import Architecture, StagedCausalLM, architecture_of
+from pdtrim_pl.pretrained import attention_for
+from pdtrim_pl.staged import Architecture, StagedCausalLM, adapter_at, architecture_of
 
 
 def load_plan_and_policy(export: Path) -> tuple[StagePlan, KVRetentionPolicy]:
@@ -50,7 +52,7 @@ def load_stage(
         device: where the weights go.
         dtype: element type of the weights; None keeps the checkpoint's.
         attn_implementation: None takes `sdpa`, or `eager` where the model needs it.
-        architecture: adapter of the model's family, where the package has none.
+        architecture: adapter of the model's family; by default the one that the plan names, else the package's own.
 
     Returns:
         A staged model that holds this stage's blocks under their original indices, with plan and policy applied. Its
@@ -62,13 +64,18 @@ def load_stage(
     if stage not in STAGES:
         raise ValueError(f"Unknown `stage` {stage!r}: choose one of {', '.join(STAGES)}.")
     plan, policy = load_plan_and_policy(export)
+    if architecture is None and plan.model.architecture is not None:
+        with blaming(export / PLAN_FILE):
+            architecture = adapter_at(plan.model.architecture)  # importing it may make its family known to transformers
     directory = export / stage
     with blaming(directory / "config.json"):
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        description, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
+        check_description(str(directory), description, architecture)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         _check_config(config, plan, stage)
         architecture = architecture or architecture_of(config)
     if attn_implementation is None:
-        attn_implementation = "sdpa" if architecture.supports_sdpa(config) else "eager"
+        attn_implementation = attention_for(str(directory), config, architecture)
     model = _load_model(directory, dtype, attn_implementation)
     originals = plan.blocks(stage)
     if stage == "prefill" and plan.kv_only:
@@ -99,6 +106,7 @@ def _load_model(directory: Path, dtype: torch.dtype | None, attention: str) -> P
             dtype=dtype or "auto",
             attn_implementation=attention,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
         model, info = loaded

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_pl.compat import attention_of
+from pdtrim_pl.context import usable_context
 from pdtrim_pl.export.checkpoints import assembled, cast, stage_tensors, stock_tensors
 from pdtrim_pl.export.kv_only import kv_only_tensors
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
@@ -71,7 +72,7 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
     if load_plan_and_policy(export)[0] != staged.plan:
         raise ValueError(f"{export / PLAN_FILE} is not the student's plan. Export again.")
     config = staged.model.config
-    probe = Probe.of(config.vocab_size, config.max_position_embeddings)
+    probe = Probe.of(config.vocab_size, usable_context(config.to_dict()))
     with torch.no_grad():
         expected = _student_logits(staged, probe, dtype)
         logits = _pair_logits(export, staged, probe, dtype)

@@ -43,6 +43,10 @@ def generate_text(
     pair = ExportedPair.read(Path(export))
     if not prompt:
         raise ValueError("`prompt` is empty: give some text.")
+    if pair.plan.model.architecture is not None:
+        from pdtrim_pl.staged import adapter_at
+
+        adapter_at(pair.plan.model.architecture)  # importing it may make its family known to transformers
     tokenizer = _load_tokenizer(pair.path)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
     pair.check_prompt(len(prompt_ids), max_new_tokens)

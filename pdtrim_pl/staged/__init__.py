@@ -1,5 +1,6 @@
 """The contract of one request: prefill, boundary, transfer, decode. One implementation for every user of it."""
 
+from pdtrim_pl.staged.adapters import adapter_at, check_adapter
 from pdtrim_pl.staged.architectures import ARCHITECTURES, Architecture, architecture_of
 from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
 from pdtrim_pl.staged.gate import Gate
@@ -16,5 +17,7 @@ __all__ = [
     "Slots",
     "StagedCausalLM",
     "StagedOutput",
+    "adapter_at",
     "architecture_of",
+    "check_adapter",
 ]

@@ -146,7 +146,7 @@ class Gemma2(Qwen2):
         return _softcapped(model.config, super().logits(model, hidden))
 
     def supports_sdpa(self, config: PreTrainedConfig) -> bool:
-        return config.attn_logit_softcapping is None
+        return False  # transformers refuses it for the whole family
 
 
 class Gemma3(Qwen3):
@@ -156,6 +156,9 @@ class Gemma3(Qwen3):
 
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return _softcapped(model.config, super().logits(model, hidden))
+
+    def supports_sdpa(self, config: PreTrainedConfig) -> bool:
+        return config.attn_logit_softcapping is None  # else it would leave the cap out and say nothing
 
 
 class Olmo2(LlamaLine):
@@ -236,17 +239,25 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     Raises:
         ValueError: no adapter; says what one must supply.
     """
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+    check_model_type(config.model_type)
+    return ARCHITECTURES[config.model_type]
+
+
+def check_model_type(model_type: str) -> None:
+    """Refuse a model family without an adapter.
+
+    Raises:
+        ValueError: saying what one must supply.
+    """
+    if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"`model` is of type {config.model_type!r}, which has no adapter. Supported: {', '.join(ARCHITECTURES)}. "
-            "For another decoder-only model pass `architecture=` to StagedCausalLM: a subclass of "
-            "pdtrim_pl.staged.Architecture that supplies `blocks` (the ModuleList of decoder blocks), "
-            "`attention_name`, `kv_modules` and `keys_values` (keys after RoPE and values of one "
-            "block), `logits` (the head), `window` (a block's sliding window) and `last_projection` (a block's last "
-            "linear layer, or None)."
+            f"`model` is of type {model_type!r}, which has no adapter. Supported: {', '.join(ARCHITECTURES)}. "
+            "For another decoder-only model name one in YAML, `model.architecture: {class_path: my_module.MyFamily}` "
+            "(in Python `StagedCausalLM(model, architecture=...)`): a subclass of pdtrim_pl.staged.Architecture that "
+            "supplies `blocks` (the ModuleList of decoder blocks), `attention_name`, `kv_modules` and `keys_values` "
+            "(keys after RoPE and values of one block), `logits` (the head), `window` (a block's sliding window) and "
+            "`last_projection` (a block's last linear layer, or None); see docs/extending.md."
         )
-    return found
 
 
 def _size(module: nn.Module, name: str) -> int:

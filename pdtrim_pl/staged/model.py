@@ -7,7 +7,7 @@ Prompts are padded on the left, responses on the right.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from pdtrim_pl.compat import attention_of
 from pdtrim_pl.context import usable_context
 from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
+from pdtrim_pl.staged.adapters import class_path_of
 from pdtrim_pl.staged.architectures import Architecture, architecture_of
 from pdtrim_pl.staged.cache import KVCache, Slots
 from pdtrim_pl.staged.fitted import FittedRun
@@ -122,7 +123,8 @@ class StagedCausalLM(nn.Module):
             )
         for gate in self.gates.values():
             gate.check_offers(plan)
-        self.plan = plan
+        adapter = class_path_of(self.architecture, plan.model.model_type)
+        self.plan = plan = replace(plan, model=replace(plan.model, architecture=adapter))
         for gate in self.gates.values():
             gate.take_up(plan, write or _overwrite)
         if self.policy is not None:
