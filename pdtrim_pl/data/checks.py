@@ -15,10 +15,10 @@ def check_context(max_length: int, context_length: int) -> None:
 
 
 def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:
-    """Refuse a tokenizer that knows ids which the model does not; a larger (padded) model vocabulary is fine.
+    """Refuse a tokenizer of another model, by its size; a larger (padded) model vocabulary is fine.
 
     Args:
-        tokenizer_size: One more than the largest token id of the tokenizer.
+        tokenizer_size: One more than the largest token id of the tokenizer, tokens added later left out.
         vocab_size: Rows of the model's embedding.
 
     Raises:
@@ -28,4 +28,22 @@ def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:
         raise ValueError(
             f"The tokenizer has ids up to {tokenizer_size - 1}, the model's vocabulary has {vocab_size}; "
             "set `tokenizer` to the name of the model that is trimmed."
+        )
+
+
+def check_ids(largest: int, token: str, vocab_size: int) -> None:
+    """Refuse text with a token that the model has no embedding for, such as one added to the tokenizer alone.
+
+    Args:
+        largest: The largest token id of the text.
+        token: What this id stands for.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        ValueError: The id is beyond the embedding.
+    """
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The text holds the token {token!r} with id {largest}, the model's vocabulary has {vocab_size}; set "
+            "`tokenizer` to the name of the model that is trimmed, or take the token out of text and chat template."
         )

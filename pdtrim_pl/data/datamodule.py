@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from pdtrim_pl.context import usable_context
-from pdtrim_pl.data.checks import check_context, check_vocabulary
+from pdtrim_pl.data.checks import check_context, check_ids, check_vocabulary
 from pdtrim_pl.data.collate import Collator
 from pdtrim_pl.data.examples import Example, SaidAgain, TokenExamples
 from pdtrim_pl.data.formatting import encode
@@ -97,9 +98,13 @@ class PromptResponseDataModule(LightningDataModule):
 
     @property
     def pad_id(self) -> int:
-        """The id at padded positions: the tokenizer's pad token, else its end-of-sequence token, else 0."""
+        """The id at padded positions: the pad or end-of-sequence token of the tokenizer that the model knows, else 0.
+
+        A pad token that was added to the tokenizer alone lies behind the model's embedding.
+        """
+        size = self._vocab_size
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and (size is None or token < size):
                 return token
         return 0
 
@@ -119,7 +124,11 @@ class PromptResponseDataModule(LightningDataModule):
         if self._parts:
             return
         self._check_model()
-        self._parts = cut_parts(self._encode(), self.parts, self.seed)
+        examples = self._encode()
+        if self._vocab_size is not None:
+            token = self.tokenizer.convert_ids_to_tokens(examples.largest_id)
+            check_ids(examples.largest_id, str(token), self._vocab_size)
+        self._parts = cut_parts(examples, self.parts, self.seed)
         if self.parts.said_again:
             changed = SaidAgain(self._parts["calibration"], self.parts.said_again, self.lengths.max_length)
             self._parts["calibration"] = Subset(changed, range(len(changed)))
@@ -191,13 +200,22 @@ class PromptResponseDataModule(LightningDataModule):
     def _encode(self) -> TokenExamples:
         return encode(load_rows(self.source), self.tokenizer, self.lengths, self.seed)
 
-    def _check_model(self) -> None:
-        """Compare with the model the tokenizer was named after; a directory of a tokenizer alone has none."""
+    @cached_property
+    def _model_config(self) -> dict[str, Any] | None:
+        """The text configuration of the model that the tokenizer was named after; a tokenizer alone has none."""
         directory = Path(resolve_model(self.tokenizer_name))
         if directory.is_dir() and not (directory / "config.json").is_file():
-            return
-        config = load_config(self.tokenizer_name).get_text_config().to_dict()
+            return None
+        return load_config(self.tokenizer_name).get_text_config().to_dict()
+
+    @property
+    def _vocab_size(self) -> int | None:
+        return None if self._model_config is None else self._model_config.get("vocab_size")
+
+    def _check_model(self) -> None:
+        config = self._model_config or {}
         if "max_position_embeddings" in config:  # the tokenizer may be that of a model nobody trims
             check_context(self.lengths.max_length, usable_context(config))
         if "vocab_size" in config:
-            check_vocabulary(max(self.tokenizer.get_vocab().values()) + 1, config["vocab_size"])
+            own = set(self.tokenizer.get_vocab().values()) - self.tokenizer.added_tokens_decoder.keys()
+            check_vocabulary(max(own, default=-1) + 1, config["vocab_size"])

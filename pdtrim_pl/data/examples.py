@@ -51,6 +51,11 @@ class TokenExamples(Dataset[Example]):
         ids = torch.from_numpy(self._ids[start:end].astype(np.int64))
         return Example(*ids.split([split - start, end - split]))
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all examples."""
+        return int(self._ids.max())
+
     def distinct(self) -> list[int]:
         """The index of the first of every group of examples with the same tokens, whatever their split point."""
         seen: dict[bytes, int] = {}

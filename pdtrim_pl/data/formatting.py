@@ -2,19 +2,27 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
-from jinja2 import TemplateError
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from pdtrim_pl.data.chats import split_chat
 from pdtrim_pl.data.examples import TokenExamples
+from pdtrim_pl.data.malformed import check_value, skipped_rows
 from pdtrim_pl.data.settings import Lengths
 from pdtrim_pl.data.sources import Rows
+from pdtrim_pl.prompts import leading_ids, plain_ids, split_ids
 
-Tokenized = Mapping[str, Sequence[Sequence[int]]]
+Tokenized = Mapping[str, Sequence[Any]]
+T = TypeVar("T")
+
+_FORMAT = 1
+"""Raise it when rows are tokenised differently, so that what was kept on disk is not used any more."""
+_IDS = [Value("int32")]
 
 
 def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: int) -> TokenExamples:
@@ -22,10 +30,12 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, see
 
     Raw text: the tokens of all documents, with the end-of-sequence token between them, are cut into windows of
     `lengths.max_length` tokens that do not overlap; each window's split point is drawn by a generator of its own.
-    Pairs and chats: a long prompt keeps its end, a long response its start.
+    Pairs and chats: prompt and response are tokenised together (`pdtrim_pl.prompts.split_ids`), so what stands between
+    them is what the whole text has there, and the prompt is the one that is served. A long prompt keeps its end, a long
+    response its start.
 
     Args:
-        rows: The source.
+        rows: The source. Bad rows are refused or left out with a warning, as its `on_bad_row` says.
         tokenizer: Its leading special tokens (a beginning-of-sequence token, where it adds one by itself) start every
             prompt and every window.
         lengths: The lengths in tokens.
@@ -35,118 +45,104 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, see
         ValueError: A row cannot be read, or the text is shorter than one window; the message names the place.
     """
     if rows.kind == "text":
-        documents = _tokenize(rows, tokenizer, _text_ids)
+        documents = _tokenize(rows, tokenizer, _text_ids, ["ids"])
         return _windows(rows, documents.with_format("numpy")["ids"], tokenizer, lengths, seed)
-    tokenized = _tokenize(rows, tokenizer, _pair_ids if rows.kind == "pairs" else _chat_ids)
-    return TokenExamples.from_pairs(_truncated(rows, tokenized, tokenizer, lengths))
+    if rows.kind == "chat" and tokenizer.chat_template is None:
+        raise ValueError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
+    tokenized = _tokenize(rows, tokenizer, _pair_ids if rows.kind == "pairs" else _chat_ids, ["prompt", "response"])
+    return TokenExamples.from_pairs(_truncated(tokenized, tokenizer, lengths))
 
 
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text by itself, such as Llama's; often none."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    start = next(index for index in range(len(full)) if full[index : index + len(bare)] == bare)
-    return list(full[:start])
-
-
-def _column(rows: Rows, batch: Mapping[str, Any], indices: Sequence[int], column: str) -> Sequence[Any]:
-    """The values of a column, none of them empty or of another type than the column's use says."""
-    wanted = list if rows.kind == "chat" else str
-    for index, value in zip(indices, batch[column], strict=True):
-        if not isinstance(value, wanted):
-            found = "nothing" if value is None else f"a {type(value).__name__}"
-            raise _fault(rows, index, column, f"holds {found}, not a {wanted.__name__}")
-        # Empty lines between the paragraphs of a text do no harm.
-        if rows.kind != "text" and not (value.strip() if isinstance(value, str) else value):
-            raise _fault(rows, index, column, "is empty")
-    return batch[column]
-
-
-def _fault(rows: Rows, index: int, column: str, problem: str) -> ValueError:
-    return ValueError(f"{rows.where(index)}: column `{column}` {problem}; mend or drop the row.")
-
-
-def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, function: Callable[..., Tokenized]) -> Dataset:
-    """Run `function` over all rows with `Dataset.map`.
+def _tokenize(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, function: Callable[..., Tokenized], names: Sequence[str]
+) -> Dataset:
+    """Run `function` over all rows with `Dataset.map`, and leave out the bad ones.
 
     The cache on disk is keyed by what decides the result. A tokenizer's own hash does not do: it changes with use.
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(vocabulary)
-    key = [rows.dataset._fingerprint, function.__name__, rows.columns, backend, tokenizer.special_tokens_map]
-    key += [tokenizer.chat_template, leading_ids(tokenizer)]
-    return rows.dataset.map(
+    key = [_FORMAT, rows.dataset._fingerprint, function.__name__, rows.columns, backend, tokenizer.special_tokens_map]
+    key += [tokenizer.chat_template, leading_ids(tokenizer), rows.on_bad_row]
+    tokenized = rows.dataset.map(
         function,
         batched=True,
         with_indices=True,
         remove_columns=list(rows.columns),
         fn_kwargs={"rows": rows, "tokenizer": tokenizer},
+        features=Features(dict.fromkeys(names, _IDS) | {"fault": Value("string")}),
         new_fingerprint=Hasher.hash(key),
         desc="Tokenising",
     )
+    faults = dict(enumerate(tokenized["fault"]))
+    skipped = [*rows.skipped, *(f"{rows.where(row)}: {fault}" for row, fault in faults.items() if fault is not None)]
+    if skipped:
+        rank_zero_warn(skipped_rows(skipped, sum(len(part.dataset) + len(part.skipped) for part in rows.parts)))
+        tokenized = tokenized.select([row for row, fault in faults.items() if fault is None])
+    return tokenized
+
+
+def _read(
+    rows: Rows, batch: Mapping[str, Any], indices: Sequence[int], read: Callable[..., T], instead: T
+) -> tuple[list[T], list[str | None]]:
+    """What `read` makes of each row's values, `instead` for a bad row, and what is wrong with each."""
+    results: list[T] = []
+    faults: list[str | None] = []
+    for index, *values in zip(indices, *(batch[column] for column in rows.columns), strict=True):
+        try:
+            if rows.kind == "chat":
+                values = [json.loads(value) for value in values]
+            for column, value in zip(rows.columns, values, strict=True):
+                check_value(rows.kind, column, value)
+            results.append(read(*values))
+            faults.append(None)
+        except ValueError as error:
+            results.append(instead)
+            faults.append(rows.refuse(index, error))
+    return results, faults
 
 
 def _text_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
-    return {"ids": _plain(tokenizer, _column(rows, batch, indices, rows.columns[0]))}
+    texts, faults = _read(rows, batch, indices, str, "")
+    return {"ids": plain_ids(tokenizer, texts), "fault": faults}
 
 
 def _pair_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
-    prompts, responses = (_plain(tokenizer, _column(rows, batch, indices, column)) for column in rows.columns)
-    leading = leading_ids(tokenizer)
-    return {"prompt": [leading + ids for ids in prompts], "response": [_ended(tokenizer, ids) for ids in responses]}
+    pairs, faults = _read(rows, batch, indices, lambda *pair: pair, ("", ""))
+    return _split(rows, indices, tokenizer, pairs, faults, leading_ids(tokenizer))
 
 
 def _chat_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
-    chats = _column(rows, batch, indices, rows.columns[0])
-    texts = [_split_chat(tokenizer, chat, rows, index) for chat, index in zip(chats, indices, strict=True)]
-    prompts = _plain(tokenizer, [prompt for prompt, _ in texts])
-    responses = _plain(tokenizer, [response for _, response in texts])
-    return {"prompt": prompts, "response": [_ended(tokenizer, ids) for ids in responses]}
+    (column,) = rows.columns
+
+    def read(chat: Sequence[Any]) -> tuple[str, str]:
+        try:
+            return split_chat(tokenizer, chat)
+        except ValueError as error:
+            raise ValueError(f"column `{column}` {error}") from error
+
+    pairs, faults = _read(rows, batch, indices, read, ("", ""))
+    return _split(rows, indices, tokenizer, pairs, faults)
 
 
-def _split_chat(
-    tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], rows: Rows, index: int
-) -> tuple[str, str]:
-    """The text before the answer of the last assistant message, and that answer with its end-of-turn token."""
-    column = rows.columns[0]
-    if tokenizer.chat_template is None:
-        raise ValueError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
-    if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in chat):
-        raise _fault(rows, index, column, "must hold messages with `role` and `content`")
-    if not all(turn["content"] is None or isinstance(turn["content"], str) for turn in chat):
-        raise _fault(rows, index, column, "must hold messages whose `content` is text, not a list of parts")
-    last = max((number for number, turn in enumerate(chat) if turn["role"] == "assistant"), default=0)
-    if last == 0:
-        raise _fault(rows, index, column, "has no assistant message after a first message of another role")
-    if not (chat[last]["content"] or "").strip():
-        raise _fault(rows, index, column, "has an empty last assistant message")
-    try:
-        prompt = _chat_text(tokenizer, chat[:last], add_generation_prompt=True)
-        whole = _chat_text(tokenizer, chat[: last + 1], add_generation_prompt=False)
-    except TemplateError as error:
-        raise _fault(rows, index, column, f"does not fit the tokenizer's chat template ({error})") from error
-    # Some templates open the answer otherwise than the generation prompt does (a thinking block, for one).
-    response = whole.removeprefix(prompt) if whole.startswith(prompt) else chat[last]["content"]
-    return prompt, response.rstrip()
-
-
-def _chat_text(
-    tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
-) -> str:
-    messages = [dict(turn) for turn in chat]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    assert isinstance(text, str)
-    return text
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+def _split(
+    rows: Rows, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]],
+    faults: list[str | None], leading: Sequence[int] = (),
+) -> Tokenized:  # fmt: skip
+    prompts: list[list[int]] = []
+    responses: list[list[int]] = []
+    for row, (prompt, response) in enumerate(split_ids(tokenizer, pairs)):
+        prompts.append([*leading, *prompt])
+        responses.append(_ended(tokenizer, response))
+        if faults[row] is None and not (prompts[row] and responses[row]):
+            faults[row] = rows.refuse(indices[row], f"the {'response' if prompts[row] else 'prompt'} has no tokens")
+    return {"prompt": prompts, "response": responses, "fault": faults}
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -167,7 +163,7 @@ def _windows(
     count = len(stream) // fresh if fresh > 0 else 0
     if count == 0:
         raise ValueError(
-            f"`source.path`: {rows.origins[0][0]} has {len(stream)} tokens, less than one window of "
+            f"`source.path`: {rows.parts[0].origin} has {len(stream)} tokens, less than one window of "
             f"`lengths.max_length`={lengths.max_length}; shorten it or give more text."
         )
     body = stream[: count * fresh].reshape(count, fresh)
@@ -181,17 +177,12 @@ def _windows(
 
 
 def _truncated(
-    rows: Rows, tokenized: Dataset, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
+    tokenized: Dataset, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
 ) -> Iterable[tuple[list[int], list[int]]]:
     leading = leading_ids(tokenizer)
-    for index, row in enumerate(tokenized):
+    for row in tokenized:
         prompt, response = row["prompt"], row["response"]
         if len(prompt) > lengths.max_prompt:
             head = leading if prompt[: len(leading)] == leading else []
             prompt = head + prompt[len(prompt) - lengths.max_prompt + len(head) :]
-        response = response[: lengths.max_length - len(prompt)]
-        if not prompt or not response:
-            raise ValueError(
-                f"{rows.where(index)}: the {'response' if prompt else 'prompt'} has no tokens; drop the row."
-            )
-        yield prompt, response
+        yield prompt, response[: lengths.max_length - len(prompt)]

@@ -1,47 +1,60 @@
-"""Finds what is wrong in a JSON file that did not load, so that the message can name the line."""
+"""What makes a row unusable, and what to do then: refuse the source or leave the row out."""
 
-import json
-from itertools import count
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any, Literal
+
+OnBadRow = Literal["error", "skip"]
+Kind = Literal["text", "pairs", "chat"]
+
+_NAMED = 3
+"""Skipped rows that a warning names."""
 
 
-def data_lines(path: Path) -> list[int]:
-    """The line numbers (from 1) of the rows of a JSON Lines file, blank lines left out."""
-    with path.open(encoding="utf-8") as lines:
-        return [number for number, line in zip(count(1), lines, strict=False) if line.strip()]
+class BadRow(ValueError):
+    """A row cannot be used; the message says where it is and why."""
+
+    @classmethod
+    def at(cls, place: str, problem: str) -> "BadRow":
+        """The error for the row at `place`."""
+        return cls(f"{place}: {problem}; mend or drop the row, or set `source.on_bad_row` to `skip`.")
 
 
-def find_json_fault(path: Path) -> str | None:
-    """Look for the first fault of a .json or .jsonl file.
+def check_value(kind: Kind, column: str, value: Any) -> None:
+    """Refuse a value that is empty or of another type than the column's use says.
 
-    Returns:
-        The file, the line and what is wrong there; None if every row is an object with the same columns.
+    Raises:
+        ValueError: what is wrong, without the place.
     """
-    try:
-        if path.suffix == ".jsonl":
-            return _find_line_fault(path)
-        json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        return f"{path} is not UTF-8 ({error})"
-    except json.JSONDecodeError as error:
-        return _find_line_fault(path) if error.msg == "Extra data" else f"{path}, line {error.lineno}: {error.msg}"
-    return None
+    wanted = list if kind == "chat" else str
+    if not isinstance(value, wanted):
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"column `{column}` holds {found}, not a {wanted.__name__}")
+    # Empty lines between the paragraphs of a text do no harm.
+    if kind != "text" and not (value.strip() if isinstance(value, str) else value):
+        raise ValueError(f"column `{column}` is empty")
 
 
-def _find_line_fault(path: Path) -> str | None:
-    first: dict[str, str] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in zip(count(1), lines, strict=False):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                return f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
-            if not isinstance(row, dict):
-                return f"{path}, line {number}: holds a {type(row).__name__}, not an object"
-            for column, value in row.items():
-                found = type(value).__name__
-                if value is not None and first.setdefault(column, found) != found:
-                    return f"{path}, line {number}: column `{column}` holds {found}, earlier lines {first[column]}"
-    return None
+def skipped_rows(skipped: Sequence[str], total: int) -> str:
+    """Say how many rows were left out and name the first.
+
+    Args:
+        skipped: place and problem of each row that was left out.
+        total: rows of the source.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    named = "; ".join(skipped[:_NAMED]) + ("; ..." if len(skipped) > _NAMED else ".")
+    if len(skipped) == total:
+        raise ValueError(f"`source.path`: every row is bad, {total} of {total}: {named}")
+    return f"`source.on_bad_row` is `skip`: {len(skipped)} of {total} rows are left out: {named}"
+
+
+def damaged(reason: Exception | str) -> ValueError:
+    """The error for a file that cannot be told into rows."""
+    return ValueError(f"`source.path`: {reason}; mend the file.")
+
+
+def empty(origin: str) -> ValueError:
+    """The error for a source without rows."""
+    return ValueError(f"`source.path`: {origin} is empty; give a source with at least one row.")

@@ -1,30 +1,29 @@
 """Where text comes from: the embedded text, files, saved datasets and the Hub, all as one `datasets.Dataset`."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Literal
+from typing import Any
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from pdtrim_pl.data.malformed import data_lines, find_json_fault
-
-Kind = Literal["text", "pairs", "chat"]
+from pdtrim_pl.data.files import JSON_ENDINGS, TEXT_ENDINGS, ending
+from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, damaged, empty
+from pdtrim_pl.data.tables import PLACE, column_names, read_table
 
 EMBEDDED_TEXT = "pydoc"
-_BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".raw": "text",
-    ".text": "text",
-}
-_USUAL: list[tuple[Kind, list[str]]] = [("text", ["text"]), ("pairs", ["prompt", "response"]), ("chat", ["messages"])]
+_ENDINGS = (*JSON_ENDINGS, *TEXT_ENDINGS, ".parquet")
+_USUAL: list[tuple[Kind, list[str]]] = [
+    ("text", ["text"]),
+    ("pairs", ["prompt", "response"]),
+    ("chat", ["messages"]),
+    ("chat", ["conversations"]),
+]
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -32,12 +31,13 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 class TextSource:
     """A source of text. Which columns are given says what a row is: a text, a prompt with its response, or a chat.
 
-    With no column given, `text`, `prompt` with `response`, or `messages` is taken if exactly one of the three is there.
+    With no column given, `text`, `prompt` with `response`, `messages`, or `conversations` is taken if exactly one of
+    them is there.
     """
 
     path: str = EMBEDDED_TEXT
-    """`pydoc` for the Python Language Reference inside every CPython; a .json, .jsonl, .parquet, .txt, .raw or .text
-    file, or a glob of such; a directory written by `save_to_disk`; or a Hub id."""
+    """`pydoc` for the Python Language Reference inside every CPython; a .json, .jsonl, .txt, .raw or .text file, with
+    .gz behind it or not; a .parquet file; a glob of such; a directory written by `save_to_disk`; or a Hub id."""
     name: str | None = None
     """The configuration of a Hub dataset."""
     split: str = "train"
@@ -46,8 +46,12 @@ class TextSource:
     prompt_column: str | None = None
     response_column: str | None = None
     messages_column: str | None = None
-    """A column of chats: lists of `{role, content}`, turned to text by the tokenizer's chat template. The last
-    assistant message is the response, all before it the prompt."""
+    """A column of chats: lists of `{role, content}` or ShareGPT's `{from, value}`, turned to text by the tokenizer's
+    chat template. Content is a text or a list of text parts. The last assistant message is the response, all before it
+    the prompt."""
+    on_bad_row: OnBadRow = "error"
+    """`error` refuses a source with a row that cannot be used. `skip` leaves such rows out and says how many there
+    are and where the first ones stand; a file that cannot be told into rows stays refused."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -66,25 +70,57 @@ class TextSource:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows of one file or dataset."""
+
+    origin: str
+    dataset: Dataset
+    kind: Kind
+    columns: Sequence[str]
+    places: Dataset | None = None
+    """Where each row stands in a JSON file; None where its number says it."""
+    skipped: Sequence[str] = ()
+    """Place and problem of every row that was left out."""
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of a source, what they are, and where each came from."""
 
     dataset: Dataset
-    kind: Kind
-    columns: Sequence[str]
-    """The columns that are read: one for a text or a chat, prompt and response for pairs."""
-    origins: Sequence[tuple[str, int]]
-    """(file or dataset, count of rows), in row order."""
+    """Strings; a chat is the JSON text of its messages."""
+    parts: Sequence[Part]
+    on_bad_row: OnBadRow = "error"
+
+    @property
+    def kind(self) -> Kind:
+        """What a row is."""
+        return self.parts[0].kind
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that are read: one for a text or a chat, prompt and response for pairs."""
+        return self.parts[0].columns
+
+    @property
+    def skipped(self) -> list[str]:
+        """Place and problem of every row that was left out while reading."""
+        return [row for part in self.parts for row in part.skipped]
 
     def where(self, row: int) -> str:
         """Name the place of row `row` (from 0) for a message: `data.jsonl, line 3` or `org/data, row 3`, from 1."""
-        for origin, count in self.origins:
-            if row < count:
-                if Path(origin).suffix == ".jsonl":
-                    return f"{origin}, line {data_lines(Path(origin))[row]}"
-                return f"{origin}, row {row + 1}"
-            row -= count
+        for part in self.parts:
+            if row < len(part.dataset):
+                place = f"row {row + 1}" if part.places is None else part.places[row][PLACE]
+                return f"{part.origin}, {place}"
+            row -= len(part.dataset)
         raise AssertionError("a row beyond the end of its source")
+
+    def refuse(self, row: int, problem: Exception | str) -> str:
+        """Raise BadRow for a row that cannot be used, or return the problem where bad rows are skipped."""
+        if self.on_bad_row == "error":
+            raise BadRow.at(self.where(row), str(problem))
+        return str(problem)
 
 
 def load_rows(source: TextSource) -> Rows:
@@ -94,22 +130,20 @@ def load_rows(source: TextSource) -> Rows:
         ValueError: The source is missing, empty or malformed, or its columns do not say what its rows are; the message
             names the file, the line and the column.
     """
-    parts = _load(source)
-    for origin, dataset in parts:
-        if len(dataset) == 0:
-            raise _empty(origin)
-    resolved = [(origin, dataset, *_columns(source, origin, dataset)) for origin, dataset in parts]
-    _, _, kind, columns = resolved[0]
-    for origin, _, *found in resolved[1:]:
-        if found != [kind, columns]:
-            raise ValueError(f"`source.path`: {origin} has other columns than {parts[0][0]}; name the columns to read.")
-    tables = [dataset.select_columns(columns) for _, dataset in parts]
-    origins = [(origin, len(dataset)) for origin, dataset in parts]
-    return Rows(tables[0] if len(tables) == 1 else concatenate_datasets(tables), kind, columns, origins)
+    parts = [
+        _read_file(source, loaded) if isinstance(loaded, Path) else _part(source, origin, loaded)
+        for origin, loaded in _load(source)
+    ]
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.kind, part.columns) != (first.kind, first.columns):
+            raise ValueError(f"`source.path`: {part.origin} has other columns than {first.origin}; name the columns.")
+    datasets = [part.dataset for part in parts]
+    return Rows(datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), parts, source.on_bad_row)
 
 
-def _load(source: TextSource) -> list[tuple[str, Dataset]]:
-    """The source as (where it came from, dataset) pairs: one per file, else one."""
+def _load(source: TextSource) -> list[tuple[str, Dataset | Path]]:
+    """The source as (where it came from, dataset or file to read) pairs: one per file, else one."""
     if source.path == EMBEDDED_TEXT:
         documents = [topics[topic] for topic in sorted(topics)]
         return [(EMBEDDED_TEXT, Dataset.from_dict({"text": documents}))]
@@ -117,35 +151,48 @@ def _load(source: TextSource) -> list[tuple[str, Dataset]]:
     if path.is_dir():
         return [(str(path), _load_saved(source, path))]
     if path.is_file():
-        return [_load_file(path)]
+        return [(str(path), _load_file(path))]
     if files := sorted(glob(str(path), recursive=True)):
-        return [_load_file(Path(file)) for file in files]
-    if path.suffix not in _BUILDERS and _HUB_ID.fullmatch(source.path):
+        return [(file, _load_file(Path(file))) for file in files]
+    if ending(path) not in _ENDINGS and _HUB_ID.fullmatch(source.path):
         return [(source.path, _load_hub(source))]
     raise ValueError(f"`source.path`: no file matches {source.path!r}; check the path.")
 
 
-def _load_file(path: Path) -> tuple[str, Dataset]:
-    builder = _BUILDERS.get(path.suffix)
-    if builder is None:
+def _load_file(path: Path) -> Dataset | Path:
+    if ending(path) not in _ENDINGS:
         raise ValueError(
-            f"`source.path`: {path} has an unknown ending; files are read by theirs: {', '.join(sorted(_BUILDERS))}."
+            f"`source.path`: {path} has an unknown ending; files are read by theirs: {', '.join(sorted(_ENDINGS))}, "
+            f"and by {', '.join(f'{one}.gz' for one in JSON_ENDINGS)}."
         )
     if path.stat().st_size == 0:
-        raise _empty(str(path))
-    options = {"sample_by": "document"} if builder == "text" else {}
+        raise empty(str(path))
+    if ending(path) != ".parquet":
+        return path
     try:
-        return str(path), load_dataset(builder, data_files={"train": str(path)}, split="train", **options)
+        return load_dataset("parquet", data_files={"train": str(path)}, split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):
-            raise _empty(str(path)) from error
-        fault = find_json_fault(path) if builder == "json" else None
-        reason = fault or f"{path}: {error.__cause__ or error}"
-        raise ValueError(f"`source.path`: {reason}; mend the file.") from error
+            raise empty(str(path)) from error
+        raise damaged(f"{path}: {error.__cause__ or error}") from error
 
 
-def _empty(origin: str) -> ValueError:
-    return ValueError(f"`source.path`: {origin} is empty; give a source with at least one row.")
+def _part(source: TextSource, origin: str, dataset: Dataset) -> Part:
+    if len(dataset) == 0:
+        raise empty(origin)
+    kind, columns = _columns(source, origin, dataset.column_names)
+    dataset = dataset.select_columns(columns)
+    return Part(origin, dataset.map(_packed) if kind == "chat" else dataset, kind, columns)
+
+
+def _packed(row: dict[str, Any]) -> dict[str, str]:
+    return {column: json.dumps(value, default=str) for column, value in row.items()}
+
+
+def _read_file(source: TextSource, path: Path) -> Part:
+    kind, columns = _columns(source, str(path), column_names(path))
+    dataset, places, skipped = read_table(path, kind, columns, source.on_bad_row)
+    return Part(str(path), dataset, kind, columns, places, skipped)
 
 
 def _load_saved(source: TextSource, path: Path) -> Dataset:
@@ -173,14 +220,13 @@ def _load_hub(source: TextSource) -> Dataset:
         ) from error
 
 
-def _columns(source: TextSource, origin: str, dataset: Dataset) -> tuple[Kind, list[str]]:
+def _columns(source: TextSource, origin: str, present: Sequence[str]) -> tuple[Kind, list[str]]:
     """What the rows are, from the columns asked for or, with none asked for, from those that are there."""
     forms: list[tuple[Kind, list[str | None]]] = [
         ("text", [source.text_column]),
         ("pairs", [source.prompt_column, source.response_column]),
         ("chat", [source.messages_column]),
     ]
-    present = dataset.column_names
     for kind, names in forms:
         columns = [name for name in names if name is not None]
         if not columns:

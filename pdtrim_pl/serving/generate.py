@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pdtrim_pl.plan import read_json
+from pdtrim_pl.prompts import chat_text, plain_ids, prompt_ids
 from pdtrim_pl.serving.exported import ExportedPair
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def generate_text(
 
         adapter_at(pair.plan.model.architecture)  # importing it may make its family known to transformers
     tokenizer = _load_tokenizer(pair.path)
-    prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
-    pair.check_prompt(len(prompt_ids), max_new_tokens)
+    ids = encode_prompt(tokenizer, prompt, chat=chat)
+    pair.check_prompt(len(ids), max_new_tokens)
 
     from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
     from pdtrim_pl.serving.sampling import Sampling
@@ -57,7 +58,7 @@ def generate_text(
     Sampling(temperature, top_k, seed)  # refuses a wrong setting before the workers start
     with DisaggregatedRuntime(pair.path, devices=devices_of(device)) as runtime:
         stream = runtime.stream(
-            prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids_of(pair.path, tokenizer),
+            ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids_of(pair.path, tokenizer),
             temperature=temperature, top_k=top_k, seed=seed,
         )  # fmt: skip
         for piece in text_pieces(stream, lambda ids: _decoded(tokenizer, ids)):
@@ -70,19 +71,20 @@ def generate_text(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
-    """The prompt's token ids: raw text as the tokenizer starts a text, or one user message of a chat.
+    """The prompt's token ids as in training: raw text as the tokenizer starts a text, or one user message of a chat.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or the prompt does not fit it.
     """
     if not chat:
-        return list(tokenizer(prompt, verbose=False)["input_ids"])
+        return prompt_ids(tokenizer, prompt)
     if tokenizer.chat_template is None:
         raise ValueError("`chat` needs a chat template, and this export's tokenizer has none: leave out `--chat`.")
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert isinstance(text, str)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    try:
+        text = chat_text(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    except ValueError as error:
+        raise ValueError(f"`chat`: the prompt {error}. Leave out `--chat`, or mend the template.") from error
+    return plain_ids(tokenizer, [text])[0]
 
 
 def stop_ids_of(export: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -1,0 +1,144 @@
+"""Reads JSON, JSON Lines and text files row by row. Every row knows its place in the file."""
+
+import gzip
+import json
+import re
+import zlib
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedIOBase
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+JSON_ENDINGS = (".json", ".jsonl")
+TEXT_ENDINGS = (".txt", ".raw", ".text")
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a file, or what is wrong with it."""
+
+    place: str
+    """`line 3`, or `line 1, row 10` in an array, or `row 1`; from 1."""
+    row: dict[str, Any]
+    fault: str | None = None
+
+
+def ending(path: Path) -> str:
+    """The ending that says how to read a file: `.jsonl` for `a.jsonl.gz`, but `.gz` for `a.parquet.gz`."""
+    inner = Path(path.name.removesuffix(".gz")).suffix
+    return inner if inner in (*JSON_ENDINGS, *TEXT_ENDINGS) else path.suffix
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Read a file with an ending of `JSON_ENDINGS` or `TEXT_ENDINGS`, with or without `.gz` behind it.
+
+    A JSON file holds one object a line, or one array of objects over any number of lines; its content decides, not its
+    ending. Texts in an array count as objects with the text in `text`. A text file is one row, in `text`.
+
+    Raises:
+        ValueError: The file cannot be read, or no row can be told from the next; the message names file and line.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield from _text(path, file.read()) if ending(path) in TEXT_ENDINGS else _json(path, file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+def _text(path: Path, data: bytes) -> Iterator[Line]:
+    _refuse_wide(path, data)
+    try:
+        text = data.removeprefix(BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        yield Line(_line_of(data, error), {}, _not_utf8(error))
+    else:
+        if text:
+            yield Line("row 1", {"text": text})
+
+
+def _json(path: Path, file: BufferedIOBase) -> Iterator[Line]:
+    lines = ((number, line) for number, line in enumerate(file, start=1) if line.removeprefix(BOM_UTF8).strip())
+    first, head = next(lines, (1, b""))
+    _refuse_wide(path, head)
+    if head.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+        yield from _array(path, b"\n" * (first - 1) + head.removeprefix(BOM_UTF8) + file.read())
+    elif head:
+        for number, line in chain([(first, head)], lines):
+            yield _object(f"line {number}", line.removeprefix(BOM_UTF8))
+
+
+def _object(place: str, line: bytes) -> Line:
+    try:
+        return _row(place, json.loads(line.decode()))
+    except UnicodeDecodeError as error:
+        return Line(place, {}, _not_utf8(error))
+    except json.JSONDecodeError as error:
+        return Line(place, {}, f"not valid JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+        return Line(place, {}, f"not readable as JSON ({error})")
+
+
+def _array(path: Path, data: bytes) -> Iterator[Line]:
+    """The rows of an array, decoded one by one, so that each has its line."""
+    at, line, number = 0, 1, 0
+    try:
+        text = data.decode()
+        for start, value in _elements(text):
+            line, at, number = line + text.count("\n", at, start), start, number + 1
+            yield _row(f"line {line}, row {number}", {"text": value} if isinstance(value, str) else value)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, {_line_of(data, error)}: {_not_utf8(error)}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, behind row {number}: not readable as JSON ({error})") from error
+
+
+def _elements(text: str) -> Iterator[tuple[int, Any]]:
+    """Where each element of an array starts, and its value."""
+    decoder = json.JSONDecoder()
+    at = _after_space(text, text.index("[") + 1)
+    ended = text[at : at + 1] == "]"
+    while not ended:
+        value, end = decoder.raw_decode(text, at)
+        yield at, value
+        at = _after_space(text, end)
+        ended = text[at : at + 1] == "]"
+        if not ended:
+            if text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting a comma or the end of the array", text, at)
+            comma, at = at, _after_space(text, at + 1)
+            if text[at : at + 1] == "]":
+                raise json.JSONDecodeError("A comma before the end of the array", text, comma)
+    if (rest := _after_space(text, at + 1)) < len(text):
+        raise json.JSONDecodeError("Something follows the array", text, rest)
+
+
+def _row(place: str, value: Any) -> Line:
+    if isinstance(value, dict):
+        return Line(place, value)
+    return Line(place, {}, f"holds a {type(value).__name__}, not an object")
+
+
+def _after_space(text: str, start: int) -> int:
+    found = _SPACE.match(text, start)
+    assert found is not None
+    return found.end()
+
+
+def _line_of(data: bytes, error: UnicodeDecodeError) -> str:
+    line = data.count(b"\n", 0, error.start) + 1
+    return f"line {line}"
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"is not UTF-8 (byte 0x{error.object[error.start]:02x})"
+
+
+def _refuse_wide(path: Path, data: bytes) -> None:
+    if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise ValueError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8")

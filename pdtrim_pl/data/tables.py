@@ -1,0 +1,114 @@
+"""A JSON or text file as a `datasets.Dataset`, which keeps on disk what it has read until the file changes."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+
+from pdtrim_pl.data.files import read_lines
+from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, check_value, damaged, empty, skipped_rows
+
+PLACE = "place of the row"
+"""The column of `Table.places`."""
+_FAULT = "fault of the row"
+_LOOKED_AT = 1000
+_FORMAT = 1
+"""Raise it when files are read differently, so that what was kept on disk is not used any more."""
+
+
+class Table(NamedTuple):
+    """The usable rows of a file."""
+
+    dataset: Dataset
+    """Strings. A chat is the JSON text of its messages: Arrow would give every message the keys of all others."""
+    places: Dataset
+    """Where each row stands."""
+    skipped: Sequence[str]
+    """Place and problem of each row that was left out."""
+
+
+def column_names(path: Path) -> list[str]:
+    """The keys of the first usable rows of a file.
+
+    Raises:
+        ValueError: The file is empty, damaged, or has no usable row.
+    """
+    faults: list[str] = []
+    names: dict[str, None] = {}
+    usable = 0
+    try:
+        for line in read_lines(path):
+            if line.fault is None:
+                names |= dict.fromkeys(line.row)
+                usable += 1
+                if usable == _LOOKED_AT:
+                    break
+            else:
+                faults.append(f"{path}, {line.place}: {line.fault}")
+    except ValueError as error:
+        raise damaged(error) from error
+    if not usable:
+        if faults:
+            skipped_rows(faults, len(faults))
+        raise empty(str(path))
+    return list(names)
+
+
+def read_table(path: Path, kind: Kind, columns: Sequence[str], on_bad_row: OnBadRow) -> Table:
+    """Read the columns of a file.
+
+    Raises:
+        ValueError: The file is damaged.
+        BadRow: A row cannot be used, and `on_bad_row` is `error`.
+    """
+    file = path.stat()
+    settings = {"path": str(path), "kind": kind, "columns": tuple(columns), "on_bad_row": on_bad_row}
+    try:
+        table = Dataset.from_generator(
+            _string_rows,
+            features=Features({name: Value("string") for name in (*columns, PLACE, _FAULT)}),
+            gen_kwargs={**settings, "key": (_FORMAT, file.st_mtime_ns, file.st_size)},
+        )
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        if isinstance(cause, BadRow | OSError):
+            raise cause from error
+        if isinstance(cause, ValueError):
+            raise damaged(cause) from error
+        raise
+    faults = table[_FAULT]
+    bad = [row for row, fault in enumerate(faults) if fault is not None]
+    skipped = [f"{path}, {table[row][PLACE]}: {table[row][_FAULT]}" for row in bad]
+    if bad:
+        table = table.select(sorted(set(range(len(table))) - set(bad)))
+    return Table(table.select_columns(list(columns)), table.select_columns([PLACE]), skipped)
+
+
+def _string_rows(
+    path: str, kind: Kind, columns: tuple[str, ...], on_bad_row: OnBadRow, key: tuple[int, ...]
+) -> Iterator[dict[str, str | None]]:
+    for line in read_lines(Path(path)):
+        try:
+            if line.fault is not None:
+                raise ValueError(line.fault)
+            values = {column: _string(kind, column, line.row.get(column)) for column in columns}
+        except ValueError as error:
+            if on_bad_row == "error":
+                raise BadRow.at(f"{path}, {line.place}", str(error)) from error
+            yield {**dict.fromkeys(columns), PLACE: line.place, _FAULT: str(error)}
+        else:
+            yield {**values, PLACE: line.place, _FAULT: None}
+
+
+def _string(kind: Kind, column: str, value: Any) -> str:
+    check_value(kind, column, value)
+    text = json.dumps(value, ensure_ascii=False) if kind == "chat" else value
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise ValueError(f"column `{column}` holds half of a character ({half})") from error
+    return text
