@@ -28,12 +28,15 @@ from pdtrim_pl.settings import TORCH_DTYPES
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
 from pdtrim_pl.strategies import gathered, shards_weights
+from pdtrim_pl.trial import trial_batches
 
 log = logging.getLogger(__name__)
 
 
 class ExportPair(Callback):
     """At the end of fit: measures what was gained and what it cost, exports the pair, prints the table.
+
+    In a trial (`trainer.fast_dev_run`) it only checks its settings.
 
     Args:
         output: the directory to make.
@@ -65,8 +68,8 @@ class ExportPair(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._exported = False
-        if stage == "fit":
+        self._exported = trial_batches(trainer) is not None  # which writes nothing, so nothing is in its way
+        if stage == "fit" and not self._exported:
             check_target(self.output, self.overwrite, Origin.of(self.output))  # no checkpoint has said yet who we are
             if trainer.is_global_zero:
                 check_writable(self.output.resolve().parent)
@@ -74,7 +77,7 @@ class ExportPair(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PDTrimModule)
-        if not trainer.strategy.restore_checkpoint_after_setup:
+        if not self._exported and not trainer.strategy.restore_checkpoint_after_setup:
             check_target(self.output, self.overwrite, _origin(trainer, pl_module))
         if not self.measure:
             return
@@ -94,7 +97,8 @@ class ExportPair(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PDTrimModule)
-        check_target(self.output, self.overwrite, _origin(trainer, pl_module))
+        if not self._exported:
+            check_target(self.output, self.overwrite, _origin(trainer, pl_module))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from callbacks.removal_rounds import RemovalRounds, calibration_batches, removals_of
+from callbacks.removal_rounds import RemovalRounds, calibration_batches, is_due, lasts_until, removals_of
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.selectors import KVSelector, selection_context
@@ -54,7 +54,7 @@ class KVRetention(Callback):
                 f"`epoch` of the KV retention is {due}, before the last drop at epoch {last}: a policy is chosen for "
                 "the final plan. Raise it, or leave it out."
             )
-        if stage == "fit" and trainer.max_epochs not in (None, -1) and due >= (trainer.max_epochs or 0):
+        if stage == "fit" and not lasts_until(due, trainer):
             raise MisconfigurationException(
                 f"`epoch` of the KV retention is {due}, and `trainer.max_epochs` is {trainer.max_epochs}: epochs count "
                 "from 0."
@@ -62,7 +62,7 @@ class KVRetention(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.done or trainer.current_epoch != self._due(trainer):
+        if self.done or not is_due(self._due(trainer), trainer):
             return
         assert isinstance(pl_module, PDTrimModule)
         self._choose(trainer, pl_module)

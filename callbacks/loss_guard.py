@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.trial import trial_batches
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class LossGuard(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         mine = not bool(torch.isfinite(loss.detach()).all())
-        if mine:
+        if mine and trial_batches(trainer) is None:
             self._save(trainer, float(loss.detach()))
         if not trainer.strategy.reduce_boolean_decision(mine, all=False):
             return
@@ -100,10 +101,11 @@ class LossGuard(Callback):
         torch.save(facts, folder / f"step{trainer.global_step}-rank{trainer.global_rank}.pt")
 
     def _farewell(self, trainer: Trainer, loss: float) -> str:
+        where = "not saved: this is a trial" if trial_batches(trainer) else f"in {self._folder(trainer)}"
         seen = f" {len(self.skipped)} step(s) were skipped before." if self.skipped else ""
         return (
             f"The training loss of a rank is not finite (here {loss}) at step {trainer.global_step}, epoch "
-            f"{trainer.current_epoch}.{seen} The weights are as they were, the batch is in {self._folder(trainer)}. "
+            f"{trainer.current_epoch}.{seen} The weights are as they were, the batch is {where}. "
             "Lower the learning rate or look at the batch, then continue with `--ckpt_path`; `skip` of LossGuard "
             "passes over a few."
         )

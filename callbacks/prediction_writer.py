@@ -12,10 +12,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.trial import trial_batches
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes one JSON line a prompt: `{"prompt", "response", "generated"}`, decoded text; one file a rank.
+
+    In a trial (`trainer.fast_dev_run`) it writes nothing: an earlier file is worth more than its few lines.
 
     Args:
         output: the file to write; ranks above 0 add their number to its name. It is replaced.
@@ -27,6 +30,8 @@ class PredictionWriter(BasePredictionWriter):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trial_batches(trainer) is not None:
+            return
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self._file(trainer).write_text("", encoding="utf-8")
 
@@ -35,6 +40,8 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, prediction: Tensor, batch_indices: Any, batch: Batch,
         batch_idx: int, dataloader_idx: int,
     ) -> None:  # fmt: skip
+        if trial_batches(trainer) is not None:
+            return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         with self._file(trainer).open("a", encoding="utf-8") as file:
             for row, generated in enumerate(prediction):

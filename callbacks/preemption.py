@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from pdtrim_pl.slurm import RunningJob, SlurmError
+from pdtrim_pl.trial import trial_batches
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Preemption(Checkpoint):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if stage != "fit" or trial_batches(trainer) is not None:  # there is nothing to save of a trial
             return
         if first_saver(trainer) is None:
             raise MisconfigurationException(

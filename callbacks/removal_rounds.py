@@ -28,6 +28,7 @@ from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards, distillation_set
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import check_drops, ranks_of
+from pdtrim_pl.trial import limited, trial_batches
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class RemovalRounds(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             check_drops(trainer.strategy)
-        if stage == "fit" and trainer.max_epochs not in (None, -1) and self.last_round >= (trainer.max_epochs or 0):
+        if stage == "fit" and not lasts_until(self.last_round, trainer):
             raise MisconfigurationException(
                 f"`schedule` (`epochs`) of the {self.title} has a round at epoch {self.last_round}, and "
                 f"`trainer.max_epochs` is {trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
@@ -80,11 +81,11 @@ class RemovalRounds(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.current_epoch
-        if epoch in self.epochs and epoch not in self.done:
-            assert isinstance(pl_module, PDTrimModule)
-            self.remove(trainer, pl_module, self.epochs.index(epoch))
-            self.done.append(epoch)
+        for round, epoch in enumerate(self.epochs):
+            if is_due(epoch, trainer) and epoch not in self.done:
+                assert isinstance(pl_module, PDTrimModule)
+                self.remove(trainer, pl_module, round)
+                self.done.append(epoch)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -117,8 +118,20 @@ def scoring_context(
     return context
 
 
-def journal_file(trainer: Trainer) -> Path:
-    """Where evaluations are kept: beside the checkpoints."""
+def lasts_until(epoch: int, trainer: Trainer) -> bool:
+    """Whether a run gets to an epoch, counted from 0. A trial does all in its only one."""
+    return trial_batches(trainer) is not None or trainer.max_epochs in (None, -1) or epoch < (trainer.max_epochs or 0)
+
+
+def is_due(epoch: int, trainer: Trainer) -> bool:
+    """Whether what is planned for an epoch happens in the one that begins: in a trial, all of it."""
+    return trial_batches(trainer) is not None or epoch == trainer.current_epoch
+
+
+def journal_file(trainer: Trainer) -> Path | None:
+    """Where evaluations are kept: beside the checkpoints; nowhere in a trial."""
+    if trial_batches(trainer) is not None:
+        return None
     saver = first_saver(trainer)
     return Path((saver and saver.dirpath) or trainer.default_root_dir) / "search_journal.jsonl"
 
@@ -141,14 +154,14 @@ def calibration_batches(trainer: Trainer) -> list[Any]:
             "Scoring needs a calibration set: give the trainer a data module with `calibration_dataloader()`, such as "
             "pdtrim_pl.data.PromptResponseDataModule."
         )
-    return list(data.calibration_dataloader())
+    return limited(data.calibration_dataloader(), trainer)
 
 
 def fitting_batches(trainer: Trainer, merging: Merging) -> list[Any]:
     """What to fit merged blocks on: training text, or calibration text of a foreign data module."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, PromptResponseDataModule):
-        return list(islice(data.fitting_dataloader(), merging.batches(data.eval_batch_size)))
+        return limited(islice(data.fitting_dataloader(), merging.batches(data.eval_batch_size)), trainer)
     return calibration_batches(trainer)
 
 

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan, check_format, write_whole
 from pdtrim_pl.policy import KVRetentionPolicy
-from pdtrim_pl.record import RunRecord
+from pdtrim_pl.record import RunRecord, check_run_name
 from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint
 
 CHECKPOINT_FORMAT = "pdtrim.checkpoint/1"
@@ -46,6 +46,8 @@ class CheckpointState:
     """Those of them that came after the optimizer was made, in that order, in which it holds their states, last."""
     run: str = ""
     """Name that the run gave itself when it started; it keeps it however often it is continued."""
+    step: int = 0
+    """Optimizer steps that the run has made."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, so that a checkpoint loads with `weights_only`."""
@@ -55,7 +57,7 @@ class CheckpointState:
             "format": CHECKPOINT_FORMAT, "plan": self.plan.to_json(), "policy": policy, "record": record,
             "config": self.config, "processes": self.processes,
             "untied": {stage: list(blocks) for stage, blocks in self.untied.items()},
-            "added": [list(entry) for entry in self.added], "run": self.run,
+            "added": [list(entry) for entry in self.added], "run": self.run, "step": self.step,
         }  # fmt: skip
 
     @classmethod
@@ -73,10 +75,13 @@ class CheckpointState:
         check_format(data, CHECKPOINT_FORMAT, "checkpoint")
         policy = None if data["policy"] is None else KVRetentionPolicy.from_json(data["policy"])
         plan, record = StagePlan.from_json(data["plan"]), RunRecord.from_json(data["record"])
-        # Checkpoints from before there were merges have none added, and older runs have no name.
+        # Checkpoints from before there were merges have none added, older runs have no name, and their last loss tells
+        # how far they are.
         added = tuple((stage, index) for stage, index in data.get("added", ()))
         untied, run = _untied(data["untied"]), data.get("run", "")
-        return cls(plan, policy, record, data["config"], data["processes"], untied, added, run)
+        check_run_name(run)
+        step = data.get("step", record.losses[-1][0] if record.losses else 0)
+        return cls(plan, policy, record, data["config"], data["processes"], untied, added, run, step)
 
     @classmethod
     def at(cls, checkpoint: str | os.PathLike[str] | None) -> CheckpointState | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pdtrim_pl.checkpoint import CheckpointState, check_file, check_weights, mapped
@@ -20,6 +23,9 @@ from pdtrim_pl.staged import Architecture, StagedCausalLM
 
 log = logging.getLogger(__name__)
 
+SETTINGS = ("seed_everything", "model", "data")
+"""Sections of a configuration that tell one run of a folder from another; the trainer's may change on the way."""
+
 
 class Continuation:
     """What a run asks of a checkpoint that it is to continue from.
@@ -29,12 +35,15 @@ class Continuation:
         processes: how many processes train.
         zero_stage: DeepSpeed's, whose checkpoints are directories of shards; None where they are files.
         architecture: adapter of the model's family, where the package has none.
+        config: the run's resolved YAML; empty where nobody knows it.
     """
 
     def __init__(
-        self, model: str, processes: int, zero_stage: int | None = None, architecture: Architecture | None = None
-    ) -> None:
-        self.model, self.processes, self.zero_stage, self.architecture = model, processes, zero_stage, architecture
+        self, model: str, processes: int, zero_stage: int | None = None, *, architecture: Architecture | None = None,
+        config: str = "",
+    ) -> None:  # fmt: skip
+        self.model, self.processes, self.zero_stage = model, processes, zero_stage
+        self.architecture, self.config = architecture, config
 
     def check(self, path: Path) -> None:
         """Refuse a checkpoint that is damaged, or not one of such a run.
@@ -76,8 +85,27 @@ class Continuation:
         return usable_config(self.model, self.architecture)
 
 
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A checkpoint that can be read."""
+
+    path: Path
+    time: int
+    state: CheckpointState
+
+    def has_left(self, other: _Found) -> bool:
+        """Whether it is of the same run, went back behind `other` later, and took another way from there."""
+        theirs = dict(other.state.record.losses)
+        parted = any(theirs.get(step, loss) != loss for step, loss in self.state.record.losses)
+        return self.state.run == other.state.run and self.time > other.time and parted
+
+
 def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation | None = None) -> Path | None:
-    """The newest checkpoint that a run can continue from; damaged and foreign ones are named in the log.
+    """The furthest checkpoint that a run can continue from; damaged and foreign ones are named in the log.
+
+    The furthest is the one with most optimizer steps, and the newest of those. Of a run that was once continued from
+    an earlier checkpoint on purpose, what it left behind does not count. Where the folders hold checkpoints of several
+    runs, only those of runs with this one's settings count (`SETTINGS`).
 
     A directory of shards that was finished counts also where a kill kept it from getting its name; see `settle`.
 
@@ -91,19 +119,33 @@ def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation 
     Raises:
         ValueError: there are checkpoints, and every one is damaged or foreign.
     """
-    found = [path for folder in folders for path in _candidates(Path(folder))]
-    faults = []
-    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+    faults: list[str] = []
+
+    def pass_over(path: Path, reason: object) -> None:
+        log.warning("Checkpoint %s is passed over: %s", path, reason)
+        faults.append(f"{path.name}: {reason}")
+
+    found = []
+    for path in sorted(path for folder in folders for path in _candidates(Path(folder))):
         try:
-            if run is None:
-                CheckpointState.at(path)
-            else:
-                run.check(path)
+            state = CheckpointState.at(path)
         except ValueError as error:
-            log.warning("Checkpoint %s is passed over: %s", path, error)
-            faults.append(f"{path.name}: {error}")
+            pass_over(path, error)
         else:
-            return path
+            if state is not None:
+                found.append(_Found(path, path.stat().st_mtime_ns, state))
+    foreign = _of_other_runs(found, run)
+    left = [one for one in found if any(other.has_left(one) for other in found)]
+    for one in sorted(found, key=lambda one: (one not in left, one.state.step, one.time, one.path.name), reverse=True):
+        try:
+            if one in foreign:
+                raise ValueError(f"It is of another run: its settings differ in {_difference(one.state, run)}.")
+            if run is not None:
+                run.check(one.path)
+        except ValueError as error:
+            pass_over(one.path, error)
+        else:
+            return one.path
     if faults:
         where = ", ".join(map(str, folders))
         raise ValueError(
@@ -163,3 +205,38 @@ def _write_beside(path: Path) -> None:
     state = CheckpointState.at(path)
     assert state is not None
     state.write_beside(path)
+
+
+def _of_other_runs(found: Sequence[_Found], run: Continuation | None) -> list[_Found]:
+    """Where there are several runs: those whose settings this one has never had.
+
+    Raises:
+        ValueError: that would be all of them.
+    """
+    runs = {one.state.run for one in found}
+    if run is None or len(runs) < 2:
+        return []
+    own = {one.state.run for one in found if not _difference(one.state, run)}
+    if not own:
+        said = "; ".join(f"{one.path} (step {one.state.step}, other {_difference(one.state, run)})" for one in found)
+        raise ValueError(
+            f"There are checkpoints of {len(runs)} runs, and none has the settings of this one: {said}. Name the one "
+            "to continue with `--ckpt_path`, or move the others away."
+        )
+    return [one for one in found if one.state.run not in own]
+
+
+def _difference(state: CheckpointState, run: Continuation | None) -> str:
+    """The sections of the settings that differ; empty where none does, or one side is unknown."""
+    if run is None or not run.config or not state.config:
+        return ""
+    ours, theirs = _sections(run.config), _sections(state.config)
+    return ", ".join(f"`{name}`" for name in SETTINGS if ours[name] != theirs[name])
+
+
+def _sections(config: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(config)
+    except yaml.YAMLError:
+        settings = None
+    return {name: settings.get(name) if isinstance(settings, dict) else None for name in SETTINGS}

@@ -63,7 +63,8 @@ class PDTrimCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit" and kwargs.get("ckpt_path") == "last":
-            kwargs["ckpt_path"] = self.model.found_checkpoint = _newest_checkpoint(self.trainer, self.model)
+            settings = self._parser(subcommand).dump(self.config[subcommand], skip_none=False)
+            kwargs["ckpt_path"] = self.model.found_checkpoint = _furthest_checkpoint(self.trainer, self.model, settings)
         return kwargs
 
     @override
@@ -94,8 +95,8 @@ def run_cli(args: Sequence[str]) -> int:
     return 0
 
 
-def _newest_checkpoint(trainer: Trainer, module: PDTrimModule) -> str | Path | None:
-    """What `--ckpt_path last` continues from: the newest checkpoint that is whole; None starts a new run.
+def _furthest_checkpoint(trainer: Trainer, module: PDTrimModule, config: str) -> str | Path | None:
+    """What `--ckpt_path last` continues from: the furthest checkpoint that is whole; None starts a new run.
 
     Lightning looks at `last*.ckpt` alone and takes the newest one, damaged or not.
     """
@@ -105,7 +106,9 @@ def _newest_checkpoint(trainer: Trainer, module: PDTrimModule) -> str | Path | N
         return "last"
     strategy = trainer.strategy
     stage = strategy.stage if isinstance(strategy, PDTrimDeepSpeedStrategy) else None
-    run = Continuation(module.model_name, trainer.world_size, stage, module.architecture)
+    run = Continuation(
+        module.model_name, trainer.world_size, stage, architecture=module.architecture, config=config
+    )  # fmt: skip
     return latest_valid_checkpoint(*folders, run=run)
 
 

@@ -51,6 +51,7 @@ from pdtrim_pl.strategies import (
     ranks_of,
     shards_weights,
 )
+from pdtrim_pl.trial import save_nothing_in_a_trial
 
 RANDOM_STATES = "pdtrim_random"
 """Key of the random generators of every process in a checkpoint."""
@@ -178,6 +179,7 @@ class PDTrimModule(LightningModule):
         check_same_checkpoint(ranks_of(self.trainer.strategy), self.found_checkpoint)
         if "student" not in self._modules:
             self.check_models()  # not in `configure_model`, where ZeRO-3 would have its way with it
+        save_nothing_in_a_trial(self.trainer)
         self.run_name = self.trainer.strategy.broadcast(uuid4().hex)
 
     @override
@@ -397,8 +399,9 @@ class PDTrimModule(LightningModule):
         self._record_loss()
         processes, untied, added = self.trainer.world_size, self.student.untied, tuple(self._added)
         state = CheckpointState(
-            self.plan, self.policy, self.record, self.run_config, processes, untied, added, self.run_name
-        )
+            self.plan, self.policy, self.record, self.run_config, processes, untied, added, self.run_name,
+            self.global_step,
+        )  # fmt: skip
         checkpoint[CheckpointState.KEY] = state.to_json()
         checkpoint[RANDOM_STATES] = random_states(self.device)
         checkpoint["loops"] = resumable_loops(checkpoint["loops"], self.trainer)

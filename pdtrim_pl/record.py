@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -55,4 +56,17 @@ class RunRecord:
             redundancy={s: {int(k): float(v) for k, v in data["redundancy"][s].items()} for s in STAGES},
             attention_mass={int(k): float(v) for k, v in data["attention_mass"].items()},
             notes=dict(data["notes"]),
+        )
+
+
+def check_run_name(name: object) -> None:
+    """Refuse what no run calls itself: the name becomes part of file names and patterns.
+
+    Raises:
+        ValueError: with the name.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", name):
+        raise ValueError(
+            f"`run` is {name!r}: a run's name has at most 64 letters, digits, _ and -. The file was changed by hand, "
+            "or is none of this package; continue from another checkpoint."
         )

@@ -49,28 +49,29 @@ def student_of(family: str = "llama", **overrides: Any) -> StagedCausalLM:
     return staged
 
 
-def state_of(student: StagedCausalLM, processes: int = 1, loss: float = 0.0) -> CheckpointState:
+def state_of(student: StagedCausalLM, processes: int = 1, loss: float = 0.0, **facts: Any) -> CheckpointState:
     record = RunRecord(losses=[(1, loss)])
-    return CheckpointState(student.plan, None, record, "", processes, student.untied)
+    return replace(CheckpointState(student.plan, None, record, "", processes, student.untied), **facts)
 
 
-def save_file(path: Path, student: StagedCausalLM | None = None, processes: int = 1) -> Path:
+def save_file(path: Path, student: StagedCausalLM | None = None, processes: int = 1, **facts: Any) -> Path:
     """A checkpoint file, newer than all before it."""
     student = student or student_of()
     weights = {f"student.{name}": value for name, value in student.state_dict().items()}
-    torch.save({CheckpointState.KEY: state_of(student, processes).to_json(), "state_dict": weights}, path)
+    torch.save({CheckpointState.KEY: state_of(student, processes, **facts).to_json(), "state_dict": weights}, path)
     return made_newest(path)
 
 
 def save_shards(
-    path: Path | str, student: StagedCausalLM | None = None, *, stage: int = 2, processes: int = 2, loss: float = 0.0
-) -> Path:
+    path: Path | str, student: StagedCausalLM | None = None, *, stage: int = 2, processes: int = 2, loss: float = 0.0,
+    **facts: Any,
+) -> Path:  # fmt: skip
     """A finished directory of shards, newer than all before it."""
     student = student or student_of()
     Path(path, "checkpoint").mkdir(parents=True)
     for name in (*SHARDS, *UNLISTED):
         Path(path, name).write_bytes(b"a whole shard")
-    state = state_of(student, processes, loss).to_json()
+    state = state_of(student, processes, loss, **facts).to_json()
     files = {name: Path(path, name).stat().st_size for name in SHARDS}
     ShardedCheckpoint.of(stage, processes, student, state, files).save(path)
     return made_newest(Path(path))
@@ -249,6 +250,91 @@ def test_the_newest_of_several_folders_is_taken_though_another_holds_only_foreig
     own = save_file(tmp_path / "a" / "own.ckpt")
     save_file(tmp_path / "b" / "foreign.ckpt", processes=4)
     assert latest_valid_checkpoint(tmp_path / "a", tmp_path / "b", run=Continuation(str(llama), 1)) == own
+
+
+# The furthest, and of which run
+
+
+def settings_of(seed: int = 1, data: str = "a", epochs: int = 3) -> str:
+    return (
+        f"seed_everything: {seed}\nmodel: {{model: x}}\ndata: {{source: {data}}}\ntrainer: {{max_epochs: {epochs}}}\n"
+    )
+
+
+def test_the_furthest_is_taken_though_another_is_newer(llama: Path, tmp_path: Path) -> None:
+    run = Continuation(str(llama), 1)
+    furthest = save_file(tmp_path / "step=4.ckpt", step=4)
+    save_file(tmp_path / "step=1.ckpt", step=1)
+    assert latest_valid_checkpoint(tmp_path, run=run) == furthest
+    newest = save_file(tmp_path / "epoch=1.ckpt", step=4)
+    assert latest_valid_checkpoint(tmp_path, run=run) == newest, "of equally far ones"
+
+
+def test_the_furthest_shards_are_taken_though_others_are_newer(llama: Path, tmp_path: Path) -> None:
+    furthest = save_shards(tmp_path / "a.ckpt", step=4)
+    save_shards(tmp_path / "b.ckpt", step=2)
+    assert latest_valid_checkpoint(tmp_path, run=Continuation(str(llama), 2, 2)) == furthest
+
+
+def test_a_checkpoint_from_before_steps_were_kept_is_as_far_as_its_last_loss(tmp_path: Path) -> None:
+    path = save_file(tmp_path / "old.ckpt", step=9)
+    saved = torch.load(path, weights_only=True)
+    del saved[CheckpointState.KEY]["step"]
+    torch.save(saved, path)
+    state = CheckpointState.at(path)
+    assert state is not None
+    assert state.step == 1
+
+
+def test_what_a_run_left_behind_when_it_went_back_does_not_count(llama: Path, tmp_path: Path) -> None:
+    common = [(1, 3.0), (2, 2.0)]
+    save_file(tmp_path / "step=2.ckpt", step=2, run="a", record=RunRecord(losses=common))
+    gone_wrong = RunRecord(losses=[*common, (3, 9.0), (4, 99.0)])
+    abandoned = save_file(tmp_path / "step=4.ckpt", step=4, run="a", record=gone_wrong)
+    again = save_file(tmp_path / "last.ckpt", step=3, run="a", record=RunRecord(losses=[*common, (3, 1.9)]))
+    run = Continuation(str(llama), 1)
+    assert latest_valid_checkpoint(tmp_path, run=run) == again
+    again.write_bytes(b"torn")
+    assert latest_valid_checkpoint(tmp_path, run=run) == abandoned, "nobody says any more that it was left"
+
+
+def test_a_run_with_other_settings_in_the_same_folder_is_passed_over_by_name(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = save_file(tmp_path / "own.ckpt", step=4, run="a", config=settings_of(epochs=2))
+    foreign = save_file(tmp_path / "foreign.ckpt", step=9, run="b", config=settings_of(seed=2, data="b"))
+    run = Continuation(str(llama), 1, config=settings_of())
+    with caplog.at_level(logging.WARNING, "pdtrim_pl.continuation"):
+        assert latest_valid_checkpoint(tmp_path, run=run) == own
+    said = (
+        f"Checkpoint {foreign} is passed over: It is of another run: its settings differ in `seed_everything`, `data`."
+    )
+    assert caplog.messages == [said]
+    own.write_bytes(b"torn")
+    assert latest_valid_checkpoint(tmp_path, run=run) == foreign, "one run alone may go on with other settings"
+
+
+def test_a_run_that_went_on_with_other_settings_is_one_run(llama: Path, tmp_path: Path) -> None:
+    furthest = save_file(tmp_path / "4.ckpt", step=4, run="a", config=settings_of(data="b"))
+    save_file(tmp_path / "2.ckpt", step=2, run="a", config=settings_of())
+    save_file(tmp_path / "9.ckpt", step=9, run="b", config=settings_of(seed=2))
+    run = Continuation(str(llama), 1, config=settings_of())
+    assert latest_valid_checkpoint(tmp_path, run=run) == furthest
+
+
+def test_several_runs_of_which_none_has_these_settings_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        save_file(tmp_path / f"{run}.ckpt", step=4, run=run, config=settings_of(data=run))
+    with pytest.raises(ValueError, match=r"of 2 runs, and none has.*a.ckpt \(step 4, other `data`\).*`--ckpt_path`"):
+        latest_valid_checkpoint(tmp_path, run=Continuation(str(llama), 1, config=settings_of(data="c")))
+
+
+@pytest.mark.parametrize("name", ["../x", "*", "a/b", "a" * 65, 7, None])
+def test_a_checkpoint_whose_run_is_no_name_is_refused(name: object, tmp_path: Path) -> None:
+    state = state_of(student_of()).to_json()
+    assert CheckpointState.from_json({**state, "run": ""}).run == "", "runs from before they had names"
+    with pytest.raises(ValueError, match=r"`run` is .*at most 64 letters, digits, _ and -"):
+        CheckpointState.from_json({**state, "run": name})
 
 
 def test_a_link_to_a_checkpoint_that_is_gone_does_not_count(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pdtrim_pl.plan import write_whole
+from pdtrim_pl.record import check_run_name
 
 ORIGIN_FILE = "origin.json"
 ORIGIN_FORMAT = "pdtrim.export_origin/1"
@@ -20,6 +21,9 @@ class Origin:
     """Name that the run gave itself; its checkpoints have it too."""
     max_epochs: int | None
     max_steps: int
+
+    def __post_init__(self) -> None:
+        check_run_name(self.run)
 
     def save(self, export: Path) -> None:
         """Write it into an export."""
