@@ -77,6 +77,7 @@ ENDS = {
     "journal": (0, r"(NotADirectory|FileExists)Error: .*file"),
     "local fit": (1, r"OSError: no room here"),
     "redundancy": (1, r"OSError: no room here"),
+    "export": (0, r"OSError: no room here"),
 }
 
 
