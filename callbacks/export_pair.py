@@ -22,12 +22,13 @@ from pdtrim_pl.export import check_target, export_pair
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.whole import whole_copy
+from pdtrim_pl.first_rank import on_first_rank
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.pretrained import load_causal_lm
 from pdtrim_pl.settings import TORCH_DTYPES
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
-from pdtrim_pl.strategies import gathered, shards_weights
+from pdtrim_pl.strategies import gathered, ranks_of, shards_weights
 from pdtrim_pl.trial import trial_batches
 
 log = logging.getLogger(__name__)
@@ -124,14 +125,16 @@ class ExportPair(Callback):
         sharded = shards_weights(trainer.strategy)
         summary: Summary | None = None
         student: StagedCausalLM | None = module.student
-        if self.measure and (sharded or trainer.is_global_zero):
-            summary = self._summary(trainer, module)
-        if sharded:
+        if sharded:  # what needs every rank
+            summary = self._summary(trainer, module) if self.measure else None
             student = whole_copy(module.student, partial(gathered, trainer.strategy), keep=trainer.is_global_zero)
-        if trainer.is_global_zero:
+
+        def export() -> None:
             assert student is not None
-            self._write(trainer, module, student, summary)
-        trainer.strategy.barrier("export")
+            measured = self._summary(trainer, module) if self.measure and not sharded else summary
+            self._write(trainer, module, student, measured)
+
+        on_first_rank(ranks_of(trainer.strategy), export)
 
     def _write(self, trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, summary: Summary | None) -> None:
         self._note(trainer, module)

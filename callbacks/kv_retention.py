@@ -13,7 +13,7 @@ from callbacks.removal_rounds import RemovalRounds, calibration_batches, is_due,
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.selectors import KVSelector, selection_context
-from pdtrim_pl.strategies import agreed
+from pdtrim_pl.strategies import ranks_of
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class KVRetention(Callback):
             context = selection_context(
                 student, teacher, batches, shape, module.device, self.selector.first, self.selector.last
             )
-            rules = agreed(trainer.strategy, self.selector.select(context))
+            rules, *_ = ranks_of(trainer.strategy).together(lambda: self.selector.select(context))  # rank 0's
             module.record.attention_mass = dict(context.mass)
         policy = KVRetentionPolicy(module.plan.boundary, shape, rules)
         module.apply_policy(policy)

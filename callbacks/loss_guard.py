@@ -63,12 +63,14 @@ class LossGuard(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         mine = not bool(torch.isfinite(loss.detach()).all())
-        if mine and trial_batches(trainer) is None:
-            self._save(trainer, float(loss.detach()))
         if not trainer.strategy.reduce_boolean_decision(mine, all=False):
             return
+        # Only now that every rank knows: one that cannot write must not keep the others waiting.
+        lost = self._save(trainer, float(loss.detach())) if mine and trial_batches(trainer) is None else ""
         if len(self.skipped) >= self.skip:
-            raise ValueError(self._farewell(trainer, float(loss.detach())))
+            raise ValueError(self._farewell(trainer, float(loss.detach()), lost))
+        if lost:
+            log.warning("The batch of a loss that is not finite could not be saved: %s", lost)
         self._bad = True
 
     @override
@@ -90,22 +92,29 @@ class LossGuard(Callback):
     def _folder(self, trainer: Trainer) -> Path:
         return self.output or Path(trainer.default_root_dir) / "bad_batches"
 
-    def _save(self, trainer: Trainer, loss: float) -> None:
+    def _save(self, trainer: Trainer, loss: float) -> str:
+        """Returns why the batch could not be saved; nothing where it was."""
         assert self._batch is not None
         folder = self._folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
         facts = {
             "batch": {name: tensor.cpu() for name, tensor in self._batch._asdict().items()}, "loss": loss,
             "step": trainer.global_step, "epoch": trainer.current_epoch, "rank": trainer.global_rank,
         }  # fmt: skip
-        torch.save(facts, folder / f"step{trainer.global_step}-rank{trainer.global_rank}.pt")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(facts, folder / f"step{trainer.global_step}-rank{trainer.global_rank}.pt")
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            return f"{error}"
+        return ""
 
-    def _farewell(self, trainer: Trainer, loss: float) -> str:
-        where = "not saved: this is a trial" if trial_batches(trainer) else f"in {self._folder(trainer)}"
+    def _farewell(self, trainer: Trainer, loss: float, lost: str) -> str:
         seen = f" {len(self.skipped)} step(s) were skipped before." if self.skipped else ""
+        where = f"could not be saved ({lost})" if lost else f"is in {self._folder(trainer)}"
+        if trial_batches(trainer) is not None:
+            where = "is not saved: this is a trial"
         return (
             f"The training loss of a rank is not finite (here {loss}) at step {trainer.global_step}, epoch "
-            f"{trainer.current_epoch}.{seen} The weights are as they were, the batch is {where}. "
+            f"{trainer.current_epoch}.{seen} The weights are as they were, the batch {where}. "
             "Lower the learning rate or look at the batch, then continue with `--ckpt_path`; `skip` of LossGuard "
             "passes over a few."
         )

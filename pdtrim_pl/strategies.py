@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -299,7 +306,12 @@ def ranks_of(strategy: Strategy) -> Ranks:
     rank, size = dist.get_rank(), dist.get_world_size()
     whole = not shards_weights(strategy)
     gather_weights = None if whole else partial(gathered, strategy)
-    return Ranks(rank, size, partial(agreed, strategy), gather, _own_part(strategy), gather_weights, whole)
+    assert isinstance(strategy, ParallelStrategy)
+    assert strategy.cluster_environment is not None
+    return Ranks(
+        rank, size, partial(agreed, strategy), gather, dist.broadcast, strategy.cluster_environment.main_address,
+        _own_part(strategy), gather_weights, whole,
+    )  # fmt: skip
 
 
 def _own_part(strategy: Strategy) -> Callable[[nn.Parameter], Tensor]:

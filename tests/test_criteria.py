@@ -23,7 +23,7 @@ from pdtrim_pl.criteria import (
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.evaluator import Evaluator, Memory, _total
 from pdtrim_pl.evaluation.neighbours import WIDEST
-from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.evaluation.quality import CHUNK_TOKENS, measure_quality
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import Guards, choose_drops
 from pdtrim_pl.staged import StagedCausalLM
@@ -209,6 +209,32 @@ def test_taylor_is_the_first_order_change_of_the_loss(pair: tuple[StagedCausalLM
     for parts in ([batch], batch.cut(1)):
         score = Taylor().score(ScoringContext(student, teacher, parts), free, target, [2])[2]  # type: ignore[arg-type]
         assert score == pytest.approx(harm, rel=0.05, abs=1e-4), "whatever the batches"
+
+
+def test_taylor_makes_logits_chunk_by_chunk_and_keeps_none_for_backward(
+    pair: tuple[StagedCausalLM, StagedCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair
+    batch = Batch(*(torch.cat([part] * 20) for part in batches()[0]))
+    vocabulary, head, rows, kept = student.model.config.vocab_size, student.logits, list[int](), list[torch.Tensor]()
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(len(hidden))
+        return head(hidden)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1:] == (vocabulary,):
+            kept.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(student, "logits", counted)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Taylor().score(ScoringContext(student, teacher, [batch]), student.plan, "both", [2])
+    tokens = int(batch.response_mask.sum())
+    assert tokens > 2 * CHUNK_TOKENS
+    assert max(rows) == CHUNK_TOKENS
+    assert sum(rows) == 2 * tokens, "once for the loss, once more for its gradient"
+    assert not kept
 
 
 def _scaled(student: StagedCausalLM, block: int, scale: float, target: str) -> Callable[[], None]:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from strategies import plans, policies
 from tiny_models import FAMILIES, tiny_model
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pdtrim_pl.export import (
@@ -30,6 +32,7 @@ from pdtrim_pl.export import (
     verify_pair,
     write_checkpoint,
 )
+from pdtrim_pl.export.checkpoints import cast
 from pdtrim_pl.plan import STAGES, Boundary, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, Retention
 from pdtrim_pl.pretrained import load_causal_lm, load_tokenizer
@@ -194,6 +197,28 @@ def test_a_bf16_export_computes_what_the_rounded_student_computes(family: str, t
     assert verify_pair(export, student, dtype=torch.bfloat16) == 0
     torch.testing.assert_close(worker_logits(export), student_logits(rounded), atol=5e-2, rtol=5e-2)
     assert {p.dtype for p in load_stage(export, "decode", dtype=torch.float32).parameters()} == {torch.float32}
+
+
+def test_weights_on_a_gpu_are_cast_in_host_memory() -> None:
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                copies.append((args[0].device.type, out.device.type, args[0].dtype == out.dtype))
+            return out
+
+    copies: list[tuple[str, str, bool]] = []
+    with FakeTensorMode(), Casts():  # there is no GPU, but its tensors know where they would be
+        tensors = cast(
+            {"weight": torch.empty(3, device="cuda"), "ids": torch.empty(3, device="cuda").long()}, torch.bfloat16
+        )
+    assert {name: (x.device.type, x.dtype) for name, x in tensors.items()} == {
+        "weight": ("cpu", torch.bfloat16), "ids": ("cpu", torch.int64),
+    }  # fmt: skip
+    assert ("cuda", "cpu", True) in copies
+    assert ("cpu", "cpu", False) in copies
+    made_here = [copy for copy in copies if copy[:2] == ("cuda", "cuda")]
+    assert len(made_here) == 1, "the ids of this test"
 
 
 def test_an_export_changes_nothing_in_the_student(tmp_path: Path) -> None:

@@ -85,6 +85,17 @@ def test_a_skipped_step_leaves_every_weight_as_it_was(tiny_llama_dir: Path, tmp_
     assert (tmp_path / "mine" / "step2-rank0.pt").is_file()
 
 
+def test_a_batch_that_cannot_be_saved_is_skipped_all_the_same(
+    tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "taken").touch()
+    guard = LossGuard(skip=1, output=tmp_path / "taken" / "batches")
+    trainer, _, weights = fit(tmp_path, tiny_llama_dir, guard, (2,))
+    assert (trainer.global_step, guard.skipped) == (4, [2])
+    assert same(weights.after[1], weights.after[2])
+    assert any("could not be saved: [Errno" in record.getMessage() for record in caplog.records)
+
+
 def test_one_bad_batch_takes_its_whole_accumulated_step_along(tiny_llama_dir: Path, tmp_path: Path) -> None:
     guard = LossGuard(skip=1)
     _, _, weights = fit(tmp_path, tiny_llama_dir, guard, (2,), accumulate_grad_batches=2)

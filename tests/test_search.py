@@ -235,7 +235,7 @@ def test_a_journal_of_other_weights_is_not_believed(model: StagedCausalLM, tmp_p
 
 def test_a_sum_that_is_not_finite_is_kept_as_plain_json(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    Journal(path).add("plan", 0, Sums(inf, inf))
+    Journal(path).add("plan", {0: Sums(inf, inf)})
 
     def refuse(name: str) -> float:
         raise AssertionError(f"{name} is not JSON")
@@ -246,7 +246,7 @@ def test_a_sum_that_is_not_finite_is_kept_as_plain_json(tmp_path: Path) -> None:
 
 def test_only_the_first_rank_writes(model: StagedCausalLM, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl", "a", Ranks(1, 2))
-    journal.add("plan", 1, Sums(0.5, 1.0))
+    journal.add("plan", {1: Sums(0.5, 1.0)})
     assert journal.known("plan") == {1: Sums(0.5, 1.0)}
     assert not (tmp_path / "journal.jsonl").exists()
 

@@ -41,10 +41,7 @@ class ScoringContext:
     @cached_property
     def redundancy(self) -> dict[Stage, dict[int, float]]:
         """Mean cosine between block input and output, per stage, under the student's plan when first asked for."""
-        redundancy: dict[Stage, dict[int, float]] = self.ranks.agree(
-            block_redundancy(self.student, self.batches, device=self.device)
-        )
-        return redundancy
+        return block_redundancy(self.student, self.batches, device=self.device, ranks=self.ranks)
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -1,6 +1,6 @@
 """First-order Taylor estimate of what dropping a block does to the response loss, per stage.
 
-Shapes: B batch.
+Shapes: B batch, N response tokens of a batch without padding, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.evaluation.quality import CHUNK_TOKENS
+from pdtrim_pl.losses import Head, chunks
 from pdtrim_pl.plan import STAGES, Stage, StagePlan, Target
 from pdtrim_pl.staged.gate import Observer
 
@@ -26,7 +29,8 @@ class Taylor(Criterion):
 
     Removing a block turns its output into its input, so to first order the loss changes by
     -gradient . (output - input) (Molchanov et al., arXiv 1611.06440, on blocks; POP, arXiv 2602.03295, for
-    prefill). For prefill the gradient arrives through the cache. One forward and one backward pass a batch.
+    prefill). For prefill the gradient arrives through the cache. One forward and one backward pass a batch, in which
+    the logits of a few tokens are alive at a time; ranks share the batches.
     """
 
     name = "taylor"
@@ -34,19 +38,26 @@ class Taylor(Criterion):
     def score(
         self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
     ) -> dict[int, float]:
-        totals, tokens = dict.fromkeys(candidates, 0.0), 0
-        for batch in context.batches:
-            estimates = _estimates(context, plan, batch)
-            tokens += int(batch.response_mask.sum())
+
+        def harms(batch: Batch, peers: Sequence[Batch]) -> dict[int, float]:
+            """Of one batch, summed over its examples."""
+            longest = max(int(peer.response_mask.sum()) for peer in peers)
+            estimates = _estimates(context, plan, batch, len(chunks(longest, CHUNK_TOKENS)))
+            found = {}
             for block in candidates:
                 losing = plan.stages_losing(target, block)
                 changes = [estimates[stage][block] for stage in losing if block in estimates[stage]]
-                if changes:
-                    totals[block] += float(torch.stack(changes).sum(0).abs().sum())
-        return {block: total / max(tokens, 1) for block, total in totals.items()}
+                found[block] = float(torch.stack(changes).sum(0).abs().sum()) if changes else 0.0
+            return found
+
+        tokens = sum(int(batch.response_mask.sum()) for batch in context.batches)
+        every = context.ranks.of_every(context.batches, harms)
+        return {block: sum(found[block] for found in every) / max(tokens, 1) for block in candidates}
 
 
-def _estimates(context: ScoringContext, plan: StagePlan, batch: Batch) -> dict[Stage, dict[int, Tensor]]:
+def _estimates(
+    context: ScoringContext, plan: StagePlan, batch: Batch, min_chunks: int
+) -> dict[Stage, dict[int, Tensor]]:
     """Per stage and block, gradient . (output - input) of each example's response loss, summed over its tokens, [B]."""
     batch, student = batch.on(context.device), context.student
     mask = batch.response_mask
@@ -54,8 +65,8 @@ def _estimates(context: ScoringContext, plan: StagePlan, batch: Batch) -> dict[S
     with torch.enable_grad(), eval_mode(student):
         observers = {stage: _watching(seen[stage]) for stage in STAGES}
         out = student(*batch.request, plan=plan, policy=student.policy, observers=observers)
-        logits = student.logits(out.hidden[mask]).float()
-        loss = F.cross_entropy(logits, batch.response_ids[mask], reduction="sum")  # an example's tokens see only it
+        # An example's tokens see only it, so one loss has the gradients of all examples.
+        loss = _summed_loss(student.logits, out.hidden[mask], batch.response_ids[mask], min_chunks)
         outputs = [output for stage in STAGES for output, _ in seen[stage].values()]
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
     estimates: dict[Stage, dict[int, Tensor]] = {}
@@ -66,6 +77,24 @@ def _estimates(context: ScoringContext, plan: StagePlan, batch: Batch) -> dict[S
             if gradient is not None:
                 estimates[stage][block] = (gradient.float() * added.float()).flatten(1).sum(1)
     return estimates
+
+
+def _summed_loss(head: Head, hidden: Tensor, targets: Tensor, min_chunks: int) -> Tensor:
+    """Cross-entropy of response tokens from final hidden states [N, H]; backward makes a chunk's logits again.
+
+    Args:
+        head: from hidden states to logits.
+        hidden: what predicts the tokens.
+        targets: token ids, [N].
+        min_chunks: call the head at least so often, for one that all ranks must gather together.
+    """
+
+    def of_chunk(states: Tensor, ids: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), ids, reduction="sum")
+
+    parts = chunks(len(targets), CHUNK_TOKENS, min_chunks)
+    losses = [checkpoint(of_chunk, hidden[part], targets[part], use_reentrant=False) for part in parts]
+    return torch.stack(losses).sum()
 
 
 def _watching(seen: dict[int, Change]) -> Observer:

@@ -84,7 +84,7 @@ class Evaluator:
         self.tokens = sum(int(batch.response_mask.sum()) for batch in batches)
         if not self.tokens:
             raise ValueError("The calibration set has no response token: see `parts.calibration` of the data.")
-        peers = _peers(ranks, batches if ranks.whole else [batch.with_decode() for batch in batches])
+        peers = ranks.peers(batches if ranks.whole else [batch.with_decode() for batch in batches])
         self.batches = [group[ranks.rank % len(group)].on(device) for group in peers]
         self.targets = [batch.response_ids[batch.response_mask] for batch in self.batches]
         self.neighbours = Neighbours(student, self.batches, memory.base, peers)
@@ -94,12 +94,12 @@ class Evaluator:
                 "`memory.base` of %.1f GiB; on the others candidates run all blocks. Raise it, or calibrate on less.",
                 self.neighbours.kept, len(self.batches), memory.base / 2**30,
             )  # fmt: skip
-        with torch.no_grad():
-            self.teacher_hidden = [final_hidden(teacher, batch) for batch in self.batches]
         lengths = [max(int(batch.response_mask.sum()) for batch in group) for group in peers]
         self._chunks = [len(chunks(length, CHUNK_TOKENS)) for length in lengths]
         """Per batch, how often the heads are called: ranks that keep step call them equally often."""
-        self.references = self._kept_references(memory.teacher, lengths)
+        self.teacher_hidden: list[Tensor] = []
+        self.references: list[Reference | None] = []
+        ranks.together(lambda: self._run_teacher(memory.teacher, lengths))
         self._next_base: Candidate | None = None
         self.weight = [0.0] * self.count
         """How much of the energy each batch has held so far: those that hold most come first, and give up most."""
@@ -220,12 +220,18 @@ class Evaluator:
         mine = chosen[self.ranks.rank]
         if not self.ranks.whole:  # run it in any case, as all others do
             mine = next(batch for batch in chosen if batch is not None)
-        sums = None if mine is None else tuple(self._sums(candidate, mine // self.ranks.size))
-        every = self.ranks.gather(sums)
-        for batch, found in zip(chosen, every, strict=True):
-            if batch is not None:
-                # A candidate that overflows is no worse than impossible; where all do, the search says so.
-                self.journal.add(text, batch, Sums(*(inf if isnan(value) else value for value in found)))
+        every = self.ranks.together(
+            lambda: None if mine is None else tuple(self._sums(candidate, mine // self.ranks.size))
+        )
+        # A candidate that overflows is no worse than impossible; where all do, the search says so.
+        self.journal.add(
+            text,
+            {
+                batch: Sums(*(inf if isnan(value) else value for value in found))
+                for batch, found in zip(chosen, every, strict=True)
+                if batch is not None and found is not None
+            },
+        )
         if self._complete(text):
             self._weigh(text)
 
@@ -268,22 +274,15 @@ class Evaluator:
         )
         return Sums(float(scores.kl.double().sum()), float(scores.nll.double().sum()))
 
-    def _kept_references(self, budget: int, lengths: Sequence[int]) -> list[Reference | None]:
-        kept: list[Reference | None] = []
+    @torch.no_grad()
+    def _run_teacher(self, budget: int, lengths: Sequence[int]) -> None:
+        """Keep its final hidden states, and of so many bytes its distributions."""
+        self.teacher_hidden = [final_hidden(self.teacher, batch) for batch in self.batches]
         vocabulary = self.teacher.model.config.vocab_size
         for hidden, length, calls in zip(self.teacher_hidden, lengths, self._chunks, strict=True):
             budget -= length * vocabulary * torch.float32.itemsize
-            kept.append(Reference.of(self.teacher.logits, hidden, min_chunks=calls) if budget >= 0 else None)
-        return kept
-
-
-def _peers(ranks: Ranks, batches: Sequence[Batch]) -> list[list[Batch]]:
-    """Per batch of this rank, those that count with it: itself, or what all ranks run at that time. Ranks that are to
-    keep step and have no batch left run the last one again."""
-    size, last = ranks.size, len(batches) - 1
-    if ranks.whole:
-        return [[batch] for batch in batches[ranks.rank :: size]]
-    return [[batches[min(i, last)] for i in range(first, first + size)] for first in range(0, len(batches), size)]
+            reference = Reference.of(self.teacher.logits, hidden, min_chunks=calls) if budget >= 0 else None
+            self.references.append(reference)
 
 
 def _total(weights: Tensor) -> int:

@@ -33,33 +33,41 @@ class Journal:
 
     def __init__(self, path: Path | None = None, search: str = "", ranks: Ranks = Ranks()) -> None:
         self.path, self.search = path, search
-        self.writes = path is not None and ranks.rank == 0
+        self.ranks, self.writes = ranks, path is not None and ranks.rank == 0
         self._known: dict[str, dict[int, Sums]] = defaultdict(dict)
         if path is not None:
             # From one rank to all: the others may look only when it has already written more.
-            for plan, batch, kl, nll in ranks.agree(self._read(path) if self.writes else []):
+            found, *_ = ranks.together(lambda: self._read(path) if self.writes else [])
+            for plan, batch, kl, nll in found:
                 self._known[plan][batch] = Sums(kl, nll)
 
     def known(self, plan: str) -> Mapping[int, Sums]:
         """The batches that a plan was evaluated on, by their number."""
         return self._known[plan]
 
-    def add(self, plan: str, batch: int, sums: Sums) -> None:
-        """Keep an evaluation; on disk before this returns."""
-        self._known[plan][batch] = sums
-        if self.writes:
-            values = {name: value if isfinite(value) else None for name, value in sums._asdict().items()}
-            self._append(json.dumps({"search": self.search, "plan": plan, "batch": batch, **values}))
+    def add(self, plan: str, evaluations: Mapping[int, Sums]) -> None:
+        """Keep what a plan gave on some batches; on disk before this returns. Every rank must call it.
 
-    def _append(self, line: str) -> None:
+        Raises:
+            OSError: rank 0 cannot write, and says so there; the others raise `AnotherRankFailed`.
+        """
+        self._known[plan].update(evaluations)
+        if self.path is not None:
+            self.ranks.together(lambda: self._append(plan, evaluations) if self.writes else None)
+
+    def _append(self, plan: str, evaluations: Mapping[int, Sums]) -> None:
         assert self.path is not None
+        lines = []
+        for batch, sums in evaluations.items():
+            values = {name: value if isfinite(value) else None for name, value in sums._asdict().items()}
+            lines.append(json.dumps({"search": self.search, "plan": plan, "batch": batch, **values}) + "\n")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, 2)
                 if file.read(1) != b"\n":  # a kill cut the last line short: do not append to it
-                    line = "\n" + line
-            file.write(line.encode() + b"\n")
+                    lines.insert(0, "\n")
+            file.write("".join(lines).encode())
 
     def _read(self, path: Path) -> list[tuple[str, int, float, float]]:
         found = []

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens of a stage, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from torch.nn import functional as F
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.gate import Observer
 
 
 def block_redundancy(
-    model: StagedCausalLM, batches: Iterable[Batch], *, device: torch.device | str = "cpu"
+    model: StagedCausalLM, batches: Iterable[Batch], *, device: torch.device | str = "cpu", ranks: Ranks = Ranks()
 ) -> dict[Stage, dict[int, float]]:
     """Mean cosine between a block's input and its output over the real tokens of each stage, in fp32.
 
@@ -29,6 +30,7 @@ def block_redundancy(
         model: measured under its own plan and policy, in eval mode.
         batches: requests with known responses.
         device: where the model is.
+        ranks: batches are split among them; the means are those of one rank.
 
     Returns:
         Per stage, original block index -> mean cosine in [-1, 1]. Blocks that a stage does not run are absent, and
@@ -37,15 +39,22 @@ def block_redundancy(
     Raises:
         ValueError: no token at all.
     """
+
+    def measured(raw: Batch, _: Sequence[Batch]) -> dict[Stage, tuple[dict[int, float], int]]:
+        """Per stage, sums over the tokens of one batch, and their number."""
+        batch, sums = raw.on(device), {stage: dict[int, float]() for stage in STAGES}
+        valid = Request.of(*batch.request, model.plan.boundary).valid
+        model(*batch.request, observers={stage: _adding_to(sums[stage], valid[stage]) for stage in STAGES})
+        return {stage: (sums[stage], int(valid[stage].sum())) for stage in STAGES}
+
     sums: dict[Stage, dict[int, float]] = {stage: {} for stage in STAGES}
     tokens: dict[Stage, int] = dict.fromkeys(STAGES, 0)
     with torch.no_grad(), eval_mode(model):
-        for raw in batches:
-            batch = raw.on(device)
-            valid = Request.of(*batch.request, model.plan.boundary).valid
-            model(*batch.request, observers={stage: _adding_to(sums[stage], valid[stage]) for stage in STAGES})
-            for stage in STAGES:
-                tokens[stage] += int(valid[stage].sum())
+        for found in ranks.of_every(list(batches), measured):
+            for stage, (values, count) in found.items():
+                tokens[stage] += count
+                for block, value in values.items():
+                    sums[stage][block] = sums[stage].get(block, 0.0) + value
     if not any(tokens.values()):
         raise ValueError(
             "There is no token to measure redundancy on: the data part is empty (see `parts` of the data)."

@@ -70,8 +70,11 @@ def stock_tensors(
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The same tensors, the floating ones as `dtype`; None changes nothing."""
-    return {name: x.detach().to(dtype if x.is_floating_point() else None) for name, x in tensors.items()}
+    """The same tensors in host memory, the floating ones as `dtype`; None changes no type.
+
+    They are cast there, one by one: a GPU on which the run still has its optimizer has no room for copies.
+    """
+    return {name: x.detach().cpu().to(dtype if x.is_floating_point() else None) for name, x in tensors.items()}
 
 
 def assembled(

@@ -99,8 +99,8 @@ def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype, state_of: StateOf |
     state_of = state_of or nn.Module.state_dict
     gates = staged.gates
     shared = [gate.block for gate in gates.values()]
-    model = assembled(type(staged.model), staged.model.config, _on_cpu(stock_tensors(staged, shared, state_of, dtype)))
-    buffers = _on_cpu(stock_tensors(staged, shared, _buffers))
+    model = assembled(type(staged.model), staged.model.config, stock_tensors(staged, shared, state_of, dtype))
+    buffers = stock_tensors(staged, shared, _buffers)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             owner, _, leaf = name.rpartition(".")
@@ -112,7 +112,7 @@ def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype, state_of: StateOf |
     for index, gate in gates.items():
         for name, weights in gate.untied.items():
             own = copy.deepcopy(rounded.gates[index].block)
-            own.load_state_dict(_on_cpu(cast(state_of(weights), dtype)), assign=True)
+            own.load_state_dict(cast(state_of(weights), dtype), assign=True)
             rounded.gates[index].untied[name] = own
     rounded.apply_plan(staged.plan)
     return rounded
@@ -157,7 +157,7 @@ def _compare(directory: Path, found: Mapping[str, Tensor], expected: Mapping[str
     if found.keys() != expected.keys():
         raise ValueError(f"{directory} does not hold the student's tensors: {sorted(found.keys() ^ expected.keys())}.")
     for name, tensor in expected.items():
-        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor.cpu()):
+        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
             raise ValueError(
                 f"{directory} does not hold the student's tensor {name}, or the student's is not a number."
             )
@@ -165,7 +165,3 @@ def _compare(directory: Path, found: Mapping[str, Tensor], expected: Mapping[str
 
 def _buffers(module: nn.Module) -> Mapping[str, Tensor]:
     return dict(module.named_buffers())
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.cpu() for name, x in tensors.items()}

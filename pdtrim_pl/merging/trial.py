@@ -201,10 +201,29 @@ def _linear(block: nn.Module, name: str | None) -> nn.Linear | None:
     return found
 
 
-def _whole_copy(student: StagedCausalLM, index: int, block: nn.Module, gather: Gather) -> nn.Module:
-    """A copy of a sharded block that no engine knows of: made anew, for an engine's hooks are copied with a block."""
+def empty_block(student: StagedCausalLM, index: int, *, whole: bool) -> nn.Module:
+    """A block as a fitted one is, in the student's element type and on its device, for weights that are to come.
+
+    Args:
+        student: whose block it is like.
+        index: which.
+        whole: whether the student's own weights are whole here.
+    """
+    block, like = student.gates[index].block, student.model
+    if whole:
+        return copy_of(block).requires_grad_(False)
+    return _on_meta(student, index, block).to(like.dtype).to_empty(device=like.device).eval().requires_grad_(False)
+
+
+def _on_meta(student: StagedCausalLM, index: int, block: nn.Module) -> nn.Module:
     with torch.device("meta"):
         fresh: nn.Module = type(block)(student.model.config, student.originals.index(index))
+    return fresh
+
+
+def _whole_copy(student: StagedCausalLM, index: int, block: nn.Module, gather: Gather) -> nn.Module:
+    """A copy of a sharded block that no engine knows of: made anew, for an engine's hooks are copied with a block."""
+    fresh = _on_meta(student, index, block)
     weights: dict[str, Tensor] = {}
     for name, parameter in block.named_parameters():
         with gather([parameter]):

@@ -11,7 +11,7 @@ import torch
 from pdtrim_pl.criteria.base import ScoringContext
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.neighbours import Candidate
-from pdtrim_pl.merging import FittedRun, FittedRuns, Merging, fit_runs
+from pdtrim_pl.merging import FittedRun, Merging, exchanged, fit_runs, share_of
 from pdtrim_pl.moves import Move
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search.guards import Guards
@@ -41,13 +41,9 @@ def distillation_set(
         The merges that may be chosen, in order of their blocks.
     """
     pairs = neighbours(start, target, settings, guards)
-    fitted = _fitted(context, target, pairs, settings, batches or context.batches)
-    accepted = _agreed(context, list(fitted.accepted))
+    accepted = _accepted(_fitted(context, target, pairs, settings, batches or context.batches))
     context.student.offer(accepted)
-    log.info(
-        "%d of %d pairs of %s reach a cosine of %g; fitting them took %.0f s and %d tokens.",
-        len(accepted), len(pairs), target, settings.min_cosine, fitted.seconds, fitted.tokens,
-    )  # fmt: skip
+    log.info("%d of %d pairs of %s reach a cosine of %g.", len(accepted), len(pairs), target, settings.min_cosine)
     return [run.move for run in accepted]
 
 
@@ -77,12 +73,11 @@ def replace_span(
         raise ValueError(f"No {count + 1} neighbours of {start.prefill} can be merged in both stages within {guards}.")
     brief = replace(settings, steps=tried, min_cosine=-1.0)
     few = batches[: brief.batches(len(batches[0].prompt_ids))]
-    fits = _agreed(context, list(_fitted(context, "both", spans, brief, few).accepted))
+    fits = _accepted(_fitted(context, "both", spans, brief, few))
     best, energy = least_kl(context, start, fits)
     span = fits[best].move.run
     log.info("Blocks %d to %d: KL %.4f after a brief fit, the least of %d.", span[0], span[-1], energy, len(spans))
-    (run,) = _fitted(context, "both", [span], settings, batches, behind).runs
-    (run,) = _agreed(context, [run])
+    (run,) = _fitted(context, "both", [span], settings, batches, behind)
     if run.weights is None:
         raise ValueError(
             f"The block fitted to {list(span)} reaches a cosine of {run.cosine:.3f}, and `merging.min_cosine` is "
@@ -115,23 +110,22 @@ def neighbours(
 def _fitted(
     context: ScoringContext, target: Target, runs: Sequence[tuple[int, ...]], settings: Merging,
     batches: Sequence[Batch], behind: int = 0,
-) -> FittedRuns:  # fmt: skip
-    return fit_runs(
-        context.student, context.teacher, batches, target, runs, settings, device=context.device,
-        gather=context.ranks.gather_weights, progress=context.progress,
-        leave_if_asked=context.ranks.leave_if_asked, behind=behind,
-    )  # fmt: skip
+) -> list[FittedRun]:  # fmt: skip
+    """Every run's fit on every rank; the ranks share the runs."""
+    ranks = context.ranks
+
+    def fit_share() -> list[FittedRun]:
+        fitted = fit_runs(
+            context.student, context.teacher, batches, target, share_of(ranks, runs), settings, device=context.device,
+            gather=ranks.gather_weights, progress=context.progress, leave_if_asked=ranks.check_in, behind=behind,
+        )  # fmt: skip
+        log.info("Fitting %d run(s) took %.0f s and %d tokens.", len(fitted.runs), fitted.seconds, fitted.tokens)
+        return list(fitted.runs)
+
+    mine: list[FittedRun] = []
+    ranks.together(lambda: mine.extend(fit_share()))
+    return exchanged(context.student, mine, len(runs), ranks)
 
 
-def _agreed(context: ScoringContext, accepted: list[FittedRun]) -> list[FittedRun]:
-    """Rank 0's fits on every rank: rounding may part both their weights and who reaches the bar."""
-    if context.ranks.size == 1:
-        return accepted
-    for run in accepted:  # through host memory
-        for block in run.blocks.values():
-            block.cpu()
-    agreed: list[FittedRun] = context.ranks.agree(accepted)
-    for run in agreed:
-        for block in run.blocks.values():
-            block.to(context.device)
-    return agreed
+def _accepted(runs: Sequence[FittedRun]) -> list[FittedRun]:
+    return [run for run in runs if run.weights is not None]

@@ -102,12 +102,14 @@ class OneBlockCache:
 def attention_mask(queries: Slots, entries: Slots, window: int | None) -> Tensor:
     """Which cached entries each new token may see, boolean [B, 1, T, N]; the new tokens are the last T entries.
 
-    A token always sees itself, so that padding rows have no empty softmax.
+    A token always sees itself, so that padding rows have no empty softmax. No tensor of T x N elements is wider than a
+    byte: at 32 768 tokens the mask of one row takes 1 GiB, and differences of positions would take 8.
     """
-    ahead = queries.positions[:, :, None] - entries.positions[:, None, :]
-    seen = (ahead >= 0) & entries.valid[:, None, :]
+    asked, held = queries.positions[:, :, None], entries.positions[:, None, :]
+    seen = held <= asked
+    seen &= entries.valid[:, None, :]
     if window is not None:
-        seen = seen & (ahead < window)
+        seen &= held > asked - window
     new = queries.positions.shape[1]
-    seen[:, :, entries.positions.shape[1] - new :] |= torch.eye(new, dtype=torch.bool, device=seen.device)
+    seen[:, :, entries.positions.shape[1] - new :].diagonal(dim1=1, dim2=2).fill_(True)
     return seen[:, None]

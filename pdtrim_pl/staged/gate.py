@@ -95,7 +95,9 @@ class StagePass:
 
         None where fused attention needs none: a plain causal prompt, or one token that sees everything.
         """
-        key = (id(slots), window, dtype)
+        if window is not None and slots is self.tokens and window >= slots.positions.shape[1]:
+            window = None  # a prompt that is no longer than a window has one mask for all blocks, or none
+        key = (id(slots), window, dtype if self.additive_masks else torch.bool)
         if key not in self._masks:
             self._masks[key] = self._build(slots, window, dtype)
         return self._masks[key]
@@ -109,7 +111,8 @@ class StagePass:
         if not self.additive_masks:
             return seen
         lowest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, lowest)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(seen.logical_not_(), lowest)
 
 
 _CURRENT: ContextVar[StagePass] = ContextVar("current_pass")
