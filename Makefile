@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: quickstart test lint lock test-newest test-oldest clean help
@@ -12,7 +13,7 @@ quickstart: $(STAMP)  ## trim the embedded 30-block model end to end, export to 
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pdtrim_pl fit --config configs/quickstart.yaml
 
 test: lint  ## lint, types and every test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

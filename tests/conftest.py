@@ -24,6 +24,27 @@ torch.set_num_threads(1)  # tiny models only wait for each other on more
 settings.register_profile("pdtrim", derandomize=True, deadline=None, database=None)
 settings.load_profile("pdtrim")
 
+LONGEST_FIRST = (
+    "strategies", "quickstart", "deepspeed", "resume", "preemption", "slurm", "model_files", "merging_runs",
+)  # fmt: skip
+    "strategies",
+    "quickstart",
+    "deepspeed",
+    "resume",
+    "preemption",
+    "slurm",
+    "model_files",
+    "merging_runs",
+)
+"""Files that take minutes begin first, so that two workers end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the order within a file: module fixtures are expensive."""
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<bos>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
