@@ -27,15 +27,6 @@ settings.load_profile("pdtrim")
 LONGEST_FIRST = (
     "strategies", "quickstart", "deepspeed", "resume", "preemption", "slurm", "model_files", "merging_runs",
 )  # fmt: skip
-    "strategies",
-    "quickstart",
-    "deepspeed",
-    "resume",
-    "preemption",
-    "slurm",
-    "model_files",
-    "merging_runs",
-)
 """Files that take minutes begin first, so that two workers end together."""
 
 
