@@ -32,7 +32,7 @@ def shortened(folder: Path) -> Path:
 
 
 def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "pdtrim_pl", *args], cwd=cwd, env=environment, capture_output=True, text=True,
         check=False, timeout=900,
