@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from numpy.typing import NDArray
 
-from pdtrim_pl.data.files import read_lines
+from pdtrim_pl.data.files import TEXT_ENDINGS, ending, read_lines
 from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, check_value, damaged, empty, skipped_rows
 
 PLACE = "place of the row"
@@ -53,10 +53,12 @@ def column_names(path: Path) -> list[str]:
                 faults.append(f"{path}, {line.place}: {line.fault}")
     except ValueError as error:
         raise damaged(error) from error
-    if not usable:
-        if faults:
-            skipped_rows(faults, len(faults))
+    if not usable and not faults:
         raise empty(str(path))
+    if ending(path) in TEXT_ENDINGS:
+        return ["text"]
+    if not usable:
+        skipped_rows(faults, len(faults))
     return list(names)
 
 
