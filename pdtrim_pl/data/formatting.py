@@ -15,6 +15,7 @@ from pdtrim_pl.data.examples import TokenExamples
 from pdtrim_pl.data.malformed import check_value, skipped_rows
 from pdtrim_pl.data.settings import Lengths
 from pdtrim_pl.data.sources import Rows
+from pdtrim_pl.data.tables import FAULT, bad_rows
 from pdtrim_pl.prompts import leading_ids, plain_ids, split_ids
 
 Tokenized = Mapping[str, Sequence[Any]]
@@ -70,15 +71,15 @@ def _tokenize(
         with_indices=True,
         remove_columns=list(rows.columns),
         fn_kwargs={"rows": rows, "tokenizer": tokenizer},
-        features=Features(dict.fromkeys(names, _IDS) | {"fault": Value("string")}),
+        features=Features(dict.fromkeys(names, _IDS) | {FAULT: Value("string")}),
         new_fingerprint=Hasher.hash(key),
         desc="Tokenising",
     )
-    faults = dict(enumerate(tokenized["fault"]))
-    skipped = [*rows.skipped, *(f"{rows.where(row)}: {fault}" for row, fault in faults.items() if fault is not None)]
-    if skipped:
-        rank_zero_warn(skipped_rows(skipped, sum(len(part.dataset) + len(part.skipped) for part in rows.parts)))
-        tokenized = tokenized.select([row for row, fault in faults.items() if fault is None])
+    bad = bad_rows(tokenized)
+    faults = [f"{rows.where(row)}: {tokenized[row][FAULT]}" for row in bad.nonzero()[0].tolist()]
+    if skipped := [*rows.skipped, *faults]:
+        rank_zero_warn(skipped_rows(skipped, len(tokenized) + len(rows.skipped)))
+        tokenized = tokenized.select((~bad).nonzero()[0])
     return tokenized
 
 
@@ -106,7 +107,7 @@ def _text_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
     texts, faults = _read(rows, batch, indices, str, "")
-    return {"ids": plain_ids(tokenizer, texts), "fault": faults}
+    return {"ids": plain_ids(tokenizer, texts), FAULT: faults}
 
 
 def _pair_ids(
@@ -140,14 +141,15 @@ def _split(
     for row, (prompt, response) in enumerate(split_ids(tokenizer, pairs)):
         prompts.append([*leading, *prompt])
         responses.append(_ended(tokenizer, response))
-        if faults[row] is None and not (prompts[row] and responses[row]):
+        if faults[row] is None and not (prompts[row] and response):
             faults[row] = rows.refuse(indices[row], f"the {'response' if prompts[row] else 'prompt'} has no tokens")
-    return {"prompt": prompts, "response": responses, "fault": faults}
+    return {"prompt": prompts, "response": responses, FAULT: faults}
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Close a response with the end-of-sequence token, unless a special token closes it already."""
-    if tokenizer.eos_token_id is None or (ids and ids[-1] in tokenizer.all_special_ids):
+    closing = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    if tokenizer.eos_token_id is None or (ids and ids[-1] in closing):
         return ids
     return [*ids, tokenizer.eos_token_id]
 

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, l
 from datasets.exceptions import DatasetGenerationError
 
 from pdtrim_pl.data.files import JSON_ENDINGS, TEXT_ENDINGS, ending
-from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, damaged, empty
+from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, damaged, empty, skipped_rows
 from pdtrim_pl.data.tables import PLACE, column_names, read_table
 
 EMBEDDED_TEXT = "pydoc"
@@ -56,6 +56,8 @@ class TextSource:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError(f"`source.path` is empty; give a file, a Hub id or `{EMBEDDED_TEXT}`.")
+        if self.on_bad_row not in ("error", "skip"):
+            raise ValueError(f"`source.on_bad_row`={self.on_bad_row!r} must be `error` or `skip`.")
         if (self.prompt_column is None) != (self.response_column is None):
             given = "prompt_column" if self.response_column is None else "response_column"
             raise ValueError(
@@ -139,7 +141,10 @@ def load_rows(source: TextSource) -> Rows:
         if (part.kind, part.columns) != (first.kind, first.columns):
             raise ValueError(f"`source.path`: {part.origin} has other columns than {first.origin}; name the columns.")
     datasets = [part.dataset for part in parts]
-    return Rows(datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), parts, source.on_bad_row)
+    rows = Rows(datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), parts, source.on_bad_row)
+    if len(rows.dataset) == 0:
+        skipped_rows(rows.skipped, len(rows.skipped))
+    return rows
 
 
 def _load(source: TextSource) -> list[tuple[str, Dataset | Path]]:

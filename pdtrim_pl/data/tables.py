@@ -5,15 +5,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
+from numpy.typing import NDArray
 
-from pdtrim_pl.data.files import read_lines
+from pdtrim_pl.data.files import TEXT_ENDINGS, ending, read_lines
 from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, check_value, damaged, empty, skipped_rows
 
 PLACE = "place of the row"
 """The column of `Table.places`."""
-_FAULT = "fault of the row"
+FAULT = "fault of the row"
+"""The column of what is wrong with a row, null where it can be used."""
 _LOOKED_AT = 1000
 _FORMAT = 1
 """Raise it when files are read differently, so that what was kept on disk is not used any more."""
@@ -50,10 +53,12 @@ def column_names(path: Path) -> list[str]:
                 faults.append(f"{path}, {line.place}: {line.fault}")
     except ValueError as error:
         raise damaged(error) from error
-    if not usable:
-        if faults:
-            skipped_rows(faults, len(faults))
+    if not usable and not faults:
         raise empty(str(path))
+    if ending(path) in TEXT_ENDINGS:
+        return ["text"]
+    if not usable:
+        skipped_rows(faults, len(faults))
     return list(names)
 
 
@@ -69,7 +74,7 @@ def read_table(path: Path, kind: Kind, columns: Sequence[str], on_bad_row: OnBad
     try:
         table = Dataset.from_generator(
             _string_rows,
-            features=Features({name: Value("string") for name in (*columns, PLACE, _FAULT)}),
+            features=Features({name: Value("string") for name in (*columns, PLACE, FAULT)}),
             gen_kwargs={**settings, "key": (_FORMAT, file.st_mtime_ns, file.st_size)},
         )
     except DatasetGenerationError as error:
@@ -79,12 +84,16 @@ def read_table(path: Path, kind: Kind, columns: Sequence[str], on_bad_row: OnBad
         if isinstance(cause, ValueError):
             raise damaged(cause) from error
         raise
-    faults = table[_FAULT]
-    bad = [row for row, fault in enumerate(faults) if fault is not None]
-    skipped = [f"{path}, {table[row][PLACE]}: {table[row][_FAULT]}" for row in bad]
-    if bad:
-        table = table.select(sorted(set(range(len(table))) - set(bad)))
+    bad = bad_rows(table)
+    skipped = [f"{path}, {table[row][PLACE]}: {table[row][FAULT]}" for row in bad.nonzero()[0].tolist()]
+    if skipped:
+        table = table.select((~bad).nonzero()[0])
     return Table(table.select_columns(list(columns)), table.select_columns([PLACE]), skipped)
+
+
+def bad_rows(table: Dataset) -> NDArray[np.bool_]:
+    """Which rows have a fault in the column `FAULT`."""
+    return table.select_columns([FAULT]).with_format("arrow")[:][FAULT].is_valid().to_numpy()
 
 
 def _string_rows(
@@ -98,9 +107,9 @@ def _string_rows(
         except ValueError as error:
             if on_bad_row == "error":
                 raise BadRow.at(f"{path}, {line.place}", str(error)) from error
-            yield {**dict.fromkeys(columns), PLACE: line.place, _FAULT: str(error)}
+            yield {**dict.fromkeys(columns), PLACE: line.place, FAULT: str(error)}
         else:
-            yield {**values, PLACE: line.place, _FAULT: None}
+            yield {**values, PLACE: line.place, FAULT: None}
 
 
 def _string(kind: Kind, column: str, value: Any) -> str:
