@@ -120,10 +120,11 @@ def _export(args: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --output")
+    parser.add_argument("--model", type=str | None, help="where the model is now, if not where the checkpoint says")
     options = parser.parse_args(args)
     from pdtrim_pl.export.from_checkpoint import export_checkpoint
 
-    print(export_checkpoint(options.ckpt_path, options.output, dtype=options.dtype, overwrite=options.overwrite))
+    print(export_checkpoint(**options.as_dict()))
     return 0
 
 

@@ -361,8 +361,14 @@ class PDTrimModule(LightningModule):
         """Greedy responses, [B, at most R]; a row that has ended repeats its stop token."""
         return self.student.generate(
             batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1],
-            stop_ids=stop_ids_of(self.student.model),
+            stop_ids=self._stop_ids(),
         )  # fmt: skip
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        """The model's, and the tokenizer's where it is known: a model may not know the end of a chat's turn."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        tokenizer = data.tokenizer if isinstance(data, PromptResponseDataModule) else None
+        return stop_ids_of(self.student.model, tokenizer)
 
     def _measure(self, batch: Batch) -> None:
         batch = self._in_step(batch)
@@ -412,7 +418,7 @@ class PDTrimModule(LightningModule):
         state.check_model(self.plan.model)
         if not self.trainer.strategy.restore_checkpoint_after_setup:  # under an engine none comes after the start
             self._untie(state.untied)
-        self.student.apply_plan(state.plan)
+        self.student.apply_plan(replace(state.plan, model=self.plan.model))  # it may have moved since
         self.student.apply_policy(state.policy)
         self.student.freeze_unused()
         self.record = state.record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_models import tiny_model
 
 from callbacks import BlockDrop, RepeatedDrop
 from callbacks.removal_rounds import RemovalRounds
@@ -125,9 +127,34 @@ def test_fit_validate_test_predict_and_export_work_one_after_the_other(config: P
     assert len(written.read_text().splitlines()) == 3
 
     assert main(["export", "--ckpt_path", str(last), "--output", str(tmp_path / "pair"), "--dtype", "float32"]) == 0
-    plan, policy = load_plan_and_policy(tmp_path / "pair")
-    assert plan == plan
+    exported, policy = load_plan_and_policy(tmp_path / "pair")
+    assert exported == plan
     assert policy.kv.dtype == "float32"
+
+
+def test_a_model_whose_folder_has_moved_is_named_anew(
+    config: Path, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, now, last = tmp_path / "before", tmp_path / "now", tmp_path / "ckpt" / "last.ckpt"
+    shutil.copytree(tiny_llama_dir, before)
+    assert main(["fit", "--config", str(config), "--model.model", str(before)]) == 0
+    before.rename(now)
+    export = ["export", "--ckpt_path", str(last), "--output", str(tmp_path / "pair")]
+    assert main(export) == 1
+    error = capsys.readouterr().err
+    assert f"is of model `{before}`, which cannot be loaded: where it has moved, say where to with `--model`" in error
+
+    assert main([*export, "--model", str(now)]) == 0
+    assert load_plan_and_policy(tmp_path / "pair")[0].model.name_or_path == str(now)
+    capsys.readouterr()
+    tiny_model("llama", blocks=6).save_pretrained(tmp_path / "other")
+    assert main([*export, "--overwrite", "--model", str(tmp_path / "other")]) == 1
+    assert "(llama, 4 blocks), and `model` is" in capsys.readouterr().err
+
+    moved = ["--config", str(config), "--model.model", str(now), "--ckpt_path", str(last)]
+    assert main(["validate", *moved]) == 0
+    assert main(["fit", *moved, "--trainer.max_epochs", "3"]) == 0
+    assert StagePlan.load(sidecar(last, "stage_plan.json")).model.name_or_path == str(now)
 
 
 def test_the_processes_compare_what_each_found_for_last(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -17,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from strategies import plans, policies
 from tiny_models import tiny_model
 from torch import Tensor
@@ -32,6 +34,7 @@ from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
 from pdtrim_pl.serving.transport import Handover, Link, receive_handover, send_handover, wire_dtype
 from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
+from pdtrim_pl.staged.generation import joined_stop_ids
 from pdtrim_pl.staged.model import reference_to
 
 CPU = torch.device("cpu")
@@ -239,6 +242,44 @@ def test_a_chat_prompt_is_one_user_turn_and_the_generation_config_says_where_to_
     assert stop_ids_of(text_pair[0] / "elsewhere", tokenizer) == (tokenizer.eos_token_id,)
 
 
+@pytest.mark.parametrize(
+    ("told", "file", "expected"),
+    [
+        (0, "generation_config.json", (0, 2)),
+        ([7, 0], "generation_config.json", (0, 2, 7)),
+        (None, "generation_config.json", (2,)),
+        (5, "config.json", (2, 5)),
+    ],
+)
+def test_what_the_tokenizer_alone_knows_to_be_an_end_ends_a_response_too(
+    told: Any, file: str, expected: tuple[int, ...], text_pair: tuple[Path, StagedCausalLM], tmp_path: Path
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(text_pair[0] / "prefill")
+    (tmp_path / "decode").mkdir()
+    (tmp_path / "decode" / file).write_text(json.dumps({"eos_token_id": told}))
+    assert stop_ids_of(tmp_path, tokenizer) == expected
+    staged = text_pair[1]
+    assert joined_stop_ids([7, 2], staged.model.generation_config.eos_token_id) == (2, 7)
+
+
+def test_a_response_whose_end_only_the_tokenizer_knows_is_one_token_long(
+    text_pair: tuple[Path, StagedCausalLM], tmp_path: Path
+) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(text_pair[0], export)
+    for stage in ("prefill", "decode"):  # all logits are equal, so the model always says token 0
+        weights = load_file(export / stage / "model.safetensors")
+        weights["lm_head.weight"] = torch.zeros_like(weights["lm_head.weight"])
+        save_file(weights, export / stage / "model.safetensors", metadata={"format": "pt"})
+    (export / "decode" / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    tokenizer: Any = AutoTokenizer.from_pretrained(export / "prefill")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(export / "prefill")
+    out, err = io.StringIO(), io.StringIO()
+    generate_text(export, "Hi", max_new_tokens=12, device="cpu", out=out, err=err)
+    assert "new      1 tokens" in err.getvalue()
+
+
 def test_generate_refuses_what_it_cannot_serve(text_pair: tuple[Path, StagedCausalLM], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(text_pair[0], bare)
@@ -356,6 +397,16 @@ def test_draws_follow_the_softmax_of_the_top_k_and_their_seed() -> None:
 def test_the_top_1_is_greedy(seed: int) -> None:
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed))
     assert Sampling(3.0, 1, seed).picker()(logits).equal(Sampling().picker()(logits))
+
+
+@given(st.floats(0, 1e-8, exclude_min=True), st.integers(0, 2**40))
+@example(1e-40, 0)
+@example(5e-324, 0)
+@example(1e-38, 1)
+def test_a_tiny_temperature_is_greedy(temperature: float, seed: int) -> None:
+    logits = 10 * torch.randn(2, 9, generator=torch.Generator().manual_seed(seed))
+    for top_k in (None, 3):
+        assert Sampling(temperature, top_k, seed).picker()(logits).equal(Sampling().picker()(logits))
 
 
 def test_sampling_settings_out_of_range_are_refused() -> None:

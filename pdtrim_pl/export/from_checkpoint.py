@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedConfig
 
 from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, check_weights
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.pair import check_target, export_pair
-from pdtrim_pl.pretrained import load_causal_lm, load_tokenizer
+from pdtrim_pl.pretrained import load_causal_lm, load_config, load_tokenizer
 from pdtrim_pl.settings import TORCH_DTYPES
 from pdtrim_pl.sharded_checkpoint import read_sharded
 from pdtrim_pl.staged import StagedCausalLM, adapter_at
@@ -18,22 +20,34 @@ from pdtrim_pl.staged import StagedCausalLM, adapter_at
 
 def export_checkpoint(
     ckpt_path: Path, output: Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
-    overwrite: bool = False,
+    overwrite: bool = False, model: str | None = None,
 ) -> Path:  # fmt: skip
     """Load a checkpoint's student on the CPU and export it as `ExportPair` would, without the measured table.
 
+    Args:
+        ckpt_path: the checkpoint.
+        output: the directory to make.
+        dtype: element type of the exported weights and of the KV on the wire.
+        overwrite: replace an earlier export there.
+        model: name, path or Hub id of the model that was trimmed; the one that the checkpoint names by default.
+
     Raises:
-        ValueError: the checkpoint is missing, damaged or of another format, or the target is taken.
+        ValueError: the checkpoint is missing, damaged or of another format or model, or the target is taken.
     """
     if not ckpt_path.exists():
         raise ValueError(f"There is no checkpoint at `ckpt_path` {ckpt_path}.")
     check_target(output, overwrite)
     checkpoint = _read(ckpt_path)
     state = CheckpointState.of(checkpoint)
-    name = state.plan.model.name_or_path
+    name = model or state.plan.model.name_or_path
+    config = _config_of(name, asked=model is not None)
     adapter = adapter_at(state.plan.model.architecture) if state.plan.model.architecture else None
-    model = load_causal_lm(name, dtype=torch.float32, architecture=adapter)
-    student = StagedCausalLM(model, state.plan, state.policy, architecture=adapter)
+    moved = replace(
+        state.plan.model, name_or_path=name, model_type=config.model_type, num_blocks=config.num_hidden_layers
+    )
+    state.check_model(moved)
+    base = load_causal_lm(name, dtype=torch.float32, architecture=adapter)
+    student = StagedCausalLM(base, replace(state.plan, model=moved), state.policy, architecture=adapter)
     for stage, blocks in state.untied.items():
         for block in blocks:
             student.gates[block].untie(stage)
@@ -46,6 +60,18 @@ def export_checkpoint(
         student, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite,
         extras=lambda folder: write_documents(folder, student, state.record, None, target=output, dtype=target_dtype),
     )  # fmt: skip
+
+
+def _config_of(name: str, *, asked: bool) -> PreTrainedConfig:
+    try:
+        return load_config(name)
+    except ValueError as error:
+        if asked:
+            raise
+        raise ValueError(
+            f"The checkpoint is of model `{name}`, which cannot be loaded: where it has moved, say where to with "
+            f"`--model`. {error}"
+        ) from error
 
 
 def _read(ckpt_path: Path) -> dict[str, Any]:

@@ -88,12 +88,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
 
 
 def stop_ids_of(export: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """End-of-sequence ids of the export's generation config, or the tokenizer's where it has none."""
-    path = export / "decode" / "generation_config.json"
-    found = read_json(path, "generation config").get("eos_token_id") if path.is_file() else None
-    if found is None:
-        found = tokenizer.eos_token_id
-    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+    """End-of-sequence ids that the export's generation config (else its `config.json`) or its tokenizer knows."""
+    from pdtrim_pl.staged.generation import joined_stop_ids
+
+    files = [export / "decode" / name for name in ("generation_config.json", "config.json")]
+    path = next((file for file in files if file.is_file()), None)
+    told = None if path is None else read_json(path, "generation config").get("eos_token_id")
+    return joined_stop_ids(told, tokenizer.eos_token_id)
 
 
 def text_pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from pdtrim_pl.staged.model import PickToken, greedy
 
+_LEAST = torch.finfo(torch.float32).tiny
+"""A lower temperature chooses as this one does: greedily."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -53,7 +56,8 @@ class Sampling:
         # The noise is drawn on the CPU: generators of different devices give different numbers.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
-        scores = logits.float() / self.temperature
+        # Below the largest one, and not by less than a number: else a tiny temperature makes infinities of several.
+        scores = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / max(self.temperature, _LEAST)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             lowest = scores.topk(self.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < lowest, float("-inf"))

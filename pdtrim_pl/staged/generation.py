@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pdtrim_pl.staged.cache import KVCache
 
@@ -63,10 +63,13 @@ def until_stopped(stream: Iterator[Tensor], stop_ids: Collection[int]) -> Iterat
             return
 
 
-def stop_ids_of(model: PreTrainedModel) -> tuple[int, ...]:
-    """The end-of-sequence tokens of a model's generation config."""
+def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
+    """The end-of-sequence tokens that a model's generation config or its tokenizer knows."""
     config = model.generation_config
-    stops = None if config is None else config.eos_token_id
-    if stops is None:
-        return ()
-    return (stops,) if isinstance(stops, int) else tuple(stops)
+    return joined_stop_ids(config and config.eos_token_id, tokenizer and tokenizer.eos_token_id)
+
+
+def joined_stop_ids(*told: object) -> tuple[int, ...]:
+    """One rising tuple of token ids out of several `eos_token_id`, each a number, a list, or None."""
+    ids = {token for entry in told for token in (entry if isinstance(entry, list | tuple) else [entry])}
+    return tuple(sorted(token for token in ids if isinstance(token, int)))
