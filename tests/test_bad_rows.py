@@ -206,6 +206,7 @@ def test_packed_files_are_read(name: str, tmp_path: Path) -> None:
         (gzip.compress(b""), "is empty"),
         (gzip.compress(b'{"text": "one"}\n{"text"\n'), "line 2: not valid JSON"),
     ],
+    ids=["cut short", "not packed", "empty", "bad line"],  # gzip writes the time into its bytes
 )
 def test_damaged_packed_files_are_refused(data: bytes, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"data\.jsonl\.gz.*{problem}"):
