@@ -118,7 +118,7 @@ def run_one(options: argparse.Namespace) -> None:
     module = PDTrimModule(options.model, loading=Loading(dtype="float32", teacher_dtype="bfloat16"))
     trainer = Trainer(
         accelerator=options.accelerator, devices=options.devices, strategy=strategy(options.one),
-        precision="bf16-true" if engine or options.one == "fsdp" else "bf16-mixed", max_epochs=2,
+        precision="bf16-true" if engine else "bf16-mixed", max_epochs=2,
         callbacks=[BlockDrop("decode", Random(), {1: 1}), BlockDrop("prefill", Random(), {1: 1}), meter],
         plugins=[] if engine else [PlanCheckpointIO()], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,

@@ -21,10 +21,12 @@ from typing_extensions import override
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import Memory as SearchMemory
 from pdtrim_pl.lightning_cli import PDTrimCLI
+from pdtrim_pl.masters import check_masters
 from pdtrim_pl.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.pretrained import usable_config
+from pdtrim_pl.settings import DType, dtype_of
 from pdtrim_pl.staged import Architecture
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_freezing, check_strategy
 
@@ -70,7 +72,7 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     teacher = parsed.model.loading.teacher
     teacher_config = config if teacher is None else model_config(teacher, folders, adapter)
     adapter_of_teacher = adapter if teacher_config.model_type == config.model_type else None
-    layout = layout_of(parsed.model, parsed.trainer_settings, teacher_config)
+    layout = layout_of(parsed.model, parsed.trainer_settings, config, teacher_config)
     shape = Shape.of(config, adapter)
     load = load_of(parsed.model, parsed.datamodule, parsed.trainer_settings.callbacks)
     memory = memory_per_process(shape, Shape.of(teacher_config, adapter_of_teacher), layout, load)
@@ -98,11 +100,11 @@ def model_config(name: str, folders: Sequence[Path], architecture: Architecture 
     return usable_config(name, architecture)
 
 
-def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfig) -> Layout:
+def layout_of(module: PDTrimModule, trainer: Namespace, model: PreTrainedConfig, teacher: PreTrainedConfig) -> Layout:
     """Processes, shards and element types of a configuration.
 
     Raises:
-        ValueError: a strategy that is refused.
+        ValueError: a strategy or a precision that is refused.
     """
     strategy = trainer.strategy
     if isinstance(strategy, Strategy):
@@ -114,22 +116,23 @@ def layout_of(module: PDTrimModule, trainer: Namespace, teacher: PreTrainedConfi
             "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or stage 1 or 3, or `strategy: "
             "{class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`."
         )
-    precision = str(trainer.precision or "32-true")
-    half = precision.startswith(("bf16", "16")) and "mixed" not in precision
+    short = str(trainer.precision or "32-true")
+    precision = {"bf16": "bf16-mixed", "16": "16-mixed"}.get(short, short)  # as Lightning reads them
+    loaded = _dtype(module.loading.dtype, model)
+    check_masters(strategy, precision, loaded)
     engine, fsdp = isinstance(strategy, PDTrimDeepSpeedStrategy), isinstance(strategy, PDTrimFSDPStrategy)
-    if engine and precision.startswith(("bf16", "16")):
-        half = True  # the engine casts the whole module
-    student = _width(module.loading.dtype, teacher)
+    half = engine and precision.startswith(("bf16", "16"))  # the engine casts the whole module
+    student = loaded.itemsize
+    theirs = _dtype(module.loading.teacher_dtype, teacher).itemsize
     zero: dict[str, Any] = strategy.config["zero_optimization"] if engine and isinstance(strategy.config, dict) else {}
     return Layout(
         processes=_devices(trainer.devices) * int(trainer.num_nodes or 1),
         zero_stage=strategy.stage if engine else 3 if fsdp else 0, fsdp=fsdp,
         offload_optimizer="offload_optimizer" in zero, offload_parameters="offload_param" in zero,
         student_bytes=2 if half else student,
-        teacher_bytes=2 if half else _width(module.loading.teacher_dtype, teacher),
-        loaded_bytes=(student, _width(module.loading.teacher_dtype, teacher)),
+        teacher_bytes=2 if half else theirs, loaded_bytes=(student, theirs),
         compute_bytes=2 if half or "mixed" in precision else student,
-        autocast="mixed" in precision and not half and student == 4,
+        autocast="mixed" in precision and not half and not fsdp and student == 4,  # FSDP gathers weights in bf16
         optimizer_states=_states(module), frozen_embeddings=module.loading.freeze_embeddings,
     )  # fmt: skip
 
@@ -165,10 +168,10 @@ def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Seq
     )  # fmt: skip
 
 
-def _width(dtype: str, config: PreTrainedConfig) -> int:
-    chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+def _dtype(name: DType, config: PreTrainedConfig) -> torch.dtype:
+    chosen = dtype_of(name) or config.dtype or torch.float32
     assert isinstance(chosen, torch.dtype)
-    return chosen.itemsize
+    return chosen
 
 
 def _devices(devices: Any) -> int:

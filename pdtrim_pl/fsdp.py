@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.torch_version import TorchVersion
 from typing_extensions import override
 
@@ -37,6 +37,8 @@ OLDEST_TORCH = "2.13"
 
 class PDTrimFSDPStrategy(ModelParallelStrategy):
     """Shards weights, gradients and optimizer states of the student, and the teacher's weights, over all processes.
+
+    Under `precision: bf16-mixed` the shards, their gradients and states are fp32, and weights are gathered in bf16.
 
     Checkpoints are single files with whole weights and states, as DDP writes and takes them. Rank 0 must hold them in
     its host memory, and every process loads the whole model into host memory before it is cut up.
@@ -70,7 +72,7 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor", UserWarning)
         for model in self.lightning_module.children():
             if isinstance(model, StagedCausalLM) and not isinstance(model, FSDPModule):
-                shard(model, self.device_mesh["data_parallel"])
+                shard(model, self.device_mesh["data_parallel"], str(trainer.precision))
         super().setup(trainer)
 
     @override
@@ -89,17 +91,25 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
 
-def shard(staged: StagedCausalLM, mesh: DeviceMesh) -> None:
-    """Cut a model's weights up between the processes of a mesh, in place: block by block, and the rest together."""
+def shard(staged: StagedCausalLM, mesh: DeviceMesh, precision: str = "32-true") -> None:
+    """Cut a model's weights up between the processes of a mesh, in place: block by block, and the rest together.
+
+    Args:
+        staged: the model.
+        mesh: of one dimension.
+        precision: Lightning's. Under `bf16-mixed` weights are gathered in bf16, and gradients summed in fp32.
+    """
+    mixed = precision == "bf16-mixed"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     for gate in staged.gates.values():
         for block in (gate.block, *gate.untied.values()):
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
             # After FSDP's own hook, which is to watch the output that the node hands a gradient to.
             block.register_forward_hook(_leave_together, with_kwargs=True)
             _add_forward_method(block, "keys_values", partial(gate.architecture.keys_values, block))
         gate.project = partial(_project, gate.architecture)
     # FSDP leaves the root's weights whole after a pass, and after one without gradients they may be stale at the next.
-    fully_shard(staged, mesh=mesh, reshard_after_forward=True)
+    fully_shard(staged, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     for name in ("prefill", "decode", "logits"):
         register_fsdp_forward_method(staged, name)
     if mesh.device_type == "cpu":

@@ -79,7 +79,7 @@ class Layout:
     zero_stage: int = 0
     """0 where every process holds everything."""
     fsdp: bool = False
-    """FSDP cuts up what ZeRO-3 does, and keeps no fp32 copies of 16-bit weights."""
+    """FSDP cuts up what ZeRO-3 does; its shards are what trains, in fp32, and weights are gathered to compute with."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     student_bytes: int = 4
@@ -204,7 +204,8 @@ def _optimizer_bytes(layout: Layout) -> int:
 def _communication(student: Shape, teacher: Shape, layout: Layout) -> int:
     if layout.zero_stage == 3:
         whole = max(GATHERED_PARAMETERS, 2 * max(student.largest, teacher.largest))
-        return min(whole, student.parameters + teacher.parameters) * layout.student_bytes
+        width = layout.compute_bytes if layout.fsdp else layout.student_bytes
+        return min(whole, student.parameters + teacher.parameters) * width
     if layout.zero_stage or layout.offload_optimizer:
         return min(10**9, student.parameters) * layout.student_bytes  # two buckets of 5e8 elements
     return student.parameters * layout.student_bytes if layout.processes > 1 else 0  # DDP's buckets

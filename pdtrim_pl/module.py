@@ -31,6 +31,7 @@ from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
 from pdtrim_pl.loop_state import resumable_loops
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, token_weights, weighted_sum
+from pdtrim_pl.masters import check_masters
 from pdtrim_pl.merging.training import WeightChange
 from pdtrim_pl.observed import BlockOutputs, run_observed
 from pdtrim_pl.plan import Stage, StagePlan
@@ -176,6 +177,8 @@ class PDTrimModule(LightningModule):
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
+        if stage == "fit":
+            check_masters(self.trainer.strategy, str(self.trainer.precision), dtype_of(self.loading.dtype))
         check_same_checkpoint(ranks_of(self.trainer.strategy), self.found_checkpoint)
         if "student" not in self._modules:
             self.check_models()  # not in `configure_model`, where ZeRO-3 would have its way with it
@@ -193,6 +196,8 @@ class PDTrimModule(LightningModule):
             self.model_name, dtype=dtype_of(loading.dtype), attn_implementation=loading.attn_implementation,
             architecture=self.architecture,
         )  # fmt: skip
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_masters(self._trainer.strategy, str(self._trainer.precision), student.dtype)  # `auto` is known now
         adapter = self._adapter_of_teacher()
         teacher = load_causal_lm(
             loading.teacher or self.model_name, dtype=dtype_of(loading.teacher_dtype),

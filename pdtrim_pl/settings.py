@@ -37,7 +37,7 @@ class Loading:
     """How the two models are loaded."""
 
     dtype: DType = "float32"
-    """Element type of the student's weights. Keep float32 with `precision: bf16-mixed` or `32-true`."""
+    """Element type of the student's weights. They train in float32; DeepSpeed alone keeps fp32 copies of others."""
     teacher: str | None = None
     """Name or path of the teacher; the model itself by default."""
     teacher_dtype: DType = "auto"

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -31,15 +31,18 @@ from typing_extensions import override
 from callbacks import BlockDrop, Preemption
 from callbacks.preemption import Preempted
 from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.criteria import ScoringContext, Taylor
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.losses import KL, CrossEntropy
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards
+from pdtrim_pl.settings import Loading
 from pdtrim_pl.sharded_checkpoint import unfinished
 from pdtrim_pl.staged import StagedCausalLM
 
 torch.set_num_threads(1)
-DROPPED = 2
+DROPPED, FROZEN = 2, 1
 GLOBAL_BATCH = 4
 
 
@@ -52,6 +55,15 @@ class Run:
     offload: tuple[str, ...] = ()
     without: tuple[type[Any], str] | None = None
     """A cure to leave out: the class and its method."""
+    recompute: bool = False
+    """Gradient checkpointing, as in `configs/llama3_70b.yaml`."""
+    frozen: bool = False
+    """A block that runs takes no gradient (transformers#47254)."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is no matter of the engine."""
+        return {"precision": self.precision, "recompute": self.recompute, "frozen": self.frozen}
 
 
 OFFLOADED = ("offload_optimizer", "offload_parameters")
@@ -64,6 +76,8 @@ WHOLE: dict[str, Run] = {
     "zero3 bf16": Run(3, precision="bf16-true"),
     "zero3 not frozen": Run(3, without=(StagedCausalLM, "freeze_unused")),
     "zero3 offloaded": Run(3, offload=OFFLOADED),
+    "zero3 recomputed": Run(3, recompute=True),
+    "zero3 recomputed frozen": Run(3, recompute=True, frozen=True),
 }
 INTERRUPTED = ("zero2", "zero3 offloaded")
 """Of these, a second run is asked to leave, and continued."""
@@ -72,7 +86,11 @@ INTERRUPTED = ("zero2", "zero3 offloaded")
 class Watch(Callback):
     """After every step: this process's part of the dropped block, and the norm of all gradients."""
 
-    def __init__(self) -> None:
+    def __init__(self, freezes: bool = False) -> None:
+        self.freezes = freezes
+        self.frozen: list[Tensor] = []
+        """The frozen block's weights at the start of every epoch and behind the last."""
+        self.taylor: list[float] = []
         self.weights: list[Tensor] = []
         self.norms: list[float] = []
         self.offloaded: list[str] = []
@@ -91,9 +109,37 @@ class Watch(Callback):
         if isinstance(trainer.strategy, CPUDeepSpeed):
             self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0))
 
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        if self.freezes:  # again after a drop, which lets everything train that is used
+            block = pl_module.student.gates[FROZEN].block.requires_grad_(False)
+            self.frozen.append(own_part(block))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        if self.freezes:
+            self.frozen.append(own_part(pl_module.student.gates[FROZEN].block))
+
     def moves(self) -> list[float]:
         """Largest change of a weight from step to step."""
         return [float((after - before).abs().max()) for before, after in pairwise(self.weights)]
+
+
+class Probed(Named):
+    """Drops the block it was given, and tells what Taylor says of it and another one."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(DROPPED)
+        self.watch = watch
+
+    @override
+    def score(
+        self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
+    ) -> dict[int, float]:
+        self.watch.taylor = list(Taylor().score(context, plan, target, (FROZEN, DROPPED)).values())
+        return super().score(context, plan, target, candidates)
 
 
 class Notify(Callback):
@@ -113,15 +159,17 @@ def own_part(module: nn.Module) -> Tensor:
 
 def fit(
     model: Path, strategy: Strategy | str, processes: int, *extra: Callback, precision: Any = "32-true",
-    ckpt_path: Path | None = None,
+    ckpt_path: Path | None = None, recompute: bool = False, frozen: bool = False,
 ) -> tuple[PDTrimModule, Watch]:  # fmt: skip
     """One run to its end."""
     seed_everything(0, verbose=False)
     # Without momentum or decay, a block that gets no gradient does not move.
     module = PDTrimModule(
-        str(model), losses=[KL(), CrossEntropy(1.0)], optimizer=partial(torch.optim.SGD, lr=0.3), chunk_tokens=16
-    )
-    drop, watch = BlockDrop("both", Named(DROPPED), {1: 1}, Guards(1, 1)), Watch()
+        str(model), losses=[KL(), CrossEntropy(1.0)], optimizer=partial(torch.optim.SGD, lr=0.3), chunk_tokens=16,
+        loading=Loading(gradient_checkpointing=recompute),
+    )  # fmt: skip
+    watch = Watch(freezes=frozen)
+    drop = BlockDrop("both", Probed(watch) if recompute else Named(DROPPED), {1: 1}, Guards(1, 1))
     trainer = Trainer(
         max_epochs=3, accelerator="cpu", devices=processes, strategy=strategy, callbacks=[drop, watch, *extra],
         precision=precision, gradient_clip_val=0.5, logger=False, enable_progress_bar=False,
@@ -145,7 +193,8 @@ def told(module: PDTrimModule, watch: Watch, model: Path) -> dict[str, Any]:
     kinds = {"student": module.student, "teacher": module.teacher}
     return {
         "losses": module.record.losses, "validations": module.record.validations, "moves": watch.moves(),
-        "norms": watch.norms, "offloaded": watch.offloaded,
+        "norms": watch.norms, "offloaded": watch.offloaded, "taylor": watch.taylor,
+        "frozen stays": len(watch.frozen) == 4 and all(torch.equal(*pair) for pair in pairwise(watch.frozen)),
         "types": {name: sorted({str(x.dtype) for x in kind.parameters()}) for name, kind in kinds.items()},
         "tables are exact": {
             name: [torch.equal(buffer, tables[key]) for key, buffer in kind.model.named_buffers()]
@@ -196,7 +245,7 @@ def main(model: Path, folder: Path) -> None:
     strategy_of("zero2")  # sets DeepSpeed up
     every: dict[str, Any] = {}
     for name, run in WHOLE.items():
-        module, watch = uncured(run, partial(fit, model, engine(run), 2, precision=run.precision))
+        module, watch = uncured(run, partial(fit, model, engine(run), 2, **run.settings))
         every[name] = told(module, watch, model)
     for name in INTERRUPTED:
         run = WHOLE[name]

@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 GLOBAL_BATCH = 4
 EPOCHS = 3
 MIDDLE = "epoch=1.ckpt"
-BF16 = {"ddp_find_unused_parameters_true": "bf16-mixed", "fsdp": "bf16-true"}
+BF16 = {"ddp_find_unused_parameters_true": "bf16-mixed", "fsdp": "bf16-mixed"}
 """How a strategy runs in bf16; DeepSpeed's runs are in `deepspeed_run.py`."""
 
 

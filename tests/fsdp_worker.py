@@ -42,6 +42,7 @@ def compare(rank: int, meeting_point: Path, told: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting_point.as_uri(), rank=rank, world_size=PROCESSES)
     found = {" ".join(map(str, case)): list(_differences(rank, *case)) for case in CASES}
+    found["bf16"] = [_small_step()]
     if rank == 0:
         told.write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
@@ -70,6 +71,35 @@ def _differences(rank: int, family: str, boundary: Boundary, recompute: bool) ->
             "loss": max(losses) - min(losses),
             "step": float(loss.detach()) - losses[0],
         }
+
+
+def _small_step() -> dict[str, float]:
+    """One step of Adam at 1e-5 under mixed precision: the share of weights that it moves, and widths in bytes."""
+    sharded = _student("llama", "prefill", False)
+    shard(sharded, init_device_mesh("cpu", (PROCESSES,)), "bf16-mixed")
+    before = [own.detach().clone() for own in _trained(sharded)]
+    optimizer = torch.optim.Adam(sharded.parameters(), lr=1e-5)
+    ids = torch.randint(3, 60, (4, 13), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = sharded.logits(sharded(ids[:, :PROMPT], ids[:, PROMPT:]).hidden)
+        F.cross_entropy(logits.float().flatten(0, 1), ids[:, PROMPT:].flatten()).backward()
+    optimizer.step()
+    pairs = [(old, new.detach()) for old, new in zip(before, _trained(sharded), strict=True)]
+    count = sum(old.numel() for old, _ in pairs)
+    rounded = sum(int((old.bfloat16() != new.bfloat16()).sum()) for old, new in pairs)
+    moved = sum(int((old != new).sum()) for old, new in pairs)
+    return {
+        "moved": moved / count, "moved in bf16": rounded / count, "logits": logits.element_size(),
+        "shards": max(old.element_size() for old, _ in pairs),
+    }  # fmt: skip
+
+
+def _trained(sharded: StagedCausalLM) -> list[Tensor]:
+    """This process's part of the projections of blocks that both stages run, all of which get a gradient."""
+    names = ("q_proj", "v_proj", "o_proj", "down_proj")
+    weights = [w for name, w in sharded.gates[0].block.named_parameters() if any(part in name for part in names)]
+    assert all(isinstance(weight, DTensor) for weight in weights)
+    return [weight.to_local() for weight in weights if isinstance(weight, DTensor)]
 
 
 def _student(family: str, boundary: Boundary, recompute: bool) -> StagedCausalLM:

@@ -91,6 +91,24 @@ def test_a_run_that_its_hosts_cannot_hold_is_refused_with_ways_out(config: str, 
         dry_run(path, "--device_memory", "79", "--host_memory", "16")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--trainer.precision=bf16-true"], r"`trainer.precision: bf16-true` keeps the weights that train in 16 bits"),
+        (["--model.loading.dtype=bfloat16"], r"The student's weights are bfloat16 \(`loading.dtype`\)"),
+        (
+            ["--trainer.strategy=pdtrim_pl.strategies.PDTrimFSDPStrategy", "--trainer.precision=bf16-true"],
+            r"Use `precision: bf16-mixed`",
+        ),
+    ],
+)
+def test_training_in_sixteen_bits_alone_is_refused_before_a_machine_is_asked_for(
+    changes: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        dry_run(ROOT / "configs" / "quickstart.yaml", *changes)
+
+
 def test_only_fsdp_loads_whole_models_into_host_memory(eight: Shape) -> None:
     def host(**layout: Any) -> int:
         known = Layout(processes=8, student_bytes=2, teacher_bytes=2, loaded_bytes=(4, 2), **layout)

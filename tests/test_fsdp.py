@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fsdp_worker import CASES, PROCESSES, STEPS, compare
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.strategies import Strategy
 from test_criteria import batches
 from tiny_models import tiny_model
@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pdtrim_pl import fsdp
 from pdtrim_pl.checkpoint import CheckpointState
-from pdtrim_pl.dry_run import run
+from pdtrim_pl.dry_run import layout_of, run
 from pdtrim_pl.lightning_cli import _uses_checkpoint_io
-from pdtrim_pl.memory import Layout, Load, Shape, memory_per_process
+from pdtrim_pl.memory import Load, Shape, memory_per_process
 from pdtrim_pl.merging import Merging, fit_runs
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.record import RunRecord
@@ -67,6 +67,17 @@ def test_a_sharded_student_gets_the_gradients_of_a_whole_one(
         assert abs(step["step"]) > 1e-4, "the step changed something"
 
 
+@pytest.mark.slow
+def test_a_bf16_step_of_1e_5_moves_the_fp32_shards_and_computes_in_bf16(
+    differences: dict[str, list[dict[str, float]]],
+) -> None:
+    (found,) = differences["bf16"]
+    assert found["moved"] > 0.99, "of all weights; of bf16 weights, those above 5e-3 stay"
+    assert found["moved in bf16"] < 0.1
+    assert found["shards"] == 4
+    assert found["logits"] == 2
+
+
 def test_the_strategy_is_named_in_yaml_and_taken() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--strategy", type=Strategy)
@@ -88,13 +99,16 @@ def test_a_dry_run_counts_its_shards(tiny_llama_dir: Path) -> None:
     assert "8 process(es), FSDP." in out.getvalue()
 
 
-def test_sixteen_bit_weights_have_sixteen_bit_states() -> None:
-    shape = Shape.of(tiny_model("llama").config)
+def test_a_dry_run_counts_fp32_shards_of_what_trains_under_mixed_precision() -> None:
+    config = tiny_model("llama").config
+    config.dtype = torch.bfloat16
+    module, shape = PDTrimModule("any"), Shape.of(config)
+    trainer = Namespace(strategy=PDTrimFSDPStrategy(), precision="bf16-mixed", devices=8, num_nodes=1)
     load = Load(batch=1, eval_batch=1, tokens=8, chunk_tokens=8, gradient_checkpointing=False)
-    sharded = Layout(processes=8, zero_stage=3, fsdp=True, student_bytes=2, teacher_bytes=2, compute_bytes=2)
-    device = memory_per_process(shape, shape, sharded, load).device
-    parts = [device[what] for what in ("student", "teacher", "gradients", "optimizer")]
-    assert parts == [shape.parameters * width // 8 for width in (2, 2, 2, 4)]
+    device = memory_per_process(shape, shape, layout_of(module, trainer, config, config), load).device
+    parts = [device[what] for what in ("student", "teacher", "gradients", "optimizer", "communication")]
+    assert parts == [*(shape.parameters * width // 8 for width in (4, 2, 4, 8)), 2 * 2 * shape.parameters]
+    assert "autocast copies" not in device
 
 
 def test_an_older_torch_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

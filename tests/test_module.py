@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.fsdp import PDTrimFSDPStrategy
 from pdtrim_pl.losses import KL, CrossEntropy, HiddenMatch
+from pdtrim_pl.masters import check_masters
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import ModelRef, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape
@@ -29,7 +31,7 @@ from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_precision_trains_and_validates(
     precision: str, checkpointing: bool, tiny_llama_dir: Path, tmp_path: Path
@@ -53,9 +55,59 @@ def test_every_precision_trains_and_validates(
         assert module.record.validations[-1][1]["ppl"] == pytest.approx(quality.perplexity, rel=1e-5)
         assert module.record.validations[-1][1]["kl"] == pytest.approx(quality.kl, rel=1e-5)
     assert last < first, module.record.losses
-    assert module.student.model.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    assert module.student.model.dtype == torch.float32
     buffers = dict(module.student.named_buffers())
     assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}, "RoPE frequencies stay exact"
+
+
+@pytest.mark.parametrize(
+    ("precision", "loading", "message"),
+    [
+        ("bf16-true", Loading(), r"`trainer.precision: bf16-true` keeps .* in 16 bits alone.*`precision: bf16-mixed`"),
+        ("16-true", Loading(), r"`trainer.precision: 16-true`.*`precision: 16-mixed`, or PDTrimDeepSpeedStrategy"),
+        ("32-true", Loading("bfloat16"), r"weights are bfloat16 \(`loading.dtype`\).*`loading.dtype: float32`"),
+        ("bf16-mixed", Loading("float16"), r"weights are float16 \(`loading.dtype`\).*`loading.dtype: float32`"),
+        ("bf16-mixed", Loading("auto"), r"weights are bfloat16 \(`loading.dtype`\).*`loading.dtype: float32`"),
+    ],
+)
+def test_training_in_sixteen_bits_alone_is_refused_before_the_first_step(
+    precision: str, loading: Loading, message: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    data = PromptResponseDataModule(
+        str(tmp_path / "model"), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=16)
+    )
+    settings: Any = {"precision": precision, "logger": False, "enable_progress_bar": False, "max_epochs": 1}
+    trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, enable_checkpointing=False, **settings)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(PDTrimModule(str(tmp_path / "model"), loading=loading), datamodule=data)
+    trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, enable_checkpointing=False, **settings)
+    (metrics,) = trainer.validate(PDTrimModule(str(tmp_path / "model"), loading=loading), datamodule=data)
+    assert metrics["val/kl"] < 1e-3, "evaluation needs no copies"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_engine_that_keeps_copies_may_train_in_sixteen_bits(stage: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        check_masters(PDTrimDeepSpeedStrategy(stage), "bf16-true", dtype)
+
+
+def test_a_step_at_a_rate_of_1e_5_moves_every_weight(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    module = PDTrimModule(
+        str(tiny_llama_dir), losses=[CrossEntropy()], optimizer=lambda params: torch.optim.Adam(params, lr=1e-5)
+    )
+    data = PromptResponseDataModule(
+        str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=Parts(validation=0, calibration=4, max_train=16)
+    )
+    trainer = Trainer(
+        accelerator="cpu", devices=1, default_root_dir=tmp_path, enable_checkpointing=False, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, max_steps=1, precision="bf16-mixed",
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    before = dict(module.teacher.gates[1].block.named_parameters())
+    for name, weight in module.student.gates[1].block.named_parameters():
+        assert (weight != before[name]).float().mean() > 0.99, name
 
 
 @pytest.mark.parametrize("tied", [False, True])
