@@ -217,6 +217,9 @@ def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     path.write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"holds no question"):
         read_questions(path)
+    path.write_bytes(b'\n{"context": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"q\.jsonl, line 2: is not UTF-8 \(byte 0xe9\); mend the row"):
+        read_questions(path)
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match=r"cannot be read: .*utf-8"):
         read_questions(path)

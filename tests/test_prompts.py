@@ -187,3 +187,12 @@ def test_a_template_may_change_the_content() -> None:
     tokenizer = byte_level(False)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     assert chat_text(tokenizer, [{"role": "user", "content": "is"}], add_generation_prompt=True) == "IS"
+
+
+def test_an_answer_that_a_template_opens_otherwise_follows_the_served_prompt(tmp_path: Path) -> None:
+    tokenizer = byte_level(False)
+    tokenizer.chat_template = CHATML_TEMPLATE.replace("<s>assistant\n' }}", "<s>assistant\n<think>\n' }}")
+    chat = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "Paris "}]
+    (example,) = examples_of(tokenizer, tmp_path, [{"messages": chat}])
+    assert example.prompt.tolist() == encode_prompt(tokenizer, "is it", chat=True)
+    assert text_of(tokenizer, torch.cat(example).tolist()).endswith("<s>assistant\n<think>\nParis</s>")

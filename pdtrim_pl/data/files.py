@@ -46,7 +46,7 @@ def read_lines(path: Path) -> Iterator[Line]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield from _text(path, file.read()) if ending(path) in TEXT_ENDINGS else _json(path, file)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _text(path: Path, data: bytes) -> Iterator[Line]:
@@ -141,4 +141,4 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 def _refuse_wide(path: Path, data: bytes) -> None:
     if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in data[:4]:
-        raise ValueError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8")
+        raise ValueError(f"{path} cannot be read: its encoding is utf-16 or utf-32; save it as utf-8")

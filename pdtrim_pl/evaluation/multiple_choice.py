@@ -6,10 +6,9 @@ tokens without padding, H hidden.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import takewhile
 from math import nan, sqrt
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -22,11 +21,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from pdtrim_pl.context import usable_context
 from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example
-from pdtrim_pl.data.formatting import leading_ids
+from pdtrim_pl.data.files import read_lines
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.losses import Head, chunks
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.prompts import leading_ids
 from pdtrim_pl.staged import BlockKV, KVCache, Request, Slots, StagedCausalLM
 
 
@@ -73,7 +73,7 @@ class Accuracy:
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """The first questions of a JSON Lines file of `{"context", "choices", "label"}`; other keys are ignored.
+    """The first questions of a JSON Lines file (or array) of `{"context", "choices", "label"}`; other keys are ignored.
 
     Args:
         path: the file.
@@ -85,15 +85,12 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` of questions is {limit}: give at least 1, or none for all.")
     questions: list[Question] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in zip(count(1), lines, strict=False):
-                if len(questions) == limit:
-                    break
-                if line.strip():
-                    questions.append(_question(line, f"{path}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The questions {path} cannot be read: {error}.") from error
+    for line in read_lines(path):
+        if len(questions) == limit:
+            break
+        if line.fault is not None:
+            raise ValueError(f"{path}, {line.place}: {line.fault}; mend the row.")
+        questions.append(_question(line.row, f"{path}, {line.place}"))
     if not questions:
         raise ValueError(f"{path} holds no question: give rows of `context`, `choices` and `label`.")
     return questions
@@ -241,13 +238,7 @@ def _check(model: StagedCausalLM, questions: Sequence[TokenQuestion], batch_size
         )
 
 
-def _question(line: str, place: str) -> Question:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error.msg} at column {error.colno}); mend the row.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: holds a {type(row).__name__}, not an object; mend the row.")
+def _question(row: Mapping[str, Any], place: str) -> Question:
     context, choices, label = row.get("context"), row.get("choices"), row.get("label")
     if not _is_text(context):
         raise ValueError(f"{place}: `context` is {context!r}; give a text that is not empty.")
