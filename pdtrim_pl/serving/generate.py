@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -43,6 +44,7 @@ def generate_text(
     pair = ExportedPair.read(Path(export))
     if not prompt:
         raise ValueError("`prompt` is empty: give some text.")
+    prompt = _as_typed(prompt)
     tokenizer = _load_tokenizer(pair.path)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
     pair.check_prompt(len(prompt_ids), max_new_tokens)
@@ -127,6 +129,20 @@ def figures(stats: RequestStats) -> str:
         f"prefill  {stats.prefill_seconds_per_token * 1e3:.2f} ms a token\n"
         f"decode   {decode}\n"
     )
+
+
+def _as_typed(prompt: str) -> str:
+    """Text from a command line whose bytes the locale could not read, and which are UTF-8 all the same.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if prompt.isascii() or not any("\ud800" <= character <= "\udfff" for character in prompt):
+        return prompt
+    try:
+        return os.fsencode(prompt).decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"`prompt` is not UTF-8 ({error}): convert it first, for instance with `iconv`.") from error
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
