@@ -5,11 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from pdtrim_pl import __version__
+from pdtrim_pl.failures import (
+    INTERRUPTED,
+    OUTPUT_CLOSED,
+    expected_errors,
+    flush_output,
+    open_streams,
+    output_is_closed,
+    tell,
+)
 from pdtrim_pl.versions import check_versions
 
 USAGE = """\
@@ -34,7 +42,21 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit status."""
-    args = list(sys.argv[1:] if args is None else args)
+    open_streams()
+    try:
+        status = _main(list(sys.argv[1:] if args is None else args))
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning has ended the run in order
+            return _interrupted()
+        if flush_output():
+            raise
+        return _unread()
+    return status if flush_output() else _unread()
+
+
+def _main(args: list[str]) -> int:
     command = args[0] if args else "--help"
     if command in ("-h", "--help"):
         print(USAGE, end="")
@@ -49,20 +71,20 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         check_versions()
         return _run(command, args)
-    except _user_errors() as error:
-        if os.environ.get("PDTRIM_DEBUG"):
-            traceback.print_exc()
-        print(f"pdtrim: error: {error}\n(PDTRIM_DEBUG=1 shows the traceback.)", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        print(
-            f"pdtrim: error: Another process of the run is gone ({error}). Its own output tells why; its host may be "
-            "out of memory. Continue with the same command and `--ckpt_path last`.",
-            file=sys.stderr,
-        )
-        return 1
+    except BrokenPipeError as error:
+        return _unread() if output_is_closed() else tell(error)
+    except expected_errors() as error:
+        return tell(error)
+
+
+def _interrupted() -> int:
+    print("pdtrim: interrupted.", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _unread() -> int:
+    print("pdtrim: error: standard output was closed before all was written.", file=sys.stderr)
+    return OUTPUT_CLOSED
 
 
 def _run(command: str, args: list[str]) -> int:
@@ -88,9 +110,9 @@ def _run(command: str, args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from pdtrim_pl.parsing import OneLineErrors
 
-    parser = ArgumentParser(prog="pdtrim generate", description="Stream text from an exported prefill/decode pair.")
+    parser = OneLineErrors(prog="pdtrim generate", description="Stream text from an exported prefill/decode pair.")
     parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
     parser.add_argument("--prompt", type=str, required=True, help="raw text, unless --chat")
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -105,7 +127,8 @@ def _generate(args: list[str]) -> int:
     try:
         generate_text(**options.as_dict(), out=sys.stdout, err=sys.stderr)
     except BrokenPipeError:  # the reader of our output has had enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not output_is_closed():
+            raise
     except RuntimeError as error:  # a worker died; the message says which and of what
         print(f"pdtrim: error: {error}", file=sys.stderr)
         return 1
@@ -113,9 +136,9 @@ def _generate(args: list[str]) -> int:
 
 
 def _export(args: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from pdtrim_pl.parsing import OneLineErrors
 
-    parser = ArgumentParser(prog="pdtrim export", description="Write the prefill/decode pair of a checkpoint.")
+    parser = OneLineErrors(prog="pdtrim export", description="Write the prefill/decode pair of a checkpoint.")
     parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of a `pdtrim fit` run")
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
@@ -126,21 +149,6 @@ def _export(args: list[str]) -> int:
 
     print(export_checkpoint(**options.as_dict()))
     return 0
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What a user can get wrong. Lightning's own class is known only once Lightning is imported."""
-    kinds: list[type[Exception]] = [ValueError, OSError]
-    if "lightning" in sys.modules:
-        from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-        kinds.append(MisconfigurationException)
-    return tuple(kinds)
-
-
-def lost_process(error: RuntimeError) -> bool:
-    """Whether it is how gloo or NCCL tell that another process of the run has died; gloo has no class for it."""
-    return any(sign in str(error) for sign in ("closed by peer", "reset by peer", "Broken pipe", "NCCL communicator"))
 
 
 def _is_first_process() -> bool:

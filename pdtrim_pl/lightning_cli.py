@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,7 +19,12 @@ from pdtrim_pl.checkpoint import PlanCheckpointIO
 from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.parsing import OneLineErrors
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
+
+
+class OneLineParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser, whose errors are one line."""
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -42,6 +47,7 @@ class PDTrimCLI(LightningCLI):
             save_config_callback=SaveResolvedConfig,
             # Not `config.yaml`: without a logger it lands in `default_root_dir`, where a user may keep one.
             save_config_kwargs={"overwrite": True, "config_filename": "resolved_config.yaml"},
+            parser_class=OneLineParser,
             parser_kwargs={"parser_mode": "omegaconf", "prog": "pdtrim"},
             seed_everything_default=0,
             auto_configure_optimizers=False,

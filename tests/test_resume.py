@@ -35,6 +35,7 @@ from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
 from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.export import export_pair
+from pdtrim_pl.failures import lost_process
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.random_state import random_state, restore_random_state
 from pdtrim_pl.search import Guards
@@ -121,7 +122,7 @@ def test_the_error_of_a_lost_rank_is_known_to_the_command_line(together: Path) -
     survivor = (together / "export" / "rank1.log").read_text()
     said = [line for line in survivor.splitlines() if line.startswith("RuntimeError: ") and "gloo" in line]
     assert said
-    assert cli.lost_process(RuntimeError(said[-1].removeprefix("RuntimeError: ")))
+    assert lost_process(RuntimeError(said[-1].removeprefix("RuntimeError: ")))
 
 
 @pytest.mark.slow

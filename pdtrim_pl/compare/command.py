@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from pdtrim_pl.compare.comparison import Comparison, Results
 from pdtrim_pl.compare.pictures import draw
 from pdtrim_pl.compare.tables import facts_of, print_table, to_markdown, write_accuracy_csv, write_csv
+from pdtrim_pl.parsing import OneLineErrors
 from pdtrim_pl.plan import write_whole
 
 
@@ -53,8 +53,8 @@ def parse(args: Sequence[str]) -> tuple[Comparison, dict[str, Any]]:
     return comparison, settings
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _parser() -> OneLineErrors:
+    parser = OneLineErrors(
         prog="pdtrim compare",
         description="The same model, text and removal counts through several methods.",
         parser_mode="omegaconf",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -48,6 +49,7 @@ def generate_text(
         from pdtrim_pl.staged import adapter_at
 
         adapter_at(pair.plan.model.architecture)  # importing it may make its family known to transformers
+    prompt = _as_typed(prompt)
     tokenizer = _load_tokenizer(pair.path)
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     pair.check_prompt(len(ids), max_new_tokens)
@@ -133,6 +135,20 @@ def figures(stats: RequestStats) -> str:
         f"prefill  {stats.prefill_seconds_per_token * 1e3:.2f} ms a token\n"
         f"decode   {decode}\n"
     )
+
+
+def _as_typed(prompt: str) -> str:
+    """Text from a command line whose bytes the locale could not read, and which are UTF-8 all the same.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if prompt.isascii() or not any("\ud800" <= character <= "\udfff" for character in prompt):
+        return prompt
+    try:
+        return os.fsencode(prompt).decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"`prompt` is not UTF-8 ({error}): convert it first, for instance with `iconv`.") from error
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

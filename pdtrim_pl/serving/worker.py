@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pdtrim_pl.failures import is_out_of_memory
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.serving import messages as say
 from pdtrim_pl.serving.transport import (
@@ -35,6 +36,8 @@ from pdtrim_pl.staged.model import StagedCausalLM
 
 # The parent kills a worker whose partner is gone, long before this; it only bounds what nobody watches.
 LINK_TIMEOUT = timedelta(hours=1)
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+"""The network interface that nobody outside this host reaches."""
 
 
 def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
@@ -46,7 +49,8 @@ def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair, which then stops its workers
     os.dup2(sys.stderr.fileno(), 1)  # standard output is for the generated text alone
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    # Both workers are on this host, whatever a cluster has set for processes that are not.
+    os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
     try:
         staged, policy = _load(spec)
         link = open_link(spec.stage, torch.device(spec.device), spec.backend, spec.meeting_point, LINK_TIMEOUT)
@@ -161,6 +165,9 @@ class DecodeWorker(StageWorker):
 def _last_words(error: Exception) -> say.Failed:
     if isinstance(error, ValueError):
         return say.Failed("setting", str(error))
+    if is_out_of_memory(error):
+        ways = "Give a shorter prompt, or another `device`"
+        return say.Failed("fault", f"memory ran out ({str(error).splitlines()[0]}). {ways}.")
     return say.Failed("link" if isinstance(error, LinkError) else "fault", f"{type(error).__name__}: {error}")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -15,6 +17,16 @@ from pdtrim_pl.serving import messages as say
 from pdtrim_pl.serving.worker import run_worker
 
 GRACE_SECONDS = 5.0
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal: a worker that starts here must not end in a traceback of its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerPair:
@@ -39,7 +51,8 @@ class WorkerPair:
             )
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=run_worker, args=(spec, theirs), name=f"pdtrim {stage}", daemon=True)
-            process.start()
+            with _interrupts_held_back():
+                process.start()
             theirs.close()  # so that a worker's end closes with the worker
             self._processes[stage], self._connections[stage] = process, ours
 
