@@ -47,6 +47,8 @@ def main(args: Sequence[str] | None = None) -> int:
         status = _main(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt:
         return _interrupted()
+    except BrokenPipeError as error:
+        return _unread() if output_is_closed() else tell(error)
     except SystemExit as leaving:
         if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning has ended the run in order
             return _interrupted()
@@ -71,8 +73,8 @@ def _main(args: list[str]) -> int:
     try:
         check_versions()
         return _run(command, args)
-    except BrokenPipeError as error:
-        return _unread() if output_is_closed() else tell(error)
+    except BrokenPipeError:
+        raise  # what it means depends on whose pipe it was
     except expected_errors() as error:
         return tell(error)
 

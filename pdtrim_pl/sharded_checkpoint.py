@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -142,20 +143,52 @@ def read_sharded(directory: str | PathLike[str]) -> dict[str, Any]:
 def read_run_state(directory: str | PathLike[str]) -> dict[str, Any]:
     """What a directory of shards says besides weights and optimizer; errors as in `read_sharded`."""
     stage = ShardedCheckpoint.load(directory).stage
-    # DeepSpeed's files hold more than tensors, so `weights_only` cannot read them.
-    file = model_state_file(os.path.join(directory, TAG), stage)
-    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    saved = _load_safely(Path(model_state_file(os.path.join(directory, TAG), stage)))
     return {key: value for key, value in saved.items() if key not in _ENGINE_KEYS}
 
 
 def read_weights(directory: str | PathLike[str]) -> dict[str, Tensor]:
-    """The student's whole weights in fp32, by name."""
+    """The student's whole weights in fp32, by name; errors as in `check_harmless`."""
+    check_harmless(directory)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
         directory, tag=TAG, exclude_frozen_parameters=True
     )
     return weights
+
+
+def check_harmless(directory: str | PathLike[str]) -> None:
+    """Refuse shards that would run code when they are loaded, for DeepSpeed loads them with all that pickle can do.
+
+    Raises:
+        ValueError: a shard holds something else than tensors, plain values and what DeepSpeed itself writes.
+    """
+    for file in sorted(Path(directory).glob(f"{TAG}/*.pt")):
+        _load_safely(file)
+
+
+def _load_safely(file: Path) -> dict[str, Any]:
+    """A shard, mapped: its tensors stay on disk."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    written_by_deepspeed: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(written_by_deepspeed):
+            saved: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The shard {file} is not loaded: it holds more than tensors and what DeepSpeed writes, and could run code "
+            f"({str(error).splitlines()[0]}). Continue from a checkpoint of your own."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"The shard {file} cannot be read ({str(error).splitlines()[0]}). Give `ckpt_path` the checkpoint before "
+            "it."
+        ) from error
+    return saved
 
 
 def unfinished(path: str | PathLike[str]) -> str:

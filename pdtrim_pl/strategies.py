@@ -35,6 +35,7 @@ from pdtrim_pl.fsdp import PDTrimFSDPStrategy
 from pdtrim_pl.shard_writer import ShardWriter
 from pdtrim_pl.sharded_checkpoint import (
     ShardedCheckpoint,
+    check_harmless,
     put_in_place,
     read_run_state,
     read_weights,
@@ -174,6 +175,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         saved = ShardedCheckpoint.load(checkpoint_path)
         saved.check(ShardedCheckpoint.of(self.stage, self.world_size, self._student()), checkpoint_path)
+        check_harmless(checkpoint_path)
         assert self.lightning_module is not None
         if self.zero_stage_3 and self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             # DeepSpeed keeps ZeRO-3 weights with the optimizer's, and has no optimizer here: rank 0 hands them out.

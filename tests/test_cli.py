@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_models import tiny_model
 
@@ -18,7 +20,8 @@ from pdtrim_pl.checkpoint import sidecar
 from pdtrim_pl.cli import main
 from pdtrim_pl.export import load_plan_and_policy
 from pdtrim_pl.lightning_cli import PDTrimCLI
-from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.plan import ModelRef, StagePlan
+from pdtrim_pl.serving.worker import _last_words
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("compare_"))
@@ -237,3 +240,177 @@ def test_the_package_runs_as_a_module() -> None:
         [sys.executable, "-m", "pdtrim_pl", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("pdtrim_pl ")
+
+
+# Errors
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The only line that a command with a wrong key prints before it leaves with status 2."""
+    with pytest.raises(SystemExit) as done:
+        main(list(args))
+    assert done.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("--trainer.maxepochs=3", "trainer.max_epochs"),
+        ("--model.structure.relaton=free", "model.structure.relation"),
+        ("--modle.model=x", "model.model"),
+        ("--model.optimizer.init_args.lrr=3", "lr"),
+    ],
+)
+def test_a_wrong_key_on_the_command_line_is_one_line_with_the_nearest_one(
+    wrong: str, right: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "fit", "--config", str(config), wrong)
+    assert line.startswith("pdtrim: error: ")
+    assert f"Did you mean `{right}`? (`pdtrim fit --help` shows all options.)" in line
+
+
+WRONG_YAML: dict[str, tuple[list[str | int], Any, str]] = {
+    "section": (["modle"], {"model": "x"}, "model.model"),
+    "dataclass": (["data", "lengths", "max_len"], 2, "data.lengths.max_length"),
+    "class": (["trainer", "callbacks", 0, "init_args", "shedule"], 2, "schedule"),
+    "class in a class": (["trainer", "callbacks", 0, "init_args", "criterion", "init_args", "pol"], 2, "pool"),
+    "dataclass in a class": (["trainer", "callbacks", 0, "init_args", "guards", "protect_frst"], 2, "protect_first"),
+    "alternatives": (["trainer", "callbacks", 0, "init_args", "schedule", "untl"], 2, "until"),
+    "class path": (
+        ["trainer", "callbacks", 1, "init_args", "criterion", "class_path"],
+        "pdtrim_pl.criteria.CosinRedundancy",
+        "CosineRedundancy",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_YAML)
+def test_a_wrong_key_in_yaml_is_one_line_with_the_nearest_one(
+    kind: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys, value, right = WRONG_YAML[kind]
+    settings: Any = yaml.safe_load(config.read_text())
+    place = settings
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    config.write_text(yaml.safe_dump(settings))
+    assert f"Did you mean `{right}`?" in refused(capsys, "fit", "--config", str(config))
+
+
+def test_other_commands_name_the_nearest_option_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Did you mean `prompt`?" in refused(capsys, "generate", "--export", "x", "--promt", "y")
+    assert "Did you mean `output`?" in refused(capsys, "export", "--ckpt_path", "x", "--outptu", "y")
+    assert "Did you mean" not in refused(capsys, "export", "--ckpt_path", "x", "--quux", "y"), "nothing is near"
+    compare = ["compare", "--config", str(ROOT / "configs" / "compare_smollm2.yaml"), "--model.nmae=x"]
+    assert "Did you mean `model.name`?" in refused(capsys, *compare)
+
+
+def test_an_interpolation_of_nothing_names_the_nearest_key(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(config.read_text().replace("${model.model}", "${model.modle}"))
+    assert main(["fit", "--config", str(config)]) == 1
+    assert "Interpolation key 'model.modle' not found. Did you mean `model.model`?" in capsys.readouterr().err
+
+
+def test_a_setting_that_a_class_refuses_is_told_without_the_alternatives_of_its_type(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text().replace("1: 1", "0: -1"))
+    assert main(["fit", "--config", str(config)]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert said == ["pdtrim: error: `schedule` of the prefill drops is {0: -1}: give epochs >= 0 and counts >= 1."]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, fail: Callable[[], object]) -> None:
+    def run(command: str, args: list[str]) -> int:
+        fail()
+        return 0
+
+    monkeypatch.setattr("pdtrim_pl.cli._run", run)
+
+
+def test_a_value_error_of_a_library_shows_where_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, lambda: torch.distributions.Normal(torch.tensor([0.0]), torch.tensor([-1.0])))
+    assert main(["fit"]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[0] == "Traceback (most recent call last):"
+    assert any("torch/distributions" in line for line in error)
+    assert any(line.startswith("pdtrim: error: ValueError: Expected parameter scale") for line in error)
+
+
+def test_a_value_error_that_an_expression_of_ours_runs_into_shows_where_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, lambda: StagePlan.full(ModelRef("x", "llama", "many")))  # type: ignore[arg-type]
+    monkeypatch.setattr("pdtrim_pl.plan.range", int, raising=False)  # as a slip in our own code would be
+    assert main(["fit"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback (most recent call last):")
+    assert "pdtrim_pl/plan.py" in error
+    assert "pdtrim: error: ValueError: invalid literal for int()" in error
+
+
+def test_a_value_error_that_we_raise_is_the_users(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, lambda: RepeatedDrop(0, 1, 1))
+    assert main(["fit"]) == 1
+    assert capsys.readouterr().err.startswith("pdtrim: error: `schedule` needs `blocks`")
+    monkeypatch.setenv("PDTRIM_DEBUG", "1")
+    assert main(["fit"]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def host_memory() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def device_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+
+@pytest.mark.parametrize(
+    ("fail", "said"), [(device_memory, "CUDA out of memory"), (host_memory, "DefaultCPUAllocator")]
+)
+def test_memory_that_runs_out_comes_with_what_to_lower(
+    fail: Callable[[], object], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, fail)
+    assert main(["fit"]) == 1
+    line, hint = capsys.readouterr().err.splitlines()
+    assert line.startswith("pdtrim: error: Memory ran out (")
+    assert said in line
+    assert "Lower `data.batch_size`, `data.lengths.max_length` or `model.chunk_tokens`" in line
+    assert "`pdtrim fit --dry_run` counts" in line
+    assert hint == "(PDTRIM_DEBUG=1 shows the traceback.)"
+
+
+def test_a_worker_whose_memory_runs_out_says_what_to_do() -> None:
+    failed = _last_words(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nmore"))
+    assert (
+        failed.message == "memory ran out (CUDA out of memory. Tried ...). Give a shorter prompt, or another `device`."
+    )
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted_in_lightning() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+@pytest.mark.parametrize("fail", [interrupted, interrupted_in_lightning])
+def test_ctrl_c_ends_a_command_with_its_own_status(
+    fail: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, fail)
+    assert main(["fit"]) == 130
+    assert capsys.readouterr().err == "pdtrim: interrupted.\n"

@@ -21,6 +21,7 @@ from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.record import RunRecord
 from pdtrim_pl.sharded_checkpoint import (
     ShardedCheckpoint,
+    check_harmless,
     earlier,
     is_whole,
     put_in_place,
@@ -463,6 +464,49 @@ def test_a_settled_checkpoint_has_its_own_plan_beside_it(tmp_path: Path) -> None
     save_shards(unfinished(path), student)
     settle(tmp_path)
     assert json.loads(sidecar(path, "stage_plan.json").read_text()) == student.plan.to_json()
+
+
+class Payload:
+    """Leaves a file behind when it is unpickled by somebody who does not look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_shards_that_would_run_code_are_refused_unrun(name: str, tmp_path: Path) -> None:
+    path, ran = save_shards(tmp_path / "last.ckpt"), tmp_path / "ran"
+    (path / "checkpoint" / "shard_0.pt").unlink()
+    (path / "checkpoint" / "shard_1.pt").unlink()
+    ShardedCheckpoint.of(2, 1, student_of(), state_of(student_of()).to_json()).save(path)
+    torch.save({"module": {}}, path / "checkpoint" / "mp_rank_00_model_states.pt")
+    torch.save({"module": {}, "more": Payload(ran)}, path / "checkpoint" / name)
+    with pytest.raises(ValueError, match=r"The shard .*states.pt is not loaded: it holds more than tensors .*run code"):
+        read_sharded(path)
+    assert not ran.exists()
+
+
+def test_what_deepspeed_itself_writes_into_shards_is_harmless(tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    (tmp_path / "checkpoint").mkdir()
+    file = tmp_path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save(
+        {
+            "loss_scaler": LossScaler(scale=1.0), "other": DynamicLossScaler(2.0, 2.0, 10, 1.0, 1, False),
+            "zero_stage": ZeroStageEnum(2), "address": fragment_address(3, 1), "states": [torch.ones(2)],
+        },
+        file,
+    )  # fmt: skip
+    check_harmless(tmp_path)
+    file.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"The shard .* cannot be read"):
+        check_harmless(tmp_path)
 
 
 def test_what_lies_beside_shards_does_not_count(tmp_path: Path) -> None:

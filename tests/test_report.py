@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import plans
 
 from pdtrim_pl.evaluation.quality import Quality
@@ -18,6 +19,7 @@ from pdtrim_pl.evaluation.summary import Summary
 from pdtrim_pl.export.card import write_card
 from pdtrim_pl.export.report import installed_versions, write_report
 from pdtrim_pl.export.report_figures import FATES, fates
+from pdtrim_pl.export.secrets import redacted
 from pdtrim_pl.plan import STAGES, ModelRef, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention
 from pdtrim_pl.record import RunRecord
@@ -193,3 +195,37 @@ def test_the_contract_on_the_card_follows_the_boundary(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "without its last token" in text
     assert "sent every prompt position" in text
+
+
+SECRET = "s3cr3t-value"
+HIDDEN = (
+    f"token: {SECRET}", f"hf_token: {SECRET}", f"apiKey: {SECRET}", f"password: '{SECRET}'",
+    f"aws_secret_access_key: {SECRET}",
+    f"url: https://user:{SECRET}@host/x", f"url: s3://b/x?X=1&signature={SECRET}", f"env: {{HOME: {SECRET}}}",
+    f"nested: [{{client_secret: {SECRET}}}]", f"Authorization: Bearer {SECRET}", "note: hf_s3cr3tvalueABCDEFGH",
+)  # fmt: skip
+SHOWN = ("max_new_tokens: 7", "tokenizer: some/model", "chunk_tokens: 128", "author: me", "keys: [a]", "every: 1")
+
+
+@pytest.mark.parametrize("line", HIDDEN)
+def test_what_looks_like_a_secret_is_not_in_the_report(line: str, tmp_path: Path) -> None:
+    plan = StagePlan.full(ModelRef("m", "llama", 4))
+    configuration = "# a header\nmodel: {model: m}\ntrainer:\n  logger:\n    " + line + "\n"
+    notes = {"configuration": configuration, "precision": "32-true"}
+    write_report(tmp_path / "r.html", plan=plan, policy=KVRetentionPolicy("prefill", KVShape(2, 8)),
+                 record=RunRecord(notes=notes))  # fmt: skip
+    page = (tmp_path / "r.html").read_text()
+    assert "s3cr3t" not in page
+    assert "(redacted)" in page
+    assert "32-true" in page
+
+
+@given(st.lists(st.sampled_from(SHOWN), unique=True))
+def test_a_configuration_without_secrets_is_shown_as_it_is(lines: list[str]) -> None:
+    text = "\n".join(["# a header", "model: {model: m}", *lines, ""])
+    assert redacted({"configuration": text, "steps": 7}) == {"configuration": text, "steps": 7}
+
+
+def test_a_note_that_is_no_yaml_is_searched_as_text() -> None:
+    text = "first: [\n https://me:pw@host\n"
+    assert redacted(text) == "first: [\n https://(redacted)@host\n"

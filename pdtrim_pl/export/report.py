@@ -14,6 +14,7 @@ import pdtrim_pl
 from pdtrim_pl.evaluation.summary import COLUMNS, Summary, human_bytes
 from pdtrim_pl.export import report_figures as figures
 from pdtrim_pl.export.report_page import bullets, missing, page, paragraph, picture, section, table
+from pdtrim_pl.export.secrets import redacted
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
 from pdtrim_pl.policy import KVRetentionPolicy
 from pdtrim_pl.record import RunRecord
@@ -174,7 +175,8 @@ def _notes(record: RunRecord) -> str:
     heading = "Notes of the run"
     if not record.notes:
         return section(heading, missing("The run left no notes."))
-    said = {n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in record.notes.items()}
+    notes = redacted(record.notes)
+    said = {n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in notes.items()}
     long = {name: text for name, text in said.items() if "\n" in text}
     rows = [(name, text) for name, text in said.items() if name not in long]
     parts = [f"<h3>{escape(name)}</h3>\n<pre>{escape(text)}</pre>" for name, text in long.items()]
