@@ -45,8 +45,8 @@ def export_checkpoint(
     moved = replace(
         state.plan.model, name_or_path=name, model_type=config.model_type, num_blocks=config.num_hidden_layers
     )
-    state.check_model(moved)
     base = load_causal_lm(name, dtype=torch.float32, architecture=adapter)
+    state.check_model(moved)
     student = StagedCausalLM(base, replace(state.plan, model=moved), state.policy, architecture=adapter)
     for stage, blocks in state.untied.items():
         for block in blocks:
