@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from row_files import encoded, lines, texts, written
 
-from pdtrim_pl.data import Lengths, TextSource, TokenExamples
+from pdtrim_pl.data import Lengths, TextSource
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.sources import load_rows
 from pdtrim_pl.pretrained import load_tokenizer
@@ -19,24 +20,6 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"
 
 def pair(number: int) -> dict[str, str]:
     return {"prompt": f"question {number}", "response": f"answer {number}"}
-
-
-def lines(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def written(directory: Path, data: bytes, name: str = "data.jsonl") -> str:
-    (directory / name).write_bytes(data)
-    return str(directory / name)
-
-
-def encoded(tokenizer: Path, path: str, **source: Any) -> TokenExamples:
-    return encode(load_rows(TextSource(path, **source)), load_tokenizer(str(tokenizer)), Lengths(256, 1, 128), 0)
-
-
-def texts(tokenizer: Path, examples: TokenExamples) -> list[tuple[str, ...]]:
-    decoder = load_tokenizer(str(tokenizer))
-    return [tuple(str(decoder.decode(ids)) for ids in examples[index]) for index in range(len(examples))]
 
 
 ROWS = [*map(pair, range(1, 10)), {"prompt": "question 10", "response": ""}, pair(11)]

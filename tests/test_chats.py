@@ -1,36 +1,13 @@
 """Chats in every form that people keep them in are one text; a message that cannot be read is named."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
-
-from pdtrim_pl.data import Lengths, TextSource, TokenExamples
-from pdtrim_pl.data.formatting import encode
-from pdtrim_pl.data.sources import load_rows
-from pdtrim_pl.pretrained import load_tokenizer
+from row_files import encoded, lines, texts, written
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-
-
-def lines(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def written(directory: Path, data: bytes, name: str = "data.jsonl") -> str:
-    (directory / name).write_bytes(data)
-    return str(directory / name)
-
-
-def encoded(tokenizer: Path, path: str, **source: Any) -> TokenExamples:
-    return encode(load_rows(TextSource(path, **source)), load_tokenizer(str(tokenizer)), Lengths(256, 1, 128), 0)
-
-
-def texts(tokenizer: Path, examples: TokenExamples) -> list[tuple[str, ...]]:
-    decoder = load_tokenizer(str(tokenizer))
-    return [tuple(str(decoder.decode(ids)) for ids in examples[index]) for index in range(len(examples))]
 
 
 TOLD = ("<bos>system\nbe kind<eos>\n<bos>user\nhi there<eos>\n<bos>assistant\n", "yo<eos>")
