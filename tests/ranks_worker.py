@@ -202,7 +202,8 @@ def loss_guard(strategy: DDPStrategy, folder: Path) -> None:
     (folder / "file").touch()
     guard = LossGuard(output=folder / "file" / "batches")
     trainer: Any = SimpleNamespace(
-        strategy=strategy, global_step=7, current_epoch=1, global_rank=strategy.global_rank, default_root_dir=folder
+        strategy=strategy, global_step=7, current_epoch=1, global_rank=strategy.global_rank, default_root_dir=folder,
+        fast_dev_run=0,
     )
     module: Any = None
     guard.on_train_batch_start(trainer, module, DATA[0], 0)
@@ -214,7 +215,7 @@ def export(strategy: DDPStrategy, folder: Path) -> None:
     exporter, module = ExportPair(folder / "export", measure=False), PDTrimModule("any")
     module.student, _ = models()
     exporter._write = _refuse  # type: ignore[method-assign]
-    trainer: Any = SimpleNamespace(strategy=strategy, interrupted=False, callbacks=[])
+    trainer: Any = SimpleNamespace(strategy=strategy, interrupted=False, callbacks=[], fast_dev_run=0)
     exporter.on_train_end(trainer, module)
 
 
