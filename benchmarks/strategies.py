@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from callbacks import BlockDrop
-from pdtrim_pl.checkpoint import PlanCheckpointIO
+from pdtrim_pl.checkpoints.state import PlanCheckpointIO
 from pdtrim_pl.criteria import Random
 from pdtrim_pl.data import Batch
+from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.settings import Loading
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from callbacks.removal_rounds import RemovalRounds, scoring_context
 from pdtrim_pl.criteria import Criterion, ScoringContext
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
@@ -35,7 +36,7 @@ class RepeatedDrop:
 
     def __post_init__(self) -> None:
         if min(self.blocks, self.every, self.until) < 1 or self.start < 0:
-            raise ValueError(f"`schedule` needs `blocks`, `every`, `until` of at least 1 and `start` >= 0, got {self}.")
+            raise UserError(f"`schedule` needs `blocks`, `every`, `until` of at least 1 and `start` >= 0, got {self}.")
 
     def by_epoch(self) -> dict[int, int]:
         """The same schedule as {epoch: blocks}."""
@@ -63,7 +64,7 @@ class BlockDrop(RemovalRounds):
         memory: how much a search may keep, on the device of the models.
 
     Raises:
-        ValueError: a schedule with a negative epoch or a count below 1.
+        UserError: a schedule with a negative epoch or a count below 1.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class BlockDrop(RemovalRounds):
         asked: Mapping[Any, int] = schedule.by_epoch() if isinstance(schedule, RepeatedDrop) else schedule
         self.schedule = {int(epoch): int(count) for epoch, count in asked.items()}
         if not self.schedule or min(self.schedule) < 0 or min(self.schedule.values()) < 1:
-            raise ValueError(f"`schedule` of the {stage} drops is {schedule}: give epochs >= 0 and counts >= 1.")
+            raise UserError(f"`schedule` of the {stage} drops is {schedule}: give epochs >= 0 and counts >= 1.")
         super().__init__(f"{stage} drops", self.schedule, guards, merging, memory)
         self.until = schedule.until if isinstance(schedule, RepeatedDrop) else None
         self.annealing = annealing

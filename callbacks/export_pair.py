@@ -13,23 +13,24 @@ from rich.console import Console
 from typing_extensions import override
 
 from callbacks.removal_rounds import removals_of
-from pdtrim_pl.checkpoint import check_writable
-from pdtrim_pl.context import usable_context
+from pdtrim_pl.checkpoints.state import check_writable
+from pdtrim_pl.checkpoints.trial import trial_batches
 from pdtrim_pl.data import fingerprint
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.summary import Summary, summarise
 from pdtrim_pl.evaluation.timing import Timing, measure_timing
 from pdtrim_pl.export import check_target, export_pair
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.whole import whole_copy
-from pdtrim_pl.first_rank import on_first_rank
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.models.loading import TORCH_DTYPES
+from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.pretrained import load_causal_lm
-from pdtrim_pl.settings import TORCH_DTYPES
+from pdtrim_pl.parallel import on_first_rank
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
 from pdtrim_pl.strategies import gathered, ranks_of, shards_weights
-from pdtrim_pl.trial import trial_batches
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class ExportPair(Callback):
         new_tokens: int = 32,
     ) -> None:
         if prompt_tokens < 1 or new_tokens < 1:
-            raise ValueError("`prompt_tokens` and `new_tokens` of the export must be at least 1.")
+            raise UserError("`prompt_tokens` and `new_tokens` of the export must be at least 1.")
         self.output = output
         self.dtype = TORCH_DTYPES[dtype]
         self.overwrite = overwrite

@@ -12,15 +12,14 @@ from typing_extensions import override
 
 from callbacks.kv_retention import KVRetention
 from callbacks.removal_rounds import RemovalRounds, scoring_context
-from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.criteria import ScoringContext
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import STAGES, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, Retention, StagePlan
 from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
+from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class JointDrop(RemovalRounds):
         memory: how much a search may keep, on the device of the models.
 
     Raises:
-        ValueError: no epoch, one below 0, a target that asks for nothing, or merges `tied` in both stages.
+        UserError: no epoch, one below 0, a target that asks for nothing, or merges `tied` in both stages.
     """
 
     def __init__(
@@ -66,11 +65,11 @@ class JointDrop(RemovalRounds):
         memory: Memory = Memory(),
     ) -> None:
         if not epochs or min(epochs) < 0 or len(set(epochs)) < len(epochs):
-            raise ValueError(f"`epochs` of the joint drops is {epochs}: give different epochs >= 0.")
+            raise UserError(f"`epochs` of the joint drops is {epochs}: give different epochs >= 0.")
         if target == CostTarget():
-            raise ValueError("`target` of the joint drops asks for nothing: set at least one share below 1.")
+            raise UserError("`target` of the joint drops asks for nothing: set at least one share below 1.")
         if merging is not None and merging.tied:
-            raise ValueError(
+            raise UserError(
                 "`merging.tied` of the joint drops: a joint search merges in one stage at a time, a tied merge is in "
                 "both. Set it to false, or merge with BlockDrop."
             )

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from callbacks.removal_rounds import RemovalRounds, calibration_batches, is_due, lasts_until, removals_of
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.plan import KVRetentionPolicy
 from pdtrim_pl.selectors import KVSelector, selection_context
 from pdtrim_pl.strategies import ranks_of
 
@@ -28,12 +29,12 @@ class KVRetention(Callback):
         epoch: when to choose; at the last drop by default, or at the start where nothing drops.
 
     Raises:
-        ValueError: a negative epoch.
+        UserError: a negative epoch.
     """
 
     def __init__(self, selector: KVSelector, epoch: int | None = None) -> None:
         if epoch is not None and epoch < 0:
-            raise ValueError(f"`epoch` of the KV retention is {epoch}: epochs count from 0.")
+            raise UserError(f"`epoch` of the KV retention is {epoch}: epochs count from 0.")
         self.selector = selector
         self.epoch = epoch
         self.done = False

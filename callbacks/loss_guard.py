@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from pdtrim_pl.checkpoints.trial import trial_batches
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.trial import trial_batches
+from pdtrim_pl.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ class LossGuard(Callback):
         output: where batches are saved; `bad_batches` in `trainer.default_root_dir` by default.
 
     Raises:
-        ValueError: a negative `skip`.
+        UserError: a negative `skip`.
     """
 
     def __init__(self, skip: int = 0, output: Path | None = None) -> None:
         if skip < 0:
-            raise ValueError(f"`skip` of the loss guard is {skip}: give a count >= 0.")
+            raise UserError(f"`skip` of the loss guard is {skip}: give a count >= 0.")
         self.skip = skip
         self.output = output
         self.skipped: list[int] = []
@@ -68,7 +69,7 @@ class LossGuard(Callback):
         # Only now that every rank knows: one that cannot write must not keep the others waiting.
         lost = self._save(trainer, float(loss.detach())) if mine and trial_batches(trainer) is None else ""
         if len(self.skipped) >= self.skip:
-            raise ValueError(self._farewell(trainer, float(loss.detach()), lost))
+            raise UserError(self._farewell(trainer, float(loss.detach()), lost))
         if lost:
             log.warning("The batch of a loss that is not finite could not be saved: %s", lost)
         self._bad = True

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import STAGES, StagePlan
 
@@ -24,12 +25,12 @@ class PlanLogger(Callback):
         every_seconds: time between two lines of progress; 0 turns them off.
 
     Raises:
-        ValueError: a negative time.
+        UserError: a negative time.
     """
 
     def __init__(self, every_seconds: float = 15.0) -> None:
         if every_seconds < 0:
-            raise ValueError(f"`every_seconds` is {every_seconds}: give a time >= 0.")
+            raise UserError(f"`every_seconds` is {every_seconds}: give a time >= 0.")
         self.every_seconds = every_seconds
         self._said = -1
         self._last = time.monotonic()

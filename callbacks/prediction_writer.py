@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 from typing_extensions import override
 
+from pdtrim_pl.checkpoints.trial import trial_batches
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.trial import trial_batches
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from pdtrim_pl.checkpoints.trial import trial_batches
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.slurm import RunningJob, SlurmError
-from pdtrim_pl.trial import trial_batches
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,12 @@ class Preemption(Checkpoint):
         max_requeues: after so many restarts the job saves and ends instead of going back into the queue.
 
     Raises:
-        ValueError: a negative count.
+        UserError: a negative count.
     """
 
     def __init__(self, max_requeues: int = 20) -> None:
         if max_requeues < 0:
-            raise ValueError(f"`max_requeues` is {max_requeues}: give a count >= 0.")
+            raise UserError(f"`max_requeues` is {max_requeues}: give a count >= 0.")
         self.max_requeues = max_requeues
         self._delivered = False
         self._step_before = 0

@@ -17,18 +17,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from callbacks.preemption import first_saver, leave_search
+from pdtrim_pl.checkpoints.trial import limited, trial_batches
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import StagePlan, Target
+from pdtrim_pl.plan import Move, StagePlan, Target
 from pdtrim_pl.search import Guards, distillation_set
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import check_drops, ranks_of
-from pdtrim_pl.trial import limited, trial_batches
 
 log = logging.getLogger(__name__)
 

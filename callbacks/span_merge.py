@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from callbacks.removal_rounds import RemovalRounds, fitting_batches, scoring_context
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
@@ -36,7 +37,7 @@ class SpanMerge(RemovalRounds):
         memory: how much the evaluation of spans may keep.
 
     Raises:
-        ValueError: numbers that mean nothing.
+        UserError: numbers that mean nothing.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class SpanMerge(RemovalRounds):
         behind: int = 2, guards: Guards = Guards(), memory: Memory = Memory(),
     ) -> None:  # fmt: skip
         if min(blocks, tried) < 1 or min(epoch, behind) < 0:
-            raise ValueError(
+            raise UserError(
                 "A span merge needs `blocks` >= 1 and `epoch` >= 0, `tried` >= 1 and `behind` >= 0, and has "
                 f"{blocks}, {epoch}, {tried} and {behind}."
             )

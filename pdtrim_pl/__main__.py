@@ -2,6 +2,6 @@
 
 import sys
 
-from pdtrim_pl.cli import main
+from pdtrim_pl.cli.main import main
 
 sys.exit(main())

@@ -23,26 +23,28 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from pdtrim_pl.checkpoint import CheckpointState, check_weights, check_writable
-from pdtrim_pl.context import usable_context
-from pdtrim_pl.continuation import check_same_checkpoint, settle
+from pdtrim_pl.checkpoints.continuation import check_same_checkpoint, settle
+from pdtrim_pl.checkpoints.loop_state import resumable_loops
+from pdtrim_pl.checkpoints.random_state import RandomState, random_states, restore_random_state
+from pdtrim_pl.checkpoints.run_record import RunRecord
+from pdtrim_pl.checkpoints.state import CheckpointState, check_weights, check_writable
+from pdtrim_pl.checkpoints.trial import save_nothing_in_a_trial
 from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check_vocabulary
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
-from pdtrim_pl.loop_state import resumable_loops
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, token_weights, weighted_sum
-from pdtrim_pl.masters import check_masters
 from pdtrim_pl.merging.training import WeightChange
-from pdtrim_pl.observed import BlockOutputs, run_observed
-from pdtrim_pl.plan import Stage, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
-from pdtrim_pl.pretrained import check_model, load_causal_lm, model_type_of
-from pdtrim_pl.random_state import RandomState, random_states, restore_random_state
-from pdtrim_pl.record import RunRecord
-from pdtrim_pl.settings import Loading, Structure, dtype_of
-from pdtrim_pl.staged import Architecture, Request, StagedCausalLM, check_adapter
-from pdtrim_pl.staged.generation import stop_ids_of
+from pdtrim_pl.models.adapters import check_adapter
+from pdtrim_pl.models.architectures import Architecture
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.models.loading import Loading, dtype_of
+from pdtrim_pl.models.pretrained import check_model, load_causal_lm, model_type_of
+from pdtrim_pl.plan import KVRetentionPolicy, Stage, StagePlan, Structure
+from pdtrim_pl.staged import Request, StagedCausalLM
+from pdtrim_pl.staged.decoding import stop_ids_of
 from pdtrim_pl.staged.model import reference_to
+from pdtrim_pl.staged.observed import BlockOutputs, run_observed
 from pdtrim_pl.strategies import (
     check_freezing,
     check_strategy,
@@ -52,7 +54,7 @@ from pdtrim_pl.strategies import (
     ranks_of,
     shards_weights,
 )
-from pdtrim_pl.trial import save_nothing_in_a_trial
+from pdtrim_pl.strategies.masters import check_masters
 
 RANDOM_STATES = "pdtrim_random"
 """Key of the random generators of every process in a checkpoint."""
@@ -92,7 +94,7 @@ class PDTrimModule(LightningModule):
         self.losses = [KL()] if losses is None else list(losses)
         check_terms(self.losses)
         if chunk_tokens < 1:
-            raise ValueError(f"`chunk_tokens` is {chunk_tokens}: give at least 1.")
+            raise UserError(f"`chunk_tokens` is {chunk_tokens}: give at least 1.")
         self.optimizer_of, self.lr_scheduler_of = optimizer, lr_scheduler
         self.structure, self.loading = structure, loading
         self.chunk_tokens = chunk_tokens
@@ -157,7 +159,7 @@ class PDTrimModule(LightningModule):
         """Refuse models that cannot be trimmed or are not whole, before anything is tokenised or a weight is read.
 
         Raises:
-            ValueError: see `load_causal_lm`.
+            UserError: see `load_causal_lm`.
         """
         if self._checked:
             return
@@ -476,7 +478,7 @@ def evaluating(module: PDTrimModule) -> Iterator[tuple[StagedCausalLM, StagedCau
 
 def _check_same_vocabulary(student: int, teacher: int) -> None:
     if student != teacher:
-        raise ValueError(
+        raise UserError(
             f"`loading.teacher` has a vocabulary of {teacher} tokens and `model` one of {student}: their distributions "
             "cannot be compared. Use a teacher of the same family, or leave `loading.teacher` out."
         )

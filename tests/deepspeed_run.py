@@ -30,15 +30,15 @@ from typing_extensions import override
 
 from callbacks import BlockDrop, Preemption
 from callbacks.preemption import Preempted
-from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.checkpoints.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.checkpoints.sharded import unfinished
 from pdtrim_pl.criteria import ScoringContext, Taylor
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.losses import KL, CrossEntropy
+from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards
-from pdtrim_pl.settings import Loading
-from pdtrim_pl.sharded_checkpoint import unfinished
 from pdtrim_pl.staged import StagedCausalLM
 
 torch.set_num_threads(1)

@@ -26,17 +26,16 @@ from torch.optim.lr_scheduler import LinearLR
 from typing_extensions import override
 
 from callbacks import BlockDrop, ExportPair, KVRetention
-from pdtrim_pl.checkpoint import PlanCheckpointIO
+from pdtrim_pl.checkpoints.state import PlanCheckpointIO
 from pdtrim_pl.criteria import Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.export.from_checkpoint import export_checkpoint
 from pdtrim_pl.losses import KL, CrossEntropy
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import StagePlan, Target
+from pdtrim_pl.plan import StagePlan, Structure, Target
 from pdtrim_pl.search import Guards
 from pdtrim_pl.selectors import MassSelector
-from pdtrim_pl.settings import Structure
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy
 
 torch.set_num_threads(1)

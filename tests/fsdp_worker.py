@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from pdtrim_pl.criteria import ScoringContext, Taylor
 from pdtrim_pl.data import Batch
 from pdtrim_pl.export.whole import whole_copy
-from pdtrim_pl.fsdp import shard
 from pdtrim_pl.plan import Boundary, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.strategies.fsdp import shard
 
 PROCESSES = 2
 STEPS = 3

@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.checkpoints.continuation import Continuation, latest_valid_checkpoint
 from pdtrim_pl.module import PDTrimModule
 
 FULL = {"zero2 rank 0": (2, 0), "zero2 rank 1": (2, 1), "zero3 rank 0": (3, 0), "zero3 rank 1": (3, 1)}

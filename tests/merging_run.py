@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from merge_at import MergeAt, Merges
 from torch.optim.lr_scheduler import LinearLR
 
-from pdtrim_pl.checkpoint import PlanCheckpointIO
+from pdtrim_pl.checkpoints.state import PlanCheckpointIO
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.settings import Structure
+from pdtrim_pl.plan import Structure
 
 torch.set_num_threads(1)
 EPOCHS = 3

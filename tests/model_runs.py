@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pdtrim_pl.cli import main
+from pdtrim_pl.cli.main import main
 
 
 def settings_of(model: Path, folder: Path, **overrides: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pdtrim_pl.staged.architectures import LlamaLine, RoPE
+from pdtrim_pl.models.architectures import LlamaLine, RoPE
 
 
 class Arcee(LlamaLine):

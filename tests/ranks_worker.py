@@ -28,11 +28,10 @@ from torch import Tensor
 from callbacks import ExportPair, LossGuard
 from pdtrim_pl.criteria import ScoringContext, Taylor
 from pdtrim_pl.evaluation.evaluator import Evaluator
-from pdtrim_pl.evaluation.ranks import Ranks
-from pdtrim_pl.first_rank import on_first_rank
 from pdtrim_pl.merging import Merging, fit
 from pdtrim_pl.merging.trial import Trial
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.parallel import Ranks, on_first_rank
 from pdtrim_pl.search import Guards, distillation_set
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import ranks_of
@@ -202,7 +201,11 @@ def loss_guard(strategy: DDPStrategy, folder: Path) -> None:
     (folder / "file").touch()
     guard = LossGuard(output=folder / "file" / "batches")
     trainer: Any = SimpleNamespace(
-        strategy=strategy, global_step=7, current_epoch=1, global_rank=strategy.global_rank, default_root_dir=folder,
+        strategy=strategy,
+        global_step=7,
+        current_epoch=1,
+        global_rank=strategy.global_rank,
+        default_root_dir=folder,
         fast_dev_run=0,
     )
     module: Any = None

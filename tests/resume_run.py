@@ -24,12 +24,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
-import pdtrim_pl.checkpoint
+import pdtrim_pl.checkpoints.state
 import pdtrim_pl.export.documents
 import pdtrim_pl.export.pair
 from callbacks import BlockDrop, ExportPair, KVRetention, LossGuard, PlanLogger
-from pdtrim_pl.checkpoint import PlanCheckpointIO
-from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.checkpoints.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.checkpoints.state import PlanCheckpointIO
 from pdtrim_pl.criteria import CosineRedundancy, GreedyKL
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.module import PDTrimModule
@@ -104,9 +104,9 @@ def arm(point: str) -> list[Callback]:
         case "search":
             on_call(StagePlan, "drop", 6, lambda *_: kill())  # a candidate of the second round
         case "write":
-            on_call(pdtrim_pl.checkpoint.os, "fsync", 3, tear_and_kill)
+            on_call(pdtrim_pl.checkpoints.state.os, "fsync", 3, tear_and_kill)
         case "rename":
-            on_call(pdtrim_pl.checkpoint.os, "replace", 6, lambda *_: kill())
+            on_call(pdtrim_pl.checkpoints.state.os, "replace", 6, lambda *_: kill())
         case "nan":
             learn = PDTrimModule.training_step
 

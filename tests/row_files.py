@@ -10,7 +10,7 @@ from pdtrim_pl.data import Lengths, TextSource
 from pdtrim_pl.data.examples import TokenExamples
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.sources import load_rows
-from pdtrim_pl.pretrained import load_tokenizer
+from pdtrim_pl.models.pretrained import load_tokenizer
 
 
 def lines(*rows: Any) -> bytes:

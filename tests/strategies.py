@@ -6,8 +6,18 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from pdtrim_pl.plan import STAGES, Boundary, ModelRef, Relation, Removal, Stage, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention
+from pdtrim_pl.plan import (
+    STAGES,
+    Boundary,
+    KVRetentionPolicy,
+    KVShape,
+    ModelRef,
+    Relation,
+    Removal,
+    Retention,
+    Stage,
+    StagePlan,
+)
 
 RELATIONS: tuple[Relation, ...] = ("nested", "unified", "prefill_only", "free")
 BOUNDARIES: tuple[Boundary, ...] = ("prefill", "decode")

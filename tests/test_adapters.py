@@ -14,7 +14,7 @@ from model_runs import run
 from tiny_models import tiny_model
 from transformers import ArceeConfig, ArceeForCausalLM
 
-from pdtrim_pl.cli import main
+from pdtrim_pl.cli.main import main
 from pdtrim_pl.compare.comparison import Comparison
 from pdtrim_pl.compare.methods import Drop
 from pdtrim_pl.compare.settings import Subject
@@ -22,11 +22,11 @@ from pdtrim_pl.compare.texts import read_texts
 from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.export import export_pair, load_plan_and_policy, load_stage, verify_pair
+from pdtrim_pl.models.adapters import adapter_at, check_adapter, class_path_of
+from pdtrim_pl.models.architectures import ARCHITECTURES, Llama, LlamaLine
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import PLAN_FILE, STAGES, ModelRef, StagePlan
-from pdtrim_pl.staged import StagedCausalLM, adapter_at, check_adapter
-from pdtrim_pl.staged.adapters import class_path_of
-from pdtrim_pl.staged.architectures import ARCHITECTURES, Llama, LlamaLine
+from pdtrim_pl.staged import StagedCausalLM
 
 ROOT = Path(__file__).parents[1]
 ARCEE = {"architecture": {"class_path": "own_family.Arcee"}}
@@ -150,7 +150,7 @@ def test_only_importable_adapters_of_ones_own_are_named_in_a_plan() -> None:
         pass
 
     assert class_path_of(own_family.Arcee(), "arcee") == "own_family.Arcee"
-    assert class_path_of(Llama(), "arcee") == "pdtrim_pl.staged.architectures.Llama"
+    assert class_path_of(Llama(), "arcee") == "pdtrim_pl.models.architectures.Llama"
     assert class_path_of(Local(), "arcee") is None
     for family, adapter in ARCHITECTURES.items():
         assert class_path_of(adapter, family) is None

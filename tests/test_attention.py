@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example
 from pdtrim_pl.evaluation.attention import attention_mass
-from pdtrim_pl.plan import Boundary, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention, handled_positions
+from pdtrim_pl.plan import Boundary, KVRetentionPolicy, Retention, StagePlan, handled_positions
 from pdtrim_pl.staged import StagedCausalLM
 
 Row = tuple[int, int]

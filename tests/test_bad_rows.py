@@ -13,7 +13,7 @@ from row_files import encoded, lines, texts, written
 from pdtrim_pl.data import Lengths, TextSource
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.sources import load_rows
-from pdtrim_pl.pretrained import load_tokenizer
+from pdtrim_pl.models.pretrained import load_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 

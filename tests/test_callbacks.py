@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, RepeatedDrop, RequestShape, SpanMerge
-from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, sidecar
-from pdtrim_pl.cost import CostModel, CostTarget
+from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, sidecar
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import Memory
@@ -21,11 +20,10 @@ from pdtrim_pl.export import load_stage
 from pdtrim_pl.losses import KL
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import Retention
+from pdtrim_pl.plan import Retention, StagePlan, Structure
 from pdtrim_pl.search import Annealing, Guards, choose_drops
 from pdtrim_pl.selectors import MassSelector
-from pdtrim_pl.settings import Structure
+from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 
 class FirstCandidate(Criterion):

@@ -16,10 +16,10 @@ from tiny_models import tiny_model
 
 from callbacks import BlockDrop, RepeatedDrop
 from callbacks.removal_rounds import RemovalRounds
-from pdtrim_pl.checkpoint import sidecar
-from pdtrim_pl.cli import main
+from pdtrim_pl.checkpoints.state import sidecar
+from pdtrim_pl.cli.lightning_cli import PDTrimCLI
+from pdtrim_pl.cli.main import main
 from pdtrim_pl.export import load_plan_and_policy
-from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.plan import ModelRef, StagePlan
 from pdtrim_pl.serving.worker import _last_words
 
@@ -227,7 +227,7 @@ def test_exporting_a_checkpoint_that_is_not_there_is_refused(
 
 def test_help_comes_without_heavy_imports() -> None:
     code = (
-        "import sys; from pdtrim_pl.cli import main; main(['--help']); main(['--version']);"
+        "import sys; from pdtrim_pl.cli.main import main; main(['--help']); main(['--version']);"
         "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'transformers')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -328,7 +328,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fail: Callable[[], object]) -> None
         fail()
         return 0
 
-    monkeypatch.setattr("pdtrim_pl.cli._run", run)
+    monkeypatch.setattr("pdtrim_pl.cli.main._run", run)
 
 
 def test_a_value_error_of_a_library_shows_where_it_comes_from(
@@ -346,11 +346,11 @@ def test_a_value_error_that_an_expression_of_ours_runs_into_shows_where_it_comes
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing(monkeypatch, lambda: StagePlan.full(ModelRef("x", "llama", "many")))  # type: ignore[arg-type]
-    monkeypatch.setattr("pdtrim_pl.plan.range", int, raising=False)  # as a slip in our own code would be
+    monkeypatch.setattr("pdtrim_pl.plan.stage_plan.range", int, raising=False)  # as a slip in our own code would be
     assert main(["fit"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback (most recent call last):")
-    assert "pdtrim_pl/plan.py" in error
+    assert "pdtrim_pl/plan/stage_plan.py" in error
     assert "pdtrim: error: ValueError: invalid literal for int()" in error
 
 

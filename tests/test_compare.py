@@ -14,13 +14,12 @@ import pytest
 import yaml
 from typing_extensions import override
 
-from pdtrim_pl.cli import main
+from pdtrim_pl.cli.compare import parse
+from pdtrim_pl.cli.main import main
 from pdtrim_pl.compare import COLUMNS, Bench, Found, Method, Outcome
-from pdtrim_pl.compare.command import parse
 from pdtrim_pl.compare.methods import Annealed, Distilled, Drop, DropAndRecover, Joint, ReplaceSpan
 from pdtrim_pl.evaluation.evaluator import Evaluator
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("compare_*.yaml"))

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.found import Found
 from pdtrim_pl.compare.judge import Judge
 from pdtrim_pl.compare.ledger import Ledger
 from pdtrim_pl.compare.meter import Meter, Spent
-from pdtrim_pl.compare.method import Found
 from pdtrim_pl.compare.methods import Annealed, Distilled, Drop, ReplaceSpan
 from pdtrim_pl.compare.methods.streamline import most_alike
 from pdtrim_pl.compare.settings import Measures, Rows, Subject, Training
 from pdtrim_pl.compare.texts import Texts, read_texts
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, LastN, ResponsePerplexity, Taylor
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
-from pdtrim_pl.evaluation.look_back import measure_recall, whole_again
 from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.evaluation.recall import measure_recall, whole_again
 from pdtrim_pl.merging import Merging
+from pdtrim_pl.models.pretrained import load_tokenizer
 from pdtrim_pl.plan import STAGES
-from pdtrim_pl.pretrained import load_tokenizer
 from pdtrim_pl.search import Annealing, Guards
 from pdtrim_pl.staged import Request, StagedCausalLM
 

@@ -11,11 +11,11 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pdtrim_pl.context import usable_context
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.timing import measure_timing
 from pdtrim_pl.export import export_pair
-from pdtrim_pl.plan import read_json
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.plan.json_files import read_json
 from pdtrim_pl.serving.exported import ExportedPair
 from pdtrim_pl.staged import StagedCausalLM
 

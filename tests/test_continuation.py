@@ -15,11 +15,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 
-from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, sidecar
-from pdtrim_pl.continuation import Continuation, check_same_checkpoint, latest_valid_checkpoint, settle
-from pdtrim_pl.evaluation.ranks import Ranks
-from pdtrim_pl.record import RunRecord
-from pdtrim_pl.sharded_checkpoint import (
+from pdtrim_pl.checkpoints.continuation import Continuation, check_same_checkpoint, latest_valid_checkpoint, settle
+from pdtrim_pl.checkpoints.run_record import RunRecord
+from pdtrim_pl.checkpoints.sharded import (
     ShardedCheckpoint,
     check_harmless,
     earlier,
@@ -29,6 +27,8 @@ from pdtrim_pl.sharded_checkpoint import (
     remove,
     unfinished,
 )
+from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, sidecar
+from pdtrim_pl.parallel import Ranks
 from pdtrim_pl.staged import StagedCausalLM
 
 age = count(1)
@@ -226,7 +226,7 @@ def test_foreign_shards_are_passed_over_by_name_and_those_before_them_taken(
 def check_passed_over(
     foreign: Path, before: Path, run: Continuation, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "pdtrim_pl.continuation"):
+    with caplog.at_level(logging.WARNING, "pdtrim_pl.checkpoints.continuation"):
         assert latest_valid_checkpoint(foreign.parent, run=run) == before
     (said,) = caplog.messages
     assert said.startswith(f"Checkpoint {foreign} is passed over: ")
@@ -305,7 +305,7 @@ def test_a_run_with_other_settings_in_the_same_folder_is_passed_over_by_name(
     own = save_file(tmp_path / "own.ckpt", step=4, run="a", config=settings_of(epochs=2))
     foreign = save_file(tmp_path / "foreign.ckpt", step=9, run="b", config=settings_of(seed=2, data="b"))
     run = Continuation(str(llama), 1, config=settings_of())
-    with caplog.at_level(logging.WARNING, "pdtrim_pl.continuation"):
+    with caplog.at_level(logging.WARNING, "pdtrim_pl.checkpoints.continuation"):
         assert latest_valid_checkpoint(tmp_path, run=run) == own
     said = (
         f"Checkpoint {foreign} is passed over: It is of another run: its settings differ in `seed_everything`, `data`."

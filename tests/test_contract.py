@@ -18,8 +18,7 @@ from strategies import BOUNDARIES, RELATIONS, plans, policies, retentions
 from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
 
-from pdtrim_pl.plan import Boundary, Relation, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention, handled_positions
+from pdtrim_pl.plan import Boundary, KVRetentionPolicy, Relation, Retention, StagePlan, handled_positions
 from pdtrim_pl.staged import StagedCausalLM, StagedOutput
 from pdtrim_pl.staged.model import reference_to
 

@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from strategies import plans
 from tiny_models import tiny_model
 
-from pdtrim_pl.criteria import (
-    CosineRedundancy,
-    GreedyKL,
-    LastN,
-    Random,
-    ResponsePerplexity,
-    ScoringContext,
-    Taylor,
-)
+from pdtrim_pl.criteria import CosineRedundancy, GreedyKL, LastN, Random, ResponsePerplexity, ScoringContext, Taylor
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.evaluator import Evaluator, Memory, _total
 from pdtrim_pl.evaluation.neighbours import WIDEST

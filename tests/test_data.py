@@ -34,7 +34,7 @@ from pdtrim_pl.data.datamodule import cut_parts
 from pdtrim_pl.data.examples import SaidAgain
 from pdtrim_pl.data.formatting import encode, leading_ids
 from pdtrim_pl.data.sources import load_rows
-from pdtrim_pl.pretrained import load_tokenizer
+from pdtrim_pl.models.pretrained import load_tokenizer
 
 SHORT = Lengths(max_length=24, min_prompt=4, max_prompt=16)
 

@@ -14,13 +14,13 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from callbacks import BlockDrop, PlanLogger, SpanMerge
-from pdtrim_pl import cli
+from pdtrim_pl.cli import main as cli
+from pdtrim_pl.cli.dry_run import load_of, model_config, run
 from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import PromptResponseDataModule
-from pdtrim_pl.dry_run import load_of, model_config, run
-from pdtrim_pl.memory import GIB, HOST_BYTES, Layout, Load, Shape, block_elements, memory_per_process
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.sizing.memory import GIB, HOST_BYTES, Layout, Load, Shape, block_elements, memory_per_process
 from pdtrim_pl.staged import StagedCausalLM
 
 ROOT = Path(__file__).parents[1]

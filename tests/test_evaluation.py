@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example
-from pdtrim_pl.evaluation.look_back import measure_recall, whole_again
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import Quality, measure_quality
+from pdtrim_pl.evaluation.recall import measure_recall, whole_again
 from pdtrim_pl.evaluation.redundancy import block_redundancy
 from pdtrim_pl.evaluation.summary import COLUMNS, TEXT_WIDTH, Summary, human_bytes, summarise
 from pdtrim_pl.evaluation.timing import StageTimes, Timing, measure_timing
-from pdtrim_pl.plan import STAGES, Boundary, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention, handled_positions
+from pdtrim_pl.plan import STAGES, Boundary, KVRetentionPolicy, Retention, StagePlan, handled_positions
 from pdtrim_pl.staged import StagedCausalLM
 
 LENGTHS = [(9, 4), (5, 2), (3, 8)]

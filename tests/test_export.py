@@ -33,9 +33,8 @@ from pdtrim_pl.export import (
     write_checkpoint,
 )
 from pdtrim_pl.export.checkpoints import cast
-from pdtrim_pl.plan import STAGES, Boundary, Stage, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
-from pdtrim_pl.pretrained import load_causal_lm, load_tokenizer
+from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
+from pdtrim_pl.plan import STAGES, Boundary, KVRetentionPolicy, Retention, Stage, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of, reference_to
 

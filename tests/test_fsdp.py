@@ -18,16 +18,15 @@ from test_criteria import batches
 from tiny_models import tiny_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from pdtrim_pl import fsdp
-from pdtrim_pl.checkpoint import CheckpointState
-from pdtrim_pl.dry_run import layout_of, run
-from pdtrim_pl.lightning_cli import _uses_checkpoint_io
-from pdtrim_pl.memory import Load, Shape, memory_per_process
+from pdtrim_pl.checkpoints.run_record import RunRecord
+from pdtrim_pl.checkpoints.state import CheckpointState
+from pdtrim_pl.cli.dry_run import layout_of, run
+from pdtrim_pl.cli.lightning_cli import _uses_checkpoint_io
 from pdtrim_pl.merging import Merging, fit_runs
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.record import RunRecord
+from pdtrim_pl.sizing.memory import Load, Shape, memory_per_process
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies import PDTrimFSDPStrategy, check_drops, check_strategy, gathered, shards_weights
+from pdtrim_pl.strategies import PDTrimFSDPStrategy, check_drops, check_strategy, fsdp, gathered, shards_weights
 
 TIMEOUT = 240
 

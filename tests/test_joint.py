@@ -9,12 +9,11 @@ import pytest
 from test_criteria import batches
 from tiny_models import tiny_model
 
-from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import Retention
+from pdtrim_pl.plan import Retention, StagePlan
 from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
+from pdtrim_pl.sizing.cost import CostModel, CostTarget
 from pdtrim_pl.staged import StagedCausalLM
 
 SHORT = Retention("first_last", 1, 1)

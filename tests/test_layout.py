@@ -1,35 +1,123 @@
-"""The house rules that a machine can check."""
+"""The house rules that a machine can check: rooms, the order of their floors, and what stays light."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pdtrim_pl"
+LOOSE = {"__init__", "__main__", "compat", "errors", "module", "parallel"}
+"""Files that may lie at the top of the package."""
+FLOORS = (
+    {"errors", "compat"},
+    {"plan", "parallel", "slurm"},
+    {"models", "data"},
+    {"staged"},
+    {"losses", "checkpoints"},
+    {"strategies", "evaluation"},
+    {"criteria", "selectors", "merging", "export"},
+    {"module", "sizing", "serving"},
+    {"search"},
+    {"compare", "callbacks"},
+    {"cli"},
+)
+"""Rooms from the ground up. A file imports from its own room, its own floor and those below."""
+LONGEST = 300
+"""Lines of a file."""
+
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "callbacks").glob("*.py")])
 
 
-def imports_of(path: Path) -> set[str]:
+def imported(path: Path) -> set[str]:
+    """Modules of this project and others that a file imports, with the names it takes from them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "pdtrim_pl").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_the_mechanics_import_nothing_from_callbacks(path: Path) -> None:
-    assert not any(name.split(".")[0] == "callbacks" for name in imports_of(path))
+def room(module: str) -> str:
+    """`pdtrim_pl.plan.moves` -> `plan`; `pdtrim_pl.__version__` belongs to no room."""
+    parts = module.split(".")
+    if parts[0] != "pdtrim_pl":
+        return parts[0]
+    return parts[1] if len(parts) > 1 and not parts[1].startswith("__") else ""
 
 
-@pytest.mark.parametrize("name", ["plan", "policy", "record", "context"])
-def test_what_other_tools_read_imports_no_torch(name: str) -> None:
-    assert not any(found.split(".")[0] == "torch" for found in imports_of(ROOT / "pdtrim_pl" / f"{name}.py"))
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor(name: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def test_no_new_file_lies_loose_at_the_top() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | LOOSE - {"__init__", "__main__"}
+    assert rooms | {"callbacks"} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_arrow_runs_up(path: Path) -> None:
+    own = room(module_of(path))
+    if path.stem == "__main__":
+        return
+    ours = {name for name in imported(path) if name.split(".")[0] in ("pdtrim_pl", "callbacks") and room(name)}
+    up = {name for name in ours if own and floor(room(name)) > floor(own)}
+    assert not up
+
+
+def test_rooms_import_each_other_in_no_circle() -> None:
+    arrows: dict[str, set[str]] = {}
+    for path in FILES:
+        own = room(module_of(path))
+        if own and not own.startswith("__"):
+            arrows.setdefault(own, set()).update(room(name) for name in imported(path) if room(name) in own_rooms())
+            arrows[own].discard(own)
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(f"rooms in a circle: {error.args[1]}")
+
+
+def own_rooms() -> set[str]:
+    return set().union(*FLOORS)
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    known = {module_of(path): path for path in FILES}
+    arrows: dict[str, set[str]] = {}
+    for name, path in known.items():
+        found = {taken if taken in known else taken.rpartition(".")[0] for taken in imported(path)}
+        arrows[name] = {other for other in found if other in known and other != name}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(f"files in a circle: {error.args[1]}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("module", ["plan", "slurm", "checkpoints.run_record", "models.context", "cli.main"])
+def test_what_other_tools_read_imports_no_torch(module: str) -> None:
+    code = f"import sys, pdtrim_pl.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_no_test_folder_shadows_the_callbacks_package() -> None:

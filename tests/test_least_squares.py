@@ -20,10 +20,9 @@ from pdtrim_pl.merging import fit_runs
 from pdtrim_pl.merging.least_squares import PASSES, RIDGES, moments, solve_last_projection
 from pdtrim_pl.merging.recording import Recording, record
 from pdtrim_pl.merging.trial import Start, Trial
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import STAGES, Boundary, Target
+from pdtrim_pl.models.architectures import LlamaLine
+from pdtrim_pl.plan import STAGES, Boundary, Move, Target
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.architectures import LlamaLine
 
 NO_LAST_PROJECTION = {"gemma2", "gemma3_text", "olmo2", "granite"}
 """Families that norm or scale what the MLP gives before it is added."""

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks import LossGuard
+from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.record import RunRecord
 
 
 class Poisoned(PDTrimModule):

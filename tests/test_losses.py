@@ -22,8 +22,7 @@ from pdtrim_pl.losses import (
     weighted_sum,
 )
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import KVRetentionPolicy, Retention, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 EVERY: tuple[LossTerm, ...] = (

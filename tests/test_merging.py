@@ -24,9 +24,7 @@ from pdtrim_pl.merging import FittedRun, Merging, fit_runs
 from pdtrim_pl.merging.least_squares import PASSES
 from pdtrim_pl.merging.recording import record
 from pdtrim_pl.merging.trial import Start, Trial
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import STAGES, Boundary, Relation, Stage, StagePlan, Target
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import STAGES, Boundary, KVRetentionPolicy, Move, Relation, Retention, Stage, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.gate import Observer
 from pdtrim_pl.staged.model import reference_to

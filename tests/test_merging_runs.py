@@ -13,7 +13,7 @@ from merging_run import EPOCHS, fit
 from process_group import run_script
 from tiny_models import tiny_model
 
-from pdtrim_pl.checkpoint import CheckpointState
+from pdtrim_pl.checkpoints.state import CheckpointState
 from pdtrim_pl.export import load_plan_and_policy
 from pdtrim_pl.export.from_checkpoint import export_checkpoint
 from pdtrim_pl.merging import Merging

@@ -18,11 +18,11 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import BloomConfig, Gemma3Config, GPT2Config
 
-from pdtrim_pl import pretrained
-from pdtrim_pl.cli import main
+from pdtrim_pl.cli.main import main
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.export import export_pair, load_stage
-from pdtrim_pl.pretrained import check_model, load_causal_lm
+from pdtrim_pl.models import pretrained
+from pdtrim_pl.models.pretrained import check_model, load_causal_lm
 from pdtrim_pl.staged import StagedCausalLM
 
 Tensors = dict[str, Tensor]
@@ -131,7 +131,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("too early")
 
     monkeypatch.setattr(PromptResponseDataModule, "tokenizer", property(refuse))
-    monkeypatch.setattr("pdtrim_pl.pretrained.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("pdtrim_pl.models.pretrained.AutoModelForCausalLM.from_pretrained", refuse)
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -327,9 +327,9 @@ def test_every_process_refuses_a_model_that_its_files_hold_in_part(
 def test_a_gguf_file_that_lacks_weights_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"missing_keys": {"model.norm.weight"}, "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
     monkeypatch.setattr(
-        "pdtrim_pl.pretrained.AutoModelForCausalLM.from_pretrained", lambda *_, **__: (tiny_model("llama"), told)
+        "pdtrim_pl.models.pretrained.AutoModelForCausalLM.from_pretrained", lambda *_, **__: (tiny_model("llama"), told)
     )
-    monkeypatch.setattr("pdtrim_pl.pretrained.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("pdtrim_pl.models.pretrained.importlib.util.find_spec", lambda name: name)
     with pytest.raises(ValueError, match=r"`smollm2-135m` .* lack 1 of its weights, first `model.norm.weight`"):
         pretrained._convert(tmp_path / "model.gguf", tmp_path / "target")
     assert not (tmp_path / "target").exists()

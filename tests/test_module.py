@@ -15,20 +15,19 @@ from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import BlockDrop, PlanProgressBar
-from pdtrim_pl.context import usable_context
 from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.fsdp import PDTrimFSDPStrategy
 from pdtrim_pl.losses import KL, CrossEntropy, HiddenMatch
-from pdtrim_pl.masters import check_masters
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import ModelRef, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, KVShape
+from pdtrim_pl.plan import KVRetentionPolicy, KVShape, ModelRef, StagePlan, Structure
 from pdtrim_pl.search import Guards
-from pdtrim_pl.settings import Loading, Structure
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
+from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
+from pdtrim_pl.strategies.masters import check_masters
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

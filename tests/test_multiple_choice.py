@@ -28,8 +28,8 @@ from pdtrim_pl.evaluation.multiple_choice import (
     measure_accuracy,
     read_questions,
 )
+from pdtrim_pl.models.pretrained import load_tokenizer
 from pdtrim_pl.plan import Boundary, StagePlan
-from pdtrim_pl.pretrained import load_tokenizer
 from pdtrim_pl.staged import StagedCausalLM
 
 QUESTIONS = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdtrim_pl.data import Lengths, PromptResponseDataModule, TextSource
-from pdtrim_pl.pretrained import load_causal_lm, load_tokenizer
+from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.staged import StagedCausalLM
 
 ROWS = [{"prompt": f"question {number}", "response": f"answer {number}"} for number in range(9)]

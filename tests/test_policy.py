@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import plans, policies
 
-from pdtrim_pl.plan import ModelRef, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention, handled_positions
+from pdtrim_pl.plan import KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan, handled_positions
 
 MODEL = ModelRef("tiny", "llama", 6)
 PLAN = StagePlan.full(MODEL).drop("decode", 3)

@@ -22,12 +22,12 @@ from typing_extensions import override
 
 from callbacks import BlockDrop, Preemption
 from callbacks.preemption import NOTICES, Preempted
-from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO
-from pdtrim_pl.cli import main
-from pdtrim_pl.continuation import latest_valid_checkpoint
+from pdtrim_pl.checkpoints.continuation import latest_valid_checkpoint
+from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO
+from pdtrim_pl.cli.lightning_cli import PDTrimCLI
+from pdtrim_pl.cli.main import main
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
-from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.merging import fit as fitting
 from pdtrim_pl.module import PDTrimModule

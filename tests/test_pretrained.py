@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pdtrim_pl import pretrained
-from pdtrim_pl.pretrained import load_causal_lm, load_config, load_tokenizer, resolve_model
+from pdtrim_pl.models import pretrained
+from pdtrim_pl.models.pretrained import load_causal_lm, load_config, load_tokenizer, resolve_model
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from wild_tokenizers import TOKENIZERS, byte_level, llama2, word_piece
 
 from pdtrim_pl.data import Example, Lengths, TextSource
 from pdtrim_pl.data.formatting import encode
+from pdtrim_pl.data.prompts import chat_text, leading_ids, plain_ids, split_ids
 from pdtrim_pl.data.sources import load_rows
-from pdtrim_pl.prompts import chat_text, leading_ids, plain_ids, split_ids
 from pdtrim_pl.serving.generate import encode_prompt
 
 LLAMA2_TEMPLATE = (

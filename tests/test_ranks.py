@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from ranks_worker import BLOCKS, DATA, FAILING, GAVE_UP, PROCESSES, WORK, both, scores
 
-from pdtrim_pl.evaluation.ranks import AnotherRankFailed, Ranks
-from pdtrim_pl.first_rank import on_first_rank
+from pdtrim_pl.errors import AnotherRankFailed, Ranks, on_first_rank
 from pdtrim_pl.merging import share_of
 
 TIMEOUT = 240

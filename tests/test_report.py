@@ -14,15 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import plans
 
+from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.evaluation.quality import Quality
 from pdtrim_pl.evaluation.summary import Summary
 from pdtrim_pl.export.card import write_card
 from pdtrim_pl.export.report import installed_versions, write_report
 from pdtrim_pl.export.report_figures import FATES, fates
 from pdtrim_pl.export.secrets import redacted
-from pdtrim_pl.plan import STAGES, ModelRef, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention
-from pdtrim_pl.record import RunRecord
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan
 
 NASTY = '<script>alert("1")</script> & \'co'
 VOID = {"meta", "img", "br"}

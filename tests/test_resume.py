@@ -26,18 +26,19 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
-import pdtrim_pl.checkpoint
+import pdtrim_pl.checkpoints.state
 import pdtrim_pl.export.documents
 from callbacks import BlockDrop, ExportPair
-from pdtrim_pl import cli
-from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, check_writable
-from pdtrim_pl.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.checkpoints.continuation import Continuation, latest_valid_checkpoint
+from pdtrim_pl.checkpoints.random_state import random_state, restore_random_state
+from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, check_writable
+from pdtrim_pl.cli import main as cli
+from pdtrim_pl.cli.failures import lost_process
 from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
+from pdtrim_pl.errors import RankLost
 from pdtrim_pl.export import export_pair
-from pdtrim_pl.failures import lost_process
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.random_state import random_state, restore_random_state
 from pdtrim_pl.search import Guards
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -118,11 +119,18 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(alone: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_error_of_a_lost_rank_is_known_to_the_command_line(together: Path) -> None:
-    survivor = (together / "export" / "rank1.log").read_text()
+def test_the_error_of_a_rank_that_is_lost_in_a_collective_is_known_to_the_command_line(together: Path) -> None:
+    survivor = (together / "step" / "rank0.log").read_text()
     said = [line for line in survivor.splitlines() if line.startswith("RuntimeError: ") and "gloo" in line]
     assert said
     assert lost_process(RuntimeError(said[-1].removeprefix("RuntimeError: ")))
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_for_an_export_are_told_that_its_rank_is_lost(together: Path) -> None:
+    survivor = (together / "export" / "rank1.log").read_text()
+    assert "RankLost: Rank 0 is gone" in survivor
+    assert lost_process(RankLost("Rank 0 is gone"))
 
 
 @pytest.mark.slow
@@ -363,7 +371,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
     size = (folder / "step=3.ckpt").stat().st_size
     os.truncate(folder / "step=3.ckpt", int(kept * size) if isinstance(kept, float) else kept)
     os.utime(folder / "step=3.ckpt", (2000, 2000))
-    with caplog.at_level(logging.WARNING, "pdtrim_pl.continuation"):
+    with caplog.at_level(logging.WARNING, "pdtrim_pl.checkpoints.continuation"):
         assert latest_valid_checkpoint(folder) == folder / "step=2.ckpt"
     assert "step=3.ckpt is passed over" in caplog.text
 
@@ -384,7 +392,7 @@ def test_a_checkpoint_of_another_format_is_passed_over(folder: Path, caplog: pyt
     checkpoint["pdtrim"]["format"] = "pdtrim.checkpoint/9"
     torch.save(checkpoint, folder / "step=3.ckpt")
     torch.save({"state_dict": {}}, folder / "foreign.ckpt")
-    with caplog.at_level(logging.WARNING, "pdtrim_pl.continuation"):
+    with caplog.at_level(logging.WARNING, "pdtrim_pl.checkpoints.continuation"):
         assert latest_valid_checkpoint(folder) == folder / "step=2.ckpt"
     assert "'pdtrim.checkpoint/9'" in caplog.text
     assert "foreign.ckpt is passed over" in caplog.text
@@ -415,7 +423,7 @@ def test_a_full_disk_ends_in_one_error_and_leaves_the_earlier_checkpoint(
 
     before = (folder / "step=3.ckpt").read_bytes()
     checkpoint = torch.load(folder / "step=2.ckpt", weights_only=True)
-    monkeypatch.setattr(pdtrim_pl.checkpoint.os, "fsync", full)
+    monkeypatch.setattr(pdtrim_pl.checkpoints.state.os, "fsync", full)
     with pytest.raises(OSError, match=r"step=3.ckpt cannot be written .*No space left.*earlier ones are untouched"):
         PlanCheckpointIO().save_checkpoint(checkpoint, folder / "step=3.ckpt")
     assert (folder / "step=3.ckpt").read_bytes() == before

@@ -13,8 +13,16 @@ from jsonschema import Draft202012Validator
 from strategies import plans, policies
 
 from pdtrim_pl.export.schemas import SCHEMAS, schema_of, validate, validate_file
-from pdtrim_pl.plan import PLAN_FORMAT, ModelRef, Removal, StagePlan
-from pdtrim_pl.policy import POLICY_FORMAT, KVRetentionPolicy, KVShape, Retention
+from pdtrim_pl.plan import (
+    PLAN_FORMAT,
+    POLICY_FORMAT,
+    KVRetentionPolicy,
+    KVShape,
+    ModelRef,
+    Removal,
+    Retention,
+    StagePlan,
+)
 
 PLAN = StagePlan(
     ModelRef("tiny", "llama", 6),

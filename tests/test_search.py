@@ -29,10 +29,9 @@ from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
 from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
 from pdtrim_pl.evaluation.quality import final_hidden, measure_quality
-from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.plan import Relation, StagePlan, Target
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.plan import KVRetentionPolicy, Relation, Retention, StagePlan, Target
 from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops, distillation_set
 from pdtrim_pl.search.rounds import Removals
 from pdtrim_pl.staged import StagedCausalLM

@@ -13,8 +13,7 @@ from tiny_models import tiny_model
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.plan import ModelRef, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention
+from pdtrim_pl.plan import KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan
 from pdtrim_pl.selectors import (
     BudgetSelector,
     KVSelector,

@@ -27,14 +27,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from pdtrim_pl.export.pair import export_pair
-from pdtrim_pl.plan import Boundary, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, KVShape, Retention, handled_positions
+from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, Retention, StagePlan, handled_positions
 from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of, text_pieces
 from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
 from pdtrim_pl.serving.transport import Handover, Link, receive_handover, send_handover, wire_dtype
 from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
-from pdtrim_pl.staged.generation import joined_stop_ids
+from pdtrim_pl.staged.decoding import joined_stop_ids
 from pdtrim_pl.staged.model import reference_to
 
 CPU = torch.device("cpu")

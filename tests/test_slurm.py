@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster, wait_until
 
-from pdtrim_pl.checkpoint import CheckpointState
-from pdtrim_pl.cli import main
+from pdtrim_pl.checkpoints.state import CheckpointState
+from pdtrim_pl.cli.main import main
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.slurm import JobRequest, RunningJob, SlurmError, render
 from pdtrim_pl.slurm.job import config_faults, seconds_of
@@ -292,7 +292,7 @@ def test_a_dry_run_prints_the_script_without_slurm_and_without_torch(tiny_llama_
     config = write_config(tmp_path, tiny_llama_dir)
     args = ["submit", "--config", str(config), "--nodes", "2", "--gpus", "0", "--tasks", "8", "--time", "4:00:00"]
     code = (
-        "import sys; from pdtrim_pl.cli import main; status = main(sys.argv[1:]);"
+        "import sys; from pdtrim_pl.cli.main import main; status = main(sys.argv[1:]);"
         "sys.exit(status or 3 * any(name in sys.modules for name in ('torch', 'lightning', 'transformers')))"
     )
     done = subprocess.run(

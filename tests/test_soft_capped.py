@@ -10,10 +10,10 @@ import torch
 from model_runs import run
 from tiny_models import tiny_model
 
-from pdtrim_pl.cli import main
+from pdtrim_pl.cli.main import main
 from pdtrim_pl.export import load_stage
+from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import STAGES
-from pdtrim_pl.pretrained import load_causal_lm
 
 SAID = "is computed with `attn_implementation: eager`"
 
@@ -56,7 +56,7 @@ def test_a_model_is_computed_in_eager_attention_only_where_sdpa_cannot(
     original.set_attn_implementation("eager")
     original.save_pretrained(tmp_path)
     said: list[str] = []
-    monkeypatch.setattr("pdtrim_pl.pretrained.log.info", said.append)
+    monkeypatch.setattr("pdtrim_pl.models.pretrained.log.info", said.append)
     model = load_causal_lm(str(tmp_path))
     assert load_causal_lm(str(tmp_path), attn_implementation="eager").config._attn_implementation == "eager"
     assert model.config._attn_implementation == expected

@@ -22,7 +22,8 @@ from process_group import run_script
 from tiny_models import tiny_model
 
 from callbacks import BlockDrop
-from pdtrim_pl.checkpoint import CheckpointState, sidecar
+from pdtrim_pl.checkpoints.sharded import ShardedCheckpoint, put_in_place, unfinished
+from pdtrim_pl.checkpoints.state import CheckpointState, sidecar
 from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.export import load_stage
 from pdtrim_pl.export.verify import Probe
@@ -30,15 +31,8 @@ from pdtrim_pl.export.whole import whole_copy
 from pdtrim_pl.losses import chunks
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import STAGES, ModelRef, StagePlan
-from pdtrim_pl.sharded_checkpoint import ShardedCheckpoint, put_in_place, unfinished
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies import (
-    PDTrimDeepSpeedStrategy,
-    PDTrimFSDPStrategy,
-    check_drops,
-    check_strategy,
-    gathered,
-)
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_drops, check_strategy, gathered
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 300

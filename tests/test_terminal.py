@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pdtrim_pl.export.pair import export_pair
-from pdtrim_pl.pretrained import load_causal_lm
+from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.serving.generate import generate_text
 from pdtrim_pl.serving.worker import LOOPBACK
 from pdtrim_pl.staged import StagedCausalLM
@@ -80,7 +80,7 @@ def test_in_an_ascii_locale_text_goes_in_and_out_as_utf_8(export: Path) -> None:
 
 
 def test_in_a_latin_1_terminal_what_it_cannot_show_is_a_question_mark() -> None:
-    code = "from pdtrim_pl.failures import open_streams; open_streams(); print('é\\u4f60')"
+    code = "from pdtrim_pl.cli.failures import open_streams; open_streams(); print('é\\u4f60')"
     shown = subprocess.run(
         [sys.executable, "-c", code], env=environment(PYTHONIOENCODING="latin-1"), capture_output=True, check=True
     )
@@ -108,7 +108,7 @@ def test_streams_that_the_caller_has_closed_do_no_harm(redirection: str, export:
 
 
 def test_help_whose_reader_has_left_says_one_line() -> None:
-    code = "import sys; from pdtrim_pl.cli import main; sys.stdin.read(); sys.exit(main(['--help']))"
+    code = "import sys; from pdtrim_pl.cli.main import main; sys.stdin.read(); sys.exit(main(['--help']))"
     run = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from pdtrim_pl.cli import main
+from pdtrim_pl.cli.lightning_cli import PDTrimCLI
+from pdtrim_pl.cli.main import main
 from pdtrim_pl.criteria import ScoringContext
-from pdtrim_pl.lightning_cli import PDTrimCLI
 from pdtrim_pl.module import PDTrimModule
 
 
@@ -156,7 +156,7 @@ def test_a_trial_does_not_hold_back_the_signals_of_a_cluster(
 
     monkeypatch.setattr(PDTrimModule, "training_step", watched)
     cli = PDTrimCLI(["--config", str(written(tmp_path, tiny_llama_dir)), "--trainer.fast_dev_run", "1"], run=False)
-    with caplog.at_level(logging.INFO, "pdtrim_pl.trial"):
+    with caplog.at_level(logging.INFO, "pdtrim_pl.checkpoints.trial"):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     assert masks == [set()]
     assert "no checkpoint, no journal and no export" in caplog.text

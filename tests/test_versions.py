@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from pdtrim_pl import versions
-from pdtrim_pl.versions import TESTED, check_versions
+from pdtrim_pl.cli import versions
+from pdtrim_pl.cli.versions import TESTED, check_versions
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -72,6 +72,6 @@ def test_the_local_part_of_a_version_does_not_count(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_check_imports_nothing_heavy() -> None:
-    code = "import sys, pdtrim_pl.versions as v; v.check_versions(); print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, pdtrim_pl.cli.versions as v; v.check_versions(); print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "lightning"} & set(json.loads(done.stdout))

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pdtrim_pl.compare.found import Found
 from pdtrim_pl.compare.meter import Meter, Spent
-from pdtrim_pl.compare.method import Found
 from pdtrim_pl.compare.settings import Subject, Training
 from pdtrim_pl.compare.texts import Texts
 from pdtrim_pl.compare.training import distil
-from pdtrim_pl.cost import CostModel
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import Batch
 from pdtrim_pl.merging import FittedRuns, Merging, fit_runs
+from pdtrim_pl.models.loading import TORCH_DTYPES, DType, dtype_of
+from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import Boundary, Relation, StagePlan
-from pdtrim_pl.pretrained import load_causal_lm
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.merges import neighbours
-from pdtrim_pl.settings import TORCH_DTYPES, DType, dtype_of
+from pdtrim_pl.sizing.cost import CostModel
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import reference_to
 

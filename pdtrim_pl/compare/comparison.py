@@ -9,16 +9,18 @@ from hashlib import sha256
 from typing import Any
 
 from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.found import Found
 from pdtrim_pl.compare.judge import Judge
 from pdtrim_pl.compare.ledger import Ledger, key_of
 from pdtrim_pl.compare.meter import Spent
-from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.compare.method import Method
 from pdtrim_pl.compare.outcome import Outcome, accuracy_row
 from pdtrim_pl.compare.settings import Measures, Output, Rows, Subject, Training
 from pdtrim_pl.compare.texts import Texts, read_texts
 from pdtrim_pl.data import PromptResponseDataModule
-from pdtrim_pl.policy import KVRetentionPolicy
-from pdtrim_pl.pretrained import check_model
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.pretrained import check_model
+from pdtrim_pl.plan import KVRetentionPolicy
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Comparison:
         output: where results go.
 
     Raises:
-        ValueError: a method that starts from one that is not there before it, or an unknown name in `rows.only`.
+        UserError: a method that starts from one that is not there before it, or an unknown name in `rows.only`.
     """
 
     def __init__(
@@ -206,7 +208,7 @@ def _check(methods: Mapping[str, Method], rows: Rows) -> None:
         if name not in methods
     ]
     if faults:
-        raise ValueError("; ".join(faults) + ".")
+        raise UserError("; ".join(faults) + ".")
 
 
 def _check_counts(rows: Rows, bench: Bench) -> None:
@@ -215,7 +217,7 @@ def _check_counts(rows: Rows, bench: Bench) -> None:
     most = min(len(free), blocks - 1)
     most = most if guards.max_removed is None else min(most, guards.max_removed)
     if rows.counts[-1] > most:
-        raise ValueError(
+        raise UserError(
             f"`rows.counts` asks for {rows.counts[-1]} blocks of {blocks}, and {guards} let at most {most} go. "
             "Lower it, or loosen `rows.guards`."
         )

@@ -11,10 +11,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.outcome import Judged
 from pdtrim_pl.compare.settings import LOOK_BACK, Measures
-from pdtrim_pl.context import usable_context
-from pdtrim_pl.evaluation.look_back import measure_recall, whole_again
 from pdtrim_pl.evaluation.multiple_choice import TokenQuestion, encode_questions, measure_accuracy, read_questions
 from pdtrim_pl.evaluation.quality import final_hidden, measure_quality
+from pdtrim_pl.evaluation.recall import measure_recall, whole_again
+from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.staged import StagedCausalLM
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pdtrim_pl.compare.meter import Spent
 from pdtrim_pl.compare.outcome import Outcome
-from pdtrim_pl.plan import PLAN_FILE, read_json, write_whole
-from pdtrim_pl.policy import POLICY_FILE
+from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE
+from pdtrim_pl.plan.json_files import read_json, write_whole
 
 log = logging.getLogger(__name__)
 

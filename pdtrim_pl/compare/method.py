@@ -1,37 +1,12 @@
-"""The base of every method that a comparison has a row for, and what a method leaves."""
+"""The base of every method that a comparison has a row for."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
-
-if TYPE_CHECKING:
-    from pdtrim_pl.compare.bench import Bench
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a method made of the model."""
-
-    plan: StagePlan
-    policy: KVRetentionPolicy | None = None
-    """None sends everything."""
-    weights: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
-    """Weights that are no longer the model's own, by their name in the student."""
-    trained_tokens: int = 0
-    """Tokens that any training of these weights has seen."""
-
-    def under(self, plan: StagePlan) -> Found:
-        """The same weights under another plan."""
-        return replace(self, plan=plan, policy=None if self.policy is None else self.policy.restricted_to(plan))
+from pdtrim_pl.compare.bench import Bench
+from pdtrim_pl.compare.found import Found
+from pdtrim_pl.errors import UserError
 
 
 class Method(ABC):
@@ -71,10 +46,10 @@ def check_only_drops(start: Found, name: str | None) -> None:
     """Refuse to search on from a result that is more than dropped blocks.
 
     Raises:
-        ValueError: weights that are no longer the model's own, or merged blocks.
+        UserError: weights that are no longer the model's own, or merged blocks.
     """
     if start.weights or any(start.plan.merged.values()):
-        raise ValueError(
+        raise UserError(
             f"`start: {name}` trains or merges blocks, and a search begins with the model's own weights. Start from a "
             "method that only drops blocks."
         )

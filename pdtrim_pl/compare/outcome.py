@@ -9,8 +9,7 @@ from typing import Any
 
 from pdtrim_pl.compare.meter import Spent
 from pdtrim_pl.compare.settings import LOOK_BACK
-from pdtrim_pl.plan import STAGES, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, StagePlan
 
 COLUMNS = (
     "method", "relation", "prefill_removed", "decode_removed", "trained_tokens", "nll", "dense_nll", "kl", "agreement",

@@ -12,10 +12,12 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch.optim.lr_scheduler import LambdaLR
 
 from pdtrim_pl.data.sources import TextSource
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses import KL, LossTerm, check_terms
+from pdtrim_pl.models.adapters import check_adapter
+from pdtrim_pl.models.architectures import Architecture
+from pdtrim_pl.models.loading import DType
 from pdtrim_pl.search import Guards
-from pdtrim_pl.settings import DType
-from pdtrim_pl.staged import Architecture, check_adapter
 
 LOOK_BACK = "look_back"
 """Column of the share of tokens found again."""
@@ -42,10 +44,10 @@ class Subject:
         """The device that `accelerator` means on this machine.
 
         Raises:
-            ValueError: a GPU is asked for and there is none.
+            UserError: a GPU is asked for and there is none.
         """
         if self.accelerator == "gpu" and not torch.cuda.is_available():
-            raise ValueError("`model.accelerator` is gpu, and torch sees none here. Use `cpu` or `auto`.")
+            raise UserError("`model.accelerator` is gpu, and torch sees none here. Use `cpu` or `auto`.")
         return torch.device("cpu" if self.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
@@ -62,7 +64,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         if not self.counts or list(self.counts) != sorted(set(self.counts)) or self.counts[0] < 1:
-            raise ValueError(f"`rows.counts` is {list(self.counts)}: give rising numbers of blocks, at least 1.")
+            raise UserError(f"`rows.counts` is {list(self.counts)}: give rising numbers of blocks, at least 1.")
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ class Measures:
         for name in ("choice_rows", "choice_tokens", "prompt", "response"):
             value: int | None = vars(self)[name]
             if value is not None and value < 1:
-                raise ValueError(f"`measures.{name}` is {value}: give at least 1.")
+                raise UserError(f"`measures.{name}` is {value}: give at least 1.")
         if self.look_back < 0:
-            raise ValueError(f"`measures.look_back` is {self.look_back}: give a number of examples, or 0.")
+            raise UserError(f"`measures.look_back` is {self.look_back}: give a number of examples, or 0.")
         if LOOK_BACK in self.choices:
-            raise ValueError(f"`measures.choices` names a set {LOOK_BACK}, which is a column already. Rename it.")
+            raise UserError(f"`measures.choices` names a set {LOOK_BACK}, which is a column already. Rename it.")
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,13 @@ class Training:
         freeze_embeddings: bool = False,
     ) -> None:
         if tokens < 1 or batch_size < 1 or not 0 <= warmup < 1:
-            raise ValueError(
+            raise UserError(
                 "`training` needs `tokens` and `batch_size` of at least 1 and `warmup` in [0, 1), got "
                 f"tokens={tokens}, batch_size={batch_size}, warmup={warmup}."
             )
         self.tokens = tokens
         if prompt is not None and prompt < 1:
-            raise ValueError(f"`training.prompt` is {prompt}: give at least 1 token, or null.")
+            raise UserError(f"`training.prompt` is {prompt}: give at least 1 token, or null.")
         self.batch_size = batch_size
         self.prompt = prompt
         self.optimizer = optimizer

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pdtrim_pl import __version__
 from pdtrim_pl.compare.outcome import COLUMNS, Outcome
-from pdtrim_pl.plan import write_whole
+from pdtrim_pl.plan.json_files import write_whole
 
 WIDEST = 240
 CPU_FACTS = Path("/proc/cpuinfo")

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Subset
 
 from pdtrim_pl.data import Batch, Collator, Example, Parts, PromptResponseDataModule, TextSource, fingerprint
+from pdtrim_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Texts:
             skip: leave out the batches of so many first tokens: an earlier training has seen them.
 
         Raises:
-            ValueError: not even one batch fits.
+            UserError: not even one batch fits.
         """
         batches: list[Batch] = []
         taken, passed, epoch = 0, 0, 0
@@ -60,7 +61,7 @@ class Texts:
                     continue
                 if taken + size > tokens:
                     if not batches:
-                        raise ValueError(
+                        raise UserError(
                             f"`training.tokens` leaves {tokens} tokens for one training, less than one batch of {size}."
                             " Raise it, or lower `training.batch_size`."
                         )
@@ -82,7 +83,7 @@ def read_texts(data: PromptResponseDataModule, held_out: TextSource | None) -> T
     """Read the texts; `held_out` takes the place of the data's own `test` part, with at most as many examples.
 
     Raises:
-        ValueError: too little text for the parts, or no calibration or held-out part at all.
+        UserError: too little text for the parts, or no calibration or held-out part at all.
     """
     most = data.parts.test
     if held_out is None:
@@ -90,12 +91,12 @@ def read_texts(data: PromptResponseDataModule, held_out: TextSource | None) -> T
         judged = data.part("test")
     else:
         if held_out == data.source:
-            raise ValueError(
+            raise UserError(
                 f"`measures.held_out` is `data.source` itself ({held_out}): rows would be judged on training text. "
                 "Name another file, or leave it out and set `data.parts.test`."
             )
         if not isinstance(most, int) or most < 1:
-            raise ValueError(f"`data.parts.test` is {most}: with `measures.held_out` give a number of its examples.")
+            raise UserError(f"`data.parts.test` is {most}: with `measures.held_out` give a number of its examples.")
         other = _over(data, held_out, Parts(validation=0, calibration=0, test=0, max_train=most))
         data = _over(data, data.source, replace(data.parts, test=0))
         data.setup()

@@ -13,8 +13,8 @@ import torch
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
-from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.evaluation.redundancy import block_redundancy
+from pdtrim_pl.parallel import Ranks
 from pdtrim_pl.plan import Stage, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import StagePlan, Target
 
 
@@ -12,7 +13,7 @@ class CosineRedundancy(Criterion):
     """Harm = 1 - cos(block input, block output), the mean of the stages that would lose the block.
 
     Raises:
-        ValueError: such a stage was fed no calibration token.
+        UserError: such a stage was fed no calibration token.
     """
 
     name = "cosine"
@@ -24,7 +25,7 @@ class CosineRedundancy(Criterion):
         for block in candidates:
             fed = [stage for stage in plan.stages_losing(target, block) if not context.redundancy[stage]]
             if fed:
-                raise ValueError(
+                raise UserError(
                     f"No calibration token reaches {' and '.join(fed)}: every response has one token, which prefill "
                     "predicts. Use longer responses (`lengths` of the data)."
                 )

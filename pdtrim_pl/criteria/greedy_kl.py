@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.criteria.cosine import CosineRedundancy
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import StagePlan, Target
 
 
@@ -18,7 +19,7 @@ class GreedyKL(Criterion):
         pool: look at only so many candidates, the most redundant by cosine; None scores all of them.
 
     Raises:
-        ValueError: `pool` is below 1.
+        UserError: `pool` is below 1.
     """
 
     name = "greedy_kl"
@@ -26,7 +27,7 @@ class GreedyKL(Criterion):
 
     def __init__(self, pool: int | None = None) -> None:
         if pool is not None and pool < 1:
-            raise ValueError(f"`pool` is {pool}: give at least 1, or null to score every candidate.")
+            raise UserError(f"`pool` is {pool}: give at least 1, or null to score every candidate.")
         self.pool = pool
 
     def score(

@@ -16,6 +16,7 @@ from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import CHUNK_TOKENS
+from pdtrim_pl.evaluation.spread import measured_by_ranks
 from pdtrim_pl.losses import Head, chunks
 from pdtrim_pl.plan import STAGES, Stage, StagePlan, Target
 from pdtrim_pl.staged.gate import Observer
@@ -51,7 +52,7 @@ class Taylor(Criterion):
             return found
 
         tokens = sum(int(batch.response_mask.sum()) for batch in context.batches)
-        every = context.ranks.of_every(context.batches, harms)
+        every = measured_by_ranks(context.ranks, context.batches, harms)
         return {block: sum(found[block] for found in every) / max(tokens, 1) for block in candidates}
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_pl.prompts import chat_text
+from pdtrim_pl.data.prompts import chat_text
+from pdtrim_pl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,15 +22,15 @@ def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tup
             such as `tool_calls`, reach the template as they are.
 
     Raises:
-        ValueError: the chat cannot be used; the message goes on after its column's name.
+        UserError: the chat cannot be used; the message goes on after its column's name.
     """
     messages = [_message(turn) for turn in chat]
     last = max((number for number, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
     if last == 0:
-        raise ValueError("has no assistant message after a first message of another role")
+        raise UserError("has no assistant message after a first message of another role")
     answer = messages[last]["content"]
     if not (answer or "").strip():
-        raise ValueError("has an empty last assistant message")
+        raise UserError("has an empty last assistant message")
     prompt = chat_text(tokenizer, messages[:last], add_generation_prompt=True)
     whole = chat_text(tokenizer, messages[: last + 1], add_generation_prompt=False)
     # Some templates open the answer otherwise than the generation prompt does (a thinking block, for one).
@@ -39,20 +40,20 @@ def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tup
 
 def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
-        raise ValueError(f"holds a {type(turn).__name__} where a message belongs")
+        raise UserError(f"holds a {type(turn).__name__} where a message belongs")
     if turn.get("role") is None and turn.get("from") is not None:
         role = _SHAREGPT_ROLES.get(turn["from"], turn["from"])
         if role not in _ROLES:
-            raise ValueError(f"has a message from {turn['from']!r}; known are `human`, `gpt`, `system` and `tool`")
+            raise UserError(f"has a message from {turn['from']!r}; known are `human`, `gpt`, `system` and `tool`")
         rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
         message = {"role": role, "content": turn.get("value"), **rest}
     else:
         message = dict(turn)
     if not isinstance(message.get("role"), str):
-        raise ValueError("must hold messages with `role` and `content` (or `from` and `value`)")
+        raise UserError("must hold messages with `role` and `content` (or `from` and `value`)")
     message["content"] = _content(message.get("content"))
     if message["content"] is None and message["role"] != "assistant":  # one that calls tools may say nothing
-        raise ValueError(f"must hold messages with `role` and `content`, and one of `{message['role']}` has no content")
+        raise UserError(f"must hold messages with `role` and `content`, and one of `{message['role']}` has no content")
     return message
 
 
@@ -60,7 +61,7 @@ def _content(content: Any) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"has a message whose content is a {type(content).__name__}, not a text")
+        raise UserError(f"has a message whose content is a {type(content).__name__}, not a text")
     return "".join(map(_part, content))
 
 
@@ -68,4 +69,4 @@ def _part(part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") in ("text", None) and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ValueError(f"has a content part of type `{kind}`; only text can be used")
+    raise UserError(f"has a content part of type `{kind}`; only text can be used")

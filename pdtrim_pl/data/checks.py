@@ -1,14 +1,16 @@
 """Whether a tokenizer and the lengths of the examples fit a model."""
 
+from pdtrim_pl.errors import UserError
+
 
 def check_context(max_length: int, context_length: int) -> None:
     """Refuse examples longer than the model's context, both in tokens.
 
     Raises:
-        ValueError: `max_length` is above `context_length`.
+        UserError: `max_length` is above `context_length`.
     """
     if max_length > context_length:
-        raise ValueError(
+        raise UserError(
             f"`lengths.max_length`={max_length} is longer than the model's context of {context_length} tokens; "
             f"set it to at most {context_length}."
         )
@@ -22,10 +24,10 @@ def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        ValueError: The tokenizer is the larger one.
+        UserError: The tokenizer is the larger one.
     """
     if tokenizer_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer has ids up to {tokenizer_size - 1}, the model's vocabulary has {vocab_size}; "
             "set `tokenizer` to the name of the model that is trimmed."
         )
@@ -40,10 +42,10 @@ def check_ids(largest: int, token: str, vocab_size: int) -> None:
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        ValueError: The id is beyond the embedding.
+        UserError: The id is beyond the embedding.
     """
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The text holds the token {token!r} with id {largest}, the model's vocabulary has {vocab_size}; set "
             "`tokenizer` to the name of the model that is trimmed, or take the token out of text and chat template."
         )

@@ -12,7 +12,6 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from pdtrim_pl.context import usable_context
 from pdtrim_pl.data.checks import check_context, check_ids, check_vocabulary
 from pdtrim_pl.data.collate import Collator
 from pdtrim_pl.data.examples import Example, SaidAgain, TokenExamples
@@ -20,7 +19,9 @@ from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.loader import ResumableLoader
 from pdtrim_pl.data.settings import Lengths, Parts
 from pdtrim_pl.data.sources import TextSource, load_rows
-from pdtrim_pl.pretrained import load_config, load_tokenizer, resolve_model
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.models.pretrained import load_config, load_tokenizer, resolve_model
 
 
 def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Subset[Example]]:
@@ -30,7 +31,7 @@ def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Sub
         Disjoint parts by name: `validation`, `calibration`, `test` and `train`; one that was not asked for is empty.
 
     Raises:
-        ValueError: There are too few examples for `parts`.
+        UserError: There are too few examples for `parts`.
     """
     distinct = np.asarray(examples.distinct())
     sizes = parts.sizes(len(distinct))
@@ -70,7 +71,7 @@ class PromptResponseDataModule(LightningDataModule):
             seed: Seed of split points, parts and training order.
 
         Raises:
-            ValueError: A batch size is below 1 or `num_workers` below 0.
+            UserError: A batch size is below 1 or `num_workers` below 0.
         """
         super().__init__()
         for name, value, least in (
@@ -80,7 +81,7 @@ class PromptResponseDataModule(LightningDataModule):
             ("seed", seed, 0),
         ):
             if value < least:
-                raise ValueError(f"`{name}`={value} must be at least {least}.")
+                raise UserError(f"`{name}`={value} must be at least {least}.")
         self.tokenizer_name = tokenizer
         self.source = source
         self.lengths = lengths
@@ -119,7 +120,7 @@ class PromptResponseDataModule(LightningDataModule):
         """Build all parts, once, whatever the stage.
 
         Raises:
-            ValueError: The source cannot be read, gives too few examples for `parts`, or does not fit the model.
+            UserError: The source cannot be read, gives too few examples for `parts`, or does not fit the model.
         """
         if self._parts:
             return
@@ -137,12 +138,12 @@ class PromptResponseDataModule(LightningDataModule):
         """The examples of a part: `train`, `validation`, `calibration` or `test`.
 
         Raises:
-            ValueError: The part has no examples.
+            UserError: The part has no examples.
         """
         assert self._parts, "setup() comes first"
         subset = self._parts[name]
         if len(subset) == 0:
-            raise ValueError(f"The data has no {name} part; set `parts.{name}` to a count or a share above 0.")
+            raise UserError(f"The data has no {name} part; set `parts.{name}` to a count or a share above 0.")
         return subset
 
     @override

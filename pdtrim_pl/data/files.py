@@ -12,6 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pdtrim_pl.errors import UserError
+
 JSON_ENDINGS = (".json", ".jsonl")
 TEXT_ENDINGS = (".txt", ".raw", ".text")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -40,13 +42,13 @@ def read_lines(path: Path) -> Iterator[Line]:
     ending. Texts in an array count as objects with the text in `text`. A text file is one row, in `text`.
 
     Raises:
-        ValueError: The file cannot be read, or no row can be told from the next; the message names file and line.
+        UserError: The file cannot be read, or no row can be told from the next; the message names file and line.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield from _text(path, file.read()) if ending(path) in TEXT_ENDINGS else _json(path, file)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _text(path: Path, data: bytes) -> Iterator[Line]:
@@ -91,11 +93,11 @@ def _array(path: Path, data: bytes) -> Iterator[Line]:
             line, at, number = line + text.count("\n", at, start), start, number + 1
             yield _row(f"line {line}, row {number}", {"text": value} if isinstance(value, str) else value)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, {_line_of(data, error)}: {_not_utf8(error)}") from error
+        raise UserError(f"{path}, {_line_of(data, error)}: {_not_utf8(error)}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg} at column {error.colno}") from error
+        raise UserError(f"{path}, line {error.lineno}: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, behind row {number}: not readable as JSON ({error})") from error
+        raise UserError(f"{path}, behind row {number}: not readable as JSON ({error})") from error
 
 
 def _elements(text: str) -> Iterator[tuple[int, Any]]:
@@ -141,4 +143,4 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 def _refuse_wide(path: Path, data: bytes) -> None:
     if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in data[:4]:
-        raise ValueError(f"{path} cannot be read: its encoding is utf-16 or utf-32; save it as utf-8")
+        raise UserError(f"{path} cannot be read: its encoding is utf-16 or utf-32; save it as utf-8")

@@ -13,10 +13,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from pdtrim_pl.data.chats import split_chat
 from pdtrim_pl.data.examples import TokenExamples
 from pdtrim_pl.data.malformed import check_value, skipped_rows
+from pdtrim_pl.data.prompts import leading_ids, plain_ids, split_ids
 from pdtrim_pl.data.settings import Lengths
 from pdtrim_pl.data.sources import Rows
 from pdtrim_pl.data.tables import FAULT, bad_rows
-from pdtrim_pl.prompts import leading_ids, plain_ids, split_ids
+from pdtrim_pl.errors import UserError
 
 Tokenized = Mapping[str, Sequence[Any]]
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, see
 
     Raw text: the tokens of all documents, with the end-of-sequence token between them, are cut into windows of
     `lengths.max_length` tokens that do not overlap; each window's split point is drawn by a generator of its own.
-    Pairs and chats: prompt and response are tokenised together (`pdtrim_pl.prompts.split_ids`), so what stands between
+    Pairs and chats: prompt and response are tokenised together (`data.prompts.split_ids`), so what stands between
     them is what the whole text has there, and the prompt is the one that is served. A long prompt keeps its end, a long
     response its start.
 
@@ -43,13 +44,13 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, see
         seed: Seed of the split points.
 
     Raises:
-        ValueError: A row cannot be read, or the text is shorter than one window; the message names the place.
+        UserError: A row cannot be read, or the text is shorter than one window; the message names the place.
     """
     if rows.kind == "text":
         documents = _tokenize(rows, tokenizer, _text_ids, ["ids"])
         return _windows(rows, documents.with_format("numpy")["ids"], tokenizer, lengths, seed)
     if rows.kind == "chat" and tokenizer.chat_template is None:
-        raise ValueError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
+        raise UserError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
     tokenized = _tokenize(rows, tokenizer, _pair_ids if rows.kind == "pairs" else _chat_ids, ["prompt", "response"])
     return TokenExamples.from_pairs(_truncated(tokenized, tokenizer, lengths))
 
@@ -126,7 +127,7 @@ def _chat_ids(
         try:
             return split_chat(tokenizer, chat)
         except ValueError as error:
-            raise ValueError(f"column `{column}` {error}") from error
+            raise UserError(f"column `{column}` {error}") from error
 
     pairs, faults = _read(rows, batch, indices, read, ("", ""))
     return _split(rows, indices, tokenizer, pairs, faults)
@@ -164,7 +165,7 @@ def _windows(
     fresh = lengths.max_length - len(leading)
     count = len(stream) // fresh if fresh > 0 else 0
     if count == 0:
-        raise ValueError(
+        raise UserError(
             f"`source.path`: {rows.parts[0].origin} has {len(stream)} tokens, less than one window of "
             f"`lengths.max_length`={lengths.max_length}; shorten it or give more text."
         )

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pdtrim_pl.errors import UserError
+
 OnBadRow = Literal["error", "skip"]
 Kind = Literal["text", "pairs", "chat"]
 
@@ -10,7 +12,7 @@ _NAMED = 3
 """Skipped rows that a warning names."""
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row cannot be used; the message says where it is and why."""
 
     @classmethod
@@ -23,15 +25,15 @@ def check_value(kind: Kind, column: str, value: Any) -> None:
     """Refuse a value that is empty or of another type than the column's use says.
 
     Raises:
-        ValueError: what is wrong, without the place.
+        UserError: what is wrong, without the place.
     """
     wanted = list if kind == "chat" else str
     if not isinstance(value, wanted):
         found = "nothing" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"column `{column}` holds {found}, not a {wanted.__name__}")
+        raise UserError(f"column `{column}` holds {found}, not a {wanted.__name__}")
     # Empty lines between the paragraphs of a text do no harm.
     if kind != "text" and not (value.strip() if isinstance(value, str) else value):
-        raise ValueError(f"column `{column}` is empty")
+        raise UserError(f"column `{column}` is empty")
 
 
 def skipped_rows(skipped: Sequence[str], total: int) -> str:
@@ -42,19 +44,19 @@ def skipped_rows(skipped: Sequence[str], total: int) -> str:
         total: rows of the source.
 
     Raises:
-        ValueError: no row is left.
+        UserError: no row is left.
     """
     named = "; ".join(skipped[:_NAMED]) + ("; ..." if len(skipped) > _NAMED else ".")
     if len(skipped) == total:
-        raise ValueError(f"`source.path`: every row is bad, {total} of {total}: {named}")
+        raise UserError(f"`source.path`: every row is bad, {total} of {total}: {named}")
     return f"`source.on_bad_row` is `skip`: {len(skipped)} of {total} rows are left out: {named}"
 
 
-def damaged(reason: Exception | str) -> ValueError:
+def damaged(reason: Exception | str) -> UserError:
     """The error for a file that cannot be told into rows."""
-    return ValueError(f"`source.path`: {reason}; mend the file.")
+    return UserError(f"`source.path`: {reason}; mend the file.")
 
 
-def empty(origin: str) -> ValueError:
+def empty(origin: str) -> UserError:
     """The error for a source without rows."""
-    return ValueError(f"`source.path`: {origin} is empty; give a source with at least one row.")
+    return UserError(f"`source.path`: {origin} is empty; give a source with at least one row.")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from pdtrim_pl.errors import UserError
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -17,12 +19,12 @@ class Lengths:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_prompt <= self.max_prompt:
-            raise ValueError(
+            raise UserError(
                 f"`lengths.min_prompt`={self.min_prompt} must be at least 1 and at most "
                 f"`lengths.max_prompt`={self.max_prompt}."
             )
         if self.max_prompt >= self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"`lengths.max_prompt`={self.max_prompt} leaves no token for the response within "
                 f"`lengths.max_length`={self.max_length}; lower the first or raise the second."
             )
@@ -50,16 +52,16 @@ class Parts:
         for name in ("validation", "calibration", "test"):
             value: int | float = self.__dict__[name]
             if value < 0 or (isinstance(value, float) and value >= 1):
-                raise ValueError(
+                raise UserError(
                     f"`parts.{name}`={value} must be a count of examples (an integer) or a share (a float in [0, 1))."
                 )
         if not 0 <= self.said_again <= 1:
-            raise ValueError(
+            raise UserError(
                 f"`parts.said_again`={self.said_again} must be a share of the calibration examples, 0 to 1."
             )
         for field in fields(self):
             if field.name.startswith("max_") and (limit := self.__dict__[field.name]) is not None and limit < 1:
-                raise ValueError(f"`parts.{field.name}`={limit} must be at least 1, or null for no limit.")
+                raise UserError(f"`parts.{field.name}`={limit} must be at least 1, or null for no limit.")
 
     def sizes(self, total: int) -> Mapping[str, int]:
         """Cut `total` examples into parts, limits applied.
@@ -68,7 +70,7 @@ class Parts:
             The count of examples by part: `validation`, `calibration`, `test` and `train`, in the order they are cut.
 
         Raises:
-            ValueError: There are too few examples for what is asked.
+            UserError: There are too few examples for what is asked.
         """
         asked = {name: self.__dict__[name] for name in ("validation", "calibration", "test")}
         sizes = {
@@ -80,7 +82,7 @@ class Parts:
         sizes["train"] = total - sum(sizes.values())
         if sizes["train"] < 1:
             wanted = ", ".join(f"`parts.{name}`={value}" for name, value in asked.items())
-            raise ValueError(
+            raise UserError(
                 f"The source gives {total} distinct examples; {wanted} leave none for training. "
                 "Lower them, shorten `lengths.max_length`, or give more text."
             )

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from pdtrim_pl.data.files import JSON_ENDINGS, TEXT_ENDINGS, ending
 from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, damaged, empty, skipped_rows
 from pdtrim_pl.data.tables import PLACE, column_names, read_table
+from pdtrim_pl.errors import UserError
 
 EMBEDDED_TEXT = "pydoc"
 _ENDINGS = (*JSON_ENDINGS, *TEXT_ENDINGS, ".parquet")
@@ -55,17 +56,17 @@ class TextSource:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError(f"`source.path` is empty; give a file, a Hub id or `{EMBEDDED_TEXT}`.")
+            raise UserError(f"`source.path` is empty; give a file, a Hub id or `{EMBEDDED_TEXT}`.")
         if self.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"`source.on_bad_row`={self.on_bad_row!r} must be `error` or `skip`.")
+            raise UserError(f"`source.on_bad_row`={self.on_bad_row!r} must be `error` or `skip`.")
         if (self.prompt_column is None) != (self.response_column is None):
             given = "prompt_column" if self.response_column is None else "response_column"
-            raise ValueError(
+            raise UserError(
                 f"`source.{given}` is set alone; pairs need both `source.prompt_column` and `source.response_column`."
             )
         given_kinds = [self.text_column, self.prompt_column, self.messages_column]
         if sum(column is not None for column in given_kinds) > 1:
-            raise ValueError(
+            raise UserError(
                 "`source.text_column`, `source.prompt_column` with `source.response_column`, and "
                 "`source.messages_column` exclude each other; give one of the three."
             )
@@ -129,7 +130,7 @@ def load_rows(source: TextSource) -> Rows:
     """Read a source.
 
     Raises:
-        ValueError: The source is missing, empty or malformed, or its columns do not say what its rows are; the message
+        UserError: The source is missing, empty or malformed, or its columns do not say what its rows are; the message
             names the file, the line and the column.
     """
     parts = [
@@ -139,7 +140,7 @@ def load_rows(source: TextSource) -> Rows:
     first = parts[0]
     for part in parts[1:]:
         if (part.kind, part.columns) != (first.kind, first.columns):
-            raise ValueError(f"`source.path`: {part.origin} has other columns than {first.origin}; name the columns.")
+            raise UserError(f"`source.path`: {part.origin} has other columns than {first.origin}; name the columns.")
     datasets = [part.dataset for part in parts]
     rows = Rows(datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), parts, source.on_bad_row)
     if len(rows.dataset) == 0:
@@ -161,12 +162,12 @@ def _load(source: TextSource) -> list[tuple[str, Dataset | Path]]:
         return [(file, _load_file(Path(file))) for file in files]
     if ending(path) not in _ENDINGS and _HUB_ID.fullmatch(source.path):
         return [(source.path, _load_hub(source))]
-    raise ValueError(f"`source.path`: no file matches {source.path!r}; check the path.")
+    raise UserError(f"`source.path`: no file matches {source.path!r}; check the path.")
 
 
 def _load_file(path: Path) -> Dataset | Path:
     if ending(path) not in _ENDINGS:
-        raise ValueError(
+        raise UserError(
             f"`source.path`: {path} has an unknown ending; files are read by theirs: {', '.join(sorted(_ENDINGS))}, "
             f"and by {', '.join(f'{one}.gz' for one in JSON_ENDINGS)}."
         )
@@ -204,13 +205,13 @@ def _load_saved(source: TextSource, path: Path) -> Dataset:
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"`source.path`: the directory {path} was not written by `save_to_disk` ({error}); "
             f"for the files in it give a glob such as {path}/*.jsonl."
         ) from error
     if isinstance(saved, DatasetDict):
         if source.split not in saved:
-            raise ValueError(f"`source.split`={source.split!r} is not in {path}; it has {', '.join(map(str, saved))}.")
+            raise UserError(f"`source.split`={source.split!r} is not in {path}; it has {', '.join(map(str, saved))}.")
         return saved[source.split]
     return saved
 
@@ -219,7 +220,7 @@ def _load_hub(source: TextSource) -> Dataset:
     try:
         return load_dataset(source.path, source.name, split=source.split)
     except (OSError, ValueError) as error:  # missing, offline, or an unknown configuration or split
-        raise ValueError(
+        raise UserError(
             f"`source.path`={source.path!r} is neither a file nor a dataset that the Hub or its local cache gave, with "
             f"`source.name`={source.name!r} and `source.split`={source.split!r}: {error}"
         ) from error
@@ -238,13 +239,13 @@ def _columns(source: TextSource, origin: str, present: Sequence[str]) -> tuple[K
             continue
         for column in columns:
             if column not in present:
-                raise ValueError(f"{origin} has no column `{column}`; its columns are {', '.join(present)}.")
+                raise UserError(f"{origin} has no column `{column}`; its columns are {', '.join(present)}.")
         return kind, columns
     found = [(kind, columns) for kind, columns in _USUAL if set(columns) <= set(present)]
     if len(found) == 1:
         return found[0]
     problem = "several of its columns could be meant" if found else "none of its columns has a usual name"
-    raise ValueError(
+    raise UserError(
         f"{origin}: {problem} ({', '.join(present)}); set `source.text_column`, `source.prompt_column` with "
         "`source.response_column`, or `source.messages_column`."
     )

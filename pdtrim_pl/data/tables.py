@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pdtrim_pl.data.files import TEXT_ENDINGS, ending, read_lines
 from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, check_value, damaged, empty, skipped_rows
+from pdtrim_pl.errors import UserError
 
 PLACE = "place of the row"
 """The column of `Table.places`."""
@@ -37,7 +38,7 @@ def column_names(path: Path) -> list[str]:
     """The keys of the first usable rows of a file.
 
     Raises:
-        ValueError: The file is empty, damaged, or has no usable row.
+        UserError: The file is empty, damaged, or has no usable row.
     """
     faults: list[str] = []
     names: dict[str, None] = {}
@@ -66,7 +67,7 @@ def read_table(path: Path, kind: Kind, columns: Sequence[str], on_bad_row: OnBad
     """Read the columns of a file.
 
     Raises:
-        ValueError: The file is damaged.
+        UserError: The file is damaged.
         BadRow: A row cannot be used, and `on_bad_row` is `error`.
     """
     file = path.stat()
@@ -102,7 +103,7 @@ def _string_rows(
     for line in read_lines(Path(path)):
         try:
             if line.fault is not None:
-                raise ValueError(line.fault)
+                raise UserError(line.fault)
             values = {column: _string(kind, column, line.row.get(column)) for column in columns}
         except ValueError as error:
             if on_bad_row == "error":
@@ -119,5 +120,5 @@ def _string(kind: Kind, column: str, value: Any) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start].encode("unicode_escape").decode()
-        raise ValueError(f"column `{column}` holds half of a character ({half})") from error
+        raise UserError(f"column `{column}` holds half of a character ({half})") from error
     return text

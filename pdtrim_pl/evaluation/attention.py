@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pdtrim_pl.compat import attention_of
 from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.policy import Retention
+from pdtrim_pl.plan import Retention
 from pdtrim_pl.staged import Request, Slots, StagedCausalLM
 
 
@@ -71,7 +72,7 @@ def attention_mass(
         Original index -> share in [0, 1], for every block of D.
 
     Raises:
-        ValueError: decode is fed no token, or a count or share out of range.
+        UserError: decode is fed no token, or a count or share out of range.
     """
     rule = Retention("first_last", first, last)
     tallies = {block: _Tally() for block in model.plan.decode}
@@ -91,7 +92,7 @@ def attention_mass(
                     hooks.callback(_attention_of(model, block).register_forward_hook(hook).remove)
                 model.decode(fed, sent, valid, keep_cache=False)
     if not tokens:
-        raise ValueError(
+        raise UserError(
             "Attention mass needs tokens that decode is fed, and there are none: the data part is empty, or every "
             "response has one token, which prefill predicts. Use longer responses (`lengths` of the data)."
         )

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from pdtrim_pl.compat import attention_of
 from pdtrim_pl.data.collate import Batch, fingerprint
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
 from pdtrim_pl.evaluation.quality import CHUNK_TOKENS, Reference, final_hidden, score_tokens
-from pdtrim_pl.evaluation.ranks import Ranks
+from pdtrim_pl.evaluation.spread import shared_steps
 from pdtrim_pl.losses import chunks
-from pdtrim_pl.plan import STAGES, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Evaluator:
         journal: file of evaluations; what it knows is not evaluated again.
 
     Raises:
-        ValueError: the calibration set is empty.
+        UserError: the calibration set is empty.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class Evaluator:
         self.count = len(batches)
         self.tokens = sum(int(batch.response_mask.sum()) for batch in batches)
         if not self.tokens:
-            raise ValueError("The calibration set has no response token: see `parts.calibration` of the data.")
-        peers = ranks.peers(batches if ranks.whole else [batch.with_decode() for batch in batches])
+            raise UserError("The calibration set has no response token: see `parts.calibration` of the data.")
+        peers = ranks.peers(shared_steps(ranks, batches))
         self.batches = [group[ranks.rank % len(group)].on(device) for group in peers]
         self.targets = [batch.response_ids[batch.response_mask] for batch in self.batches]
         self.neighbours = Neighbours(student, self.batches, memory.base, peers)

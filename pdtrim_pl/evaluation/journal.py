@@ -9,7 +9,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-from pdtrim_pl.evaluation.ranks import Ranks
+from pdtrim_pl.parallel import Ranks
 
 
 class Sums(NamedTuple):

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from pdtrim_pl.context import usable_context
 from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example
 from pdtrim_pl.data.files import read_lines
+from pdtrim_pl.data.prompts import leading_ids
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.losses import Head, chunks
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
-from pdtrim_pl.prompts import leading_ids
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import BlockKV, KVCache, Request, Slots, StagedCausalLM
 
 
@@ -80,19 +80,19 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         limit: how many questions to take; all by default.
 
     Raises:
-        ValueError: no such file, nothing in it, or a row that is no question, with its line.
+        UserError: no such file, nothing in it, or a row that is no question, with its line.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"`limit` of questions is {limit}: give at least 1, or none for all.")
+        raise UserError(f"`limit` of questions is {limit}: give at least 1, or none for all.")
     questions: list[Question] = []
     for line in read_lines(path):
         if len(questions) == limit:
             break
         if line.fault is not None:
-            raise ValueError(f"{path}, {line.place}: {line.fault}; mend the row.")
+            raise UserError(f"{path}, {line.place}: {line.fault}; mend the row.")
         questions.append(_question(line.row, f"{path}, {line.place}"))
     if not questions:
-        raise ValueError(f"{path} holds no question: give rows of `context`, `choices` and `label`.")
+        raise UserError(f"{path} holds no question: give rows of `context`, `choices` and `label`.")
     return questions
 
 
@@ -111,7 +111,7 @@ def encode_questions(
         max_tokens: of prompt and longest response together; `usable_context` of the model's configuration at most.
 
     Raises:
-        ValueError: a choice that leaves no room for a prompt, or that has no tokens of its own.
+        UserError: a choice that leaves no room for a prompt, or that has no tokens of its own.
     """
     leading = leading_ids(tokenizer)
     encoded = []
@@ -122,7 +122,7 @@ def encode_questions(
         responses = tuple(tuple(row[split:]) for row in rows[1:])
         room = max_tokens - max(map(len, responses)) - len(leading)
         if room < 1 or not split or not all(responses):
-            raise ValueError(
+            raise UserError(
                 f"The question {question.context[:40]!r}... has {split} tokens of context and choices of "
                 f"{[len(response) for response in responses]}, and {max_tokens} fit into the model: both need at "
                 "least one. Drop the row."
@@ -152,7 +152,7 @@ def measure_accuracy(
         device: where the model is.
 
     Raises:
-        ValueError: no question, or questions longer than the model's context.
+        UserError: no question, or questions longer than the model's context.
     """
     _check(model, questions, batch_size)
     if plan is None:
@@ -226,13 +226,13 @@ def _repeated(cache: KVCache, rows: Tensor) -> KVCache:
 
 def _check(model: StagedCausalLM, questions: Sequence[TokenQuestion], batch_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"`batch_size` of the questions is {batch_size}: give at least 1.")
+        raise UserError(f"`batch_size` of the questions is {batch_size}: give at least 1.")
     if not questions:
-        raise ValueError("There is no question to answer.")
+        raise UserError("There is no question to answer.")
     context = usable_context(model.model.config.to_dict())
     longest = max(len(question.prompt) + max(map(len, question.responses)) for question in questions)
     if longest > context:
-        raise ValueError(
+        raise UserError(
             f"A question takes {longest} tokens, and the context of `model` is {context}: encode the questions with "
             f"`max_tokens` of {context} or less."
         )
@@ -241,11 +241,11 @@ def _check(model: StagedCausalLM, questions: Sequence[TokenQuestion], batch_size
 def _question(row: Mapping[str, Any], place: str) -> Question:
     context, choices, label = row.get("context"), row.get("choices"), row.get("label")
     if not _is_text(context):
-        raise ValueError(f"{place}: `context` is {context!r}; give a text that is not empty.")
+        raise UserError(f"{place}: `context` is {context!r}; give a text that is not empty.")
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-        raise ValueError(f"{place}: `choices` is {choices!r}; give a list of at least two texts, none empty.")
+        raise UserError(f"{place}: `choices` is {choices!r}; give a list of at least two texts, none empty.")
     if type(label) is not int or not 0 <= label < len(choices):
-        raise ValueError(f"{place}: `label` is {label!r}; give the right choice's index, from 0 to {len(choices) - 1}.")
+        raise UserError(f"{place}: `label` is {label!r}; give the right choice's index, from 0 to {len(choices) - 1}.")
     return Question(context, tuple(choices), label)
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.plan import STAGES, Stage, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Stage, StagePlan
 from pdtrim_pl.staged import Request, StagedCausalLM, StagedOutput
 from pdtrim_pl.staged.gate import Observer, Resume
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses import Head, chunks
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 CHUNK_TOKENS = 128
@@ -140,7 +140,7 @@ def measure_quality(
         references: the teacher's `final_hidden` of every batch, where it is known.
 
     Raises:
-        ValueError: no response token at all.
+        UserError: no response token at all.
     """
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for index, raw in enumerate(batches):
@@ -153,7 +153,7 @@ def measure_quality(
         sums += torch.stack([column.double().sum() for column in columns]).cpu()
         tokens += len(targets)
     if not tokens:
-        raise ValueError("There is no response token to judge: the data part is empty (see `parts` of the data).")
+        raise UserError("There is no response token to judge: the data part is empty (see `parts` of the data).")
     nll, teacher_nll, kl, agreement = (sums / tokens).tolist()
     return Quality(nll, teacher_nll, kl, agreement, tokens)
 

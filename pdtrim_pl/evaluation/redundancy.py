@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.ranks import Ranks
+from pdtrim_pl.evaluation.spread import measured_by_ranks
+from pdtrim_pl.parallel import Ranks
 from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.gate import Observer
@@ -37,7 +39,7 @@ def block_redundancy(
         a stage that was fed no token (decode, where every response has one token) has no blocks at all.
 
     Raises:
-        ValueError: no token at all.
+        UserError: no token at all.
     """
 
     def measured(raw: Batch, _: Sequence[Batch]) -> dict[Stage, tuple[dict[int, float], int]]:
@@ -50,15 +52,13 @@ def block_redundancy(
     sums: dict[Stage, dict[int, float]] = {stage: {} for stage in STAGES}
     tokens: dict[Stage, int] = dict.fromkeys(STAGES, 0)
     with torch.no_grad(), eval_mode(model):
-        for found in ranks.of_every(list(batches), measured):
+        for found in measured_by_ranks(ranks, list(batches), measured):
             for stage, (values, count) in found.items():
                 tokens[stage] += count
                 for block, value in values.items():
                     sums[stage][block] = sums[stage].get(block, 0.0) + value
     if not any(tokens.values()):
-        raise ValueError(
-            "There is no token to measure redundancy on: the data part is empty (see `parts` of the data)."
-        )
+        raise UserError("There is no token to measure redundancy on: the data part is empty (see `parts` of the data).")
     return {s: {block: total / tokens[s] for block, total in sums[s].items() if tokens[s]} for s in STAGES}
 
 

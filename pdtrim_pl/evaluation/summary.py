@@ -17,7 +17,7 @@ from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import Quality, measure_quality
 from pdtrim_pl.evaluation.timing import Timing
-from pdtrim_pl.policy import KVRetentionPolicy, KVShape
+from pdtrim_pl.plan import KVRetentionPolicy, KVShape
 from pdtrim_pl.staged import StagedCausalLM
 
 COLUMNS = ("", "teacher", "after drops", "distilled", "gain")
@@ -171,7 +171,7 @@ def summarise(
         export: where the export lies.
 
     Raises:
-        ValueError: no response token at all.
+        UserError: no response token at all.
     """
     plan, held = student.plan, list(batches)
     policy = student.policy or KVRetentionPolicy(plan.boundary, student.kv_shape)

@@ -13,10 +13,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from pdtrim_pl.context import usable_context
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 
@@ -80,16 +80,16 @@ def measure_timing(
         seed: of the random token ids.
 
     Raises:
-        ValueError: a count below 1, or more tokens than the model's context.
+        UserError: a count below 1, or more tokens than the model's context.
     """
     counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
     low = {name: value for name, value in counts.items() if value < 1}
     if low:
-        raise ValueError("; ".join(f"`{name}` is {value}: give at least 1" for name, value in low.items()) + ".")
+        raise UserError("; ".join(f"`{name}` is {value}: give at least 1" for name, value in low.items()) + ".")
     config = model.model.config
     context = usable_context(config.to_dict())
     if prompt_tokens + new_tokens > context:
-        raise ValueError(
+        raise UserError(
             f"`prompt_tokens: {prompt_tokens}` and `new_tokens: {new_tokens}` exceed the context of the model, "
             f"{context} tokens. Lower them."
         )

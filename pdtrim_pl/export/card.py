@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pdtrim_pl.evaluation.summary import Summary, human_bytes
-from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import KVRetentionPolicy, Retention, StagePlan
 
 TAGS = ("pdtrim", "pruning", "distillation", "prefill-decode-disaggregation", "kv-cache")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.evaluation.summary import Summary
 from pdtrim_pl.export.card import write_card
 from pdtrim_pl.export.report import write_report
-from pdtrim_pl.policy import KVRetentionPolicy
-from pdtrim_pl.record import RunRecord
+from pdtrim_pl.plan import KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
 

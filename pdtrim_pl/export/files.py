@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pdtrim_pl.model_files import LOADER_ERRORS
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.model_files import LOADER_ERRORS
 
 KV_ONLY_FILE = "kv_only.safetensors"
 
@@ -19,7 +20,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-        ValueError: naming the file, if it is missing or damaged.
+        UserError: naming the file, if it is missing or damaged.
     """
     with blaming(path), safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -33,4 +34,4 @@ def blaming(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise  # says nothing of the file
     except LOADER_ERRORS as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        raise UserError(f"{path} cannot be used: {error}") from error

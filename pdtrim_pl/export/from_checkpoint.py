@@ -9,13 +9,15 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from pdtrim_pl.checkpoint import CheckpointState, PlanCheckpointIO, check_weights
+from pdtrim_pl.checkpoints.sharded import read_sharded
+from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, check_weights
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.pair import check_target, export_pair
-from pdtrim_pl.pretrained import load_causal_lm, load_config, load_tokenizer
-from pdtrim_pl.settings import TORCH_DTYPES
-from pdtrim_pl.sharded_checkpoint import read_sharded
-from pdtrim_pl.staged import StagedCausalLM, adapter_at
+from pdtrim_pl.models.adapters import adapter_at
+from pdtrim_pl.models.loading import TORCH_DTYPES
+from pdtrim_pl.models.pretrained import load_causal_lm, load_config, load_tokenizer
+from pdtrim_pl.staged import StagedCausalLM
 
 
 def export_checkpoint(
@@ -32,10 +34,10 @@ def export_checkpoint(
         model: name, path or Hub id of the model that was trimmed; the one that the checkpoint names by default.
 
     Raises:
-        ValueError: the checkpoint is missing, damaged or of another format or model, or the target is taken.
+        UserError: the checkpoint is missing, damaged or of another format or model, or the target is taken.
     """
     if not ckpt_path.exists():
-        raise ValueError(f"There is no checkpoint at `ckpt_path` {ckpt_path}.")
+        raise UserError(f"There is no checkpoint at `ckpt_path` {ckpt_path}.")
     check_target(output, overwrite)
     checkpoint = _read(ckpt_path)
     state = CheckpointState.of(checkpoint)
@@ -68,7 +70,7 @@ def _config_of(name: str, *, asked: bool) -> PreTrainedConfig:
     except ValueError as error:
         if asked:
             raise
-        raise ValueError(
+        raise UserError(
             f"The checkpoint is of model `{name}`, which cannot be loaded: where it has moved, say where to with "
             f"`--model`. {error}"
         ) from error

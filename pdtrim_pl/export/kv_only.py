@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.checkpoints import cast, per_block_settings, resized_config
 from pdtrim_pl.export.files import KV_ONLY_FILE, blaming, read_tensors
+from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.plan import PLAN_FILE, StagePlan
-from pdtrim_pl.staged import Architecture, StagedCausalLM
+from pdtrim_pl.staged import StagedCausalLM
 
 KV_ONLY_FORMAT = "pdtrim.kv_only/1"
 
@@ -57,7 +59,7 @@ def insert_kv_only(model: PreTrainedModel, plan: StagePlan, path: Path, architec
         architecture: adapter of the model's family.
 
     Raises:
-        ValueError: naming the file, if it is missing, damaged, or not of this plan and model.
+        UserError: naming the file, if it is missing, damaged, or not of this plan and model.
     """
     tensors, metadata = read_tensors(path)
     with blaming(path):
@@ -82,10 +84,10 @@ def insert_kv_only(model: PreTrainedModel, plan: StagePlan, path: Path, architec
 def _config_with_kv_only(config: PreTrainedConfig, plan: StagePlan, metadata: Mapping[str, str]) -> PreTrainedConfig:
     """The config of the prefill checkpoint with the KV-only blocks among its own."""
     if metadata.get("format") != KV_ONLY_FORMAT:
-        raise ValueError(f"its `format` is {metadata.get('format')!r}, and this version reads {KV_ONLY_FORMAT!r}.")
+        raise UserError(f"its `format` is {metadata.get('format')!r}, and this version reads {KV_ONLY_FORMAT!r}.")
     own = json.loads(metadata.get("blocks", "{}"))
     if sorted(map(int, own)) != list(plan.kv_only):
-        raise ValueError(f"it holds blocks {sorted(map(int, own))}, and {PLAN_FILE} has KV-only blocks {plan.kv_only}.")
+        raise UserError(f"it holds blocks {sorted(map(int, own))}, and {PLAN_FILE} has KV-only blocks {plan.kv_only}.")
     settings: dict[str, list[Any]] = {}
     for name, values in per_block_settings(config).items():
         by_block = dict(zip(plan.prefill, values, strict=True))
@@ -113,7 +115,7 @@ def _keep_only(
     }
     found = {name: x.shape for name, x in tensors.items()}
     if found != needed:
-        raise ValueError(f"block {index} has tensors {found}, and the model needs {needed}. Export again.")
+        raise UserError(f"block {index} has tensors {found}, and the model needs {needed}. Export again.")
     for name, old in [*block.named_parameters(), *block.named_buffers()]:
         owner, _, leaf = name.rpartition(".")
         module, new = block.get_submodule(owner), tensors.get(name)

@@ -10,21 +10,32 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.files import KV_ONLY_FILE, blaming
 from pdtrim_pl.export.kv_only import insert_kv_only
 from pdtrim_pl.export.schemas import validate_file
-from pdtrim_pl.model_files import check_description
-from pdtrim_pl.plan import PLAN_FILE, PLAN_FORMAT, STAGES, Stage, StagePlan
-from pdtrim_pl.policy import POLICY_FILE, POLICY_FORMAT, KVRetentionPolicy
-from pdtrim_pl.pretrained import attention_for
-from pdtrim_pl.staged import Architecture, StagedCausalLM, adapter_at, architecture_of
+from pdtrim_pl.models.adapters import adapter_at
+from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.models.model_files import check_description
+from pdtrim_pl.models.pretrained import attention_for
+from pdtrim_pl.plan import (
+    PLAN_FILE,
+    PLAN_FORMAT,
+    POLICY_FILE,
+    POLICY_FORMAT,
+    STAGES,
+    KVRetentionPolicy,
+    Stage,
+    StagePlan,
+)
+from pdtrim_pl.staged import StagedCausalLM
 
 
 def load_plan_and_policy(export: Path) -> tuple[StagePlan, KVRetentionPolicy]:
     """The stage plan and the KV retention policy of an export.
 
     Raises:
-        ValueError: naming the file that is missing, of another format, or at odds with the other one.
+        UserError: naming the file that is missing, of another format, or at odds with the other one.
     """
     plan_file, policy_file = export / PLAN_FILE, export / POLICY_FILE
     validate_file(plan_file, PLAN_FORMAT)
@@ -36,7 +47,7 @@ def load_plan_and_policy(export: Path) -> tuple[StagePlan, KVRetentionPolicy]:
         keys = ("original", "prefill", "decode")
         expected = [[entry[key] for key in keys] for entry in policy.to_json(plan)["blocks"]]
         if [[entry[key] for key in keys] for entry in written["blocks"]] != expected:
-            raise ValueError(f"its `blocks` are not the blocks of {PLAN_FILE} at their positions. Export again.")
+            raise UserError(f"its `blocks` are not the blocks of {PLAN_FILE} at their positions. Export again.")
     return plan, policy
 
 
@@ -59,10 +70,10 @@ def load_stage(
         plan names no untied weights, for the checkpoint holds those of its stage.
 
     Raises:
-        ValueError: naming the file that is missing, damaged, or at odds with the plan.
+        UserError: naming the file that is missing, damaged, or at odds with the plan.
     """
     if stage not in STAGES:
-        raise ValueError(f"Unknown `stage` {stage!r}: choose one of {', '.join(STAGES)}.")
+        raise UserError(f"Unknown `stage` {stage!r}: choose one of {', '.join(STAGES)}.")
     plan, policy = load_plan_and_policy(export)
     if architecture is None and plan.model.architecture is not None:
         with blaming(export / PLAN_FILE):
@@ -87,10 +98,10 @@ def load_stage(
 
 def _check_config(config: PreTrainedConfig, plan: StagePlan, stage: Stage) -> None:
     if config.model_type != plan.model.model_type:
-        raise ValueError(f"it is of type {config.model_type!r}, and {PLAN_FILE} is for {plan.model.model_type!r}.")
+        raise UserError(f"it is of type {config.model_type!r}, and {PLAN_FILE} is for {plan.model.model_type!r}.")
     expected = len(plan.blocks(stage))
     if config.num_hidden_layers != expected:
-        raise ValueError(
+        raise UserError(
             f"it has {config.num_hidden_layers} blocks, and {PLAN_FILE} gives the `{stage}` stage {expected}. "
             "The files are not of one export: export again."
         )
@@ -113,6 +124,6 @@ def _load_model(directory: Path, dtype: torch.dtype | None, attention: str) -> P
         # transformers only warns of these, and makes up what is missing.
         wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(wrong.values()):
-            raise ValueError(f"its tensors are not the model's: {wrong}.")
+            raise UserError(f"its tensors are not the model's: {wrong}.")
     assert isinstance(model, PreTrainedModel)
     return model

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pdtrim_pl.plan import write_whole
-from pdtrim_pl.record import check_run_name
+from pdtrim_pl.checkpoints.run_record import check_run_name
+from pdtrim_pl.plan.json_files import write_whole
 
 ORIGIN_FILE = "origin.json"
 ORIGIN_FORMAT = "pdtrim.export_origin/1"

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.checkpoints import write_checkpoint
 from pdtrim_pl.export.kv_only import write_kv_only
 from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.verify import verify_pair
-from pdtrim_pl.plan import PLAN_FILE, STAGES
-from pdtrim_pl.policy import POLICY_FILE, KVRetentionPolicy
+from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
 
@@ -51,7 +51,7 @@ def export_pair(
         The absolute path of the export.
 
     Raises:
-        ValueError: the target is taken, the student lacks blocks of its plan, or the reloaded pair differs.
+        UserError: the target is taken, the student lacks blocks of its plan, or the reloaded pair differs.
         OSError: it cannot be written.
     """
     target = target.resolve()
@@ -92,17 +92,17 @@ def check_target(target: Path, overwrite: bool, origin: Origin | None = None) ->
         origin: a run whose own export there may be.
 
     Raises:
-        ValueError: it exists and may not be replaced, or it is not an export, which is never deleted.
+        UserError: it exists and may not be replaced, or it is not an export, which is never deleted.
     """
     if not target.exists():
         return
     if not overwrite and (origin is None or Origin.of(target) != origin):
-        raise ValueError(
+        raise UserError(
             f"The export target {target} exists. Name another one, or set `overwrite: true` (`--overwrite`) to "
             "replace it."
         )
     if not all((target / name).exists() for name in (PLAN_FILE, *STAGES)):
-        raise ValueError(
+        raise UserError(
             f"The export target {target} is not an export (it lacks {PLAN_FILE}, prefill/ or decode/), so `overwrite` "
             "(`--overwrite`) does not delete it. Name another target, or remove it yourself."
         )
@@ -132,7 +132,7 @@ def _complete_policy(staged: StagedCausalLM, dtype: torch.dtype) -> KVRetentionP
 def _check_blocks(staged: StagedCausalLM) -> None:
     missing = sorted({*staged.plan.prefill, *staged.plan.decode} - set(staged.originals))
     if missing:
-        raise ValueError(
+        raise UserError(
             f"The student holds only blocks {list(staged.originals)}, and its plan runs {missing} too. Export the "
             "student that was trained, not one stage of an earlier export."
         )

@@ -11,13 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pdtrim_pl
+from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.evaluation.summary import COLUMNS, Summary, human_bytes
 from pdtrim_pl.export import report_figures as figures
 from pdtrim_pl.export.report_page import bullets, missing, page, paragraph, picture, section, table
 from pdtrim_pl.export.secrets import redacted
-from pdtrim_pl.plan import STAGES, Stage, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy
-from pdtrim_pl.record import RunRecord
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Stage, StagePlan
 
 REPORT_PROMPTS = (128, 512, 1024, 4096, 8192, 32768)
 PACKAGES = ("torch", "transformers", "lightning", "safetensors")

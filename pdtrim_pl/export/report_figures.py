@@ -15,9 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from pdtrim_pl.plan import STAGES, Stage, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, handled_positions
-from pdtrim_pl.record import RunRecord
+from pdtrim_pl.checkpoints.run_record import RunRecord
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Stage, StagePlan, handled_positions
 
 # Okabe and Ito's palette, which stays apart under the common kinds of colour blindness; shapes and hatches repeat
 # what colour says.

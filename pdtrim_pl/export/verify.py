@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_pl.compat import attention_of
-from pdtrim_pl.context import usable_context
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.checkpoints import assembled, cast, stage_tensors, stock_tensors
 from pdtrim_pl.export.kv_only import kv_only_tensors
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
+from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.plan import PLAN_FILE, Stage
 from pdtrim_pl.staged import KVCache, StagedCausalLM
 
@@ -66,11 +67,11 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
         The largest absolute difference between the pair's and the student's teacher-forced logits on a `Probe`.
 
     Raises:
-        ValueError: naming what differs: the plan, a tensor, or the logits by more than `TOLERANCE`.
+        UserError: naming what differs: the plan, a tensor, or the logits by more than `TOLERANCE`.
     """
     dtype = dtype or staged.model.dtype
     if load_plan_and_policy(export)[0] != staged.plan:
-        raise ValueError(f"{export / PLAN_FILE} is not the student's plan. Export again.")
+        raise UserError(f"{export / PLAN_FILE} is not the student's plan. Export again.")
     config = staged.model.config
     probe = Probe.of(config.vocab_size, usable_context(config.to_dict()))
     with torch.no_grad():
@@ -79,7 +80,7 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
     difference = float((logits - expected).abs().max())
     allowed = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
     if not difference <= allowed:
-        raise ValueError(
+        raise UserError(
             f"The exported pair in {export} does not compute the student's logits: they differ by {difference:.3g}, "
             f"and {allowed:.3g} is allowed."
         )
@@ -155,12 +156,10 @@ def _worker(export: Path, stage: Stage, staged: StagedCausalLM, dtype: torch.dty
 
 def _compare(directory: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     if found.keys() != expected.keys():
-        raise ValueError(f"{directory} does not hold the student's tensors: {sorted(found.keys() ^ expected.keys())}.")
+        raise UserError(f"{directory} does not hold the student's tensors: {sorted(found.keys() ^ expected.keys())}.")
     for name, tensor in expected.items():
         if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
-            raise ValueError(
-                f"{directory} does not hold the student's tensor {name}, or the student's is not a number."
-            )
+            raise UserError(f"{directory} does not hold the student's tensor {name}, or the student's is not a number.")
 
 
 def _buffers(module: nn.Module) -> Mapping[str, Tensor]:

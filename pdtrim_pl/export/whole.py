@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pdtrim_pl.evaluation.ranks import Gather
 from pdtrim_pl.export.verify import rounded_copy
+from pdtrim_pl.parallel import Gather
 from pdtrim_pl.staged import StagedCausalLM
 
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from pdtrim_pl.evaluation.ranks import Ranks
 from pdtrim_pl.merging.trial import empty_block
+from pdtrim_pl.parallel import Ranks
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.fitted import FittedRun
 

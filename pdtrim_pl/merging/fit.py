@@ -19,14 +19,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.ranks import Gather
 from pdtrim_pl.merging.least_squares import PASSES, solve_last_projection
 from pdtrim_pl.merging.recording import Recording, record
 from pdtrim_pl.merging.settings import Merging, merging_stages
 from pdtrim_pl.merging.trial import Start, Trial
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import STAGES, StagePlan, Target
+from pdtrim_pl.parallel import Gather
+from pdtrim_pl.plan import STAGES, Move, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.fitted import FittedRun
 
@@ -74,7 +74,7 @@ class _Fit:
         usable = [recording for recording in training if trial.tokens(recording)]
         judged = [recording for recording in judging if trial.tokens(recording)]
         if not usable or not judged:
-            raise ValueError(
+            raise UserError(
                 f"There is no {' or '.join(trial.start.stands_for)} token to fit merged blocks on: responses of one "
                 "token give decode none. Use longer responses (`lengths` of the data), or merge in the other stage."
             )
@@ -113,7 +113,7 @@ def fit_runs(
             one block alone cannot. Both stages must run and merge all of them alike.
 
     Raises:
-        ValueError: blocks that are not neighbours, or cannot be merged `tied`; a teacher of other blocks; no token of
+        UserError: blocks that are not neighbours, or cannot be merged `tied`; a teacher of other blocks; no token of
             the stage(s) to fit on.
     """
     started, cost = time.monotonic(), _Cost()
@@ -140,7 +140,7 @@ def fit_runs(
 def _check_teacher(student: StagedCausalLM, teacher: StagedCausalLM) -> None:
     ours, theirs = student.model.config, teacher.model.config
     if (ours.num_hidden_layers, ours.hidden_size) != (theirs.num_hidden_layers, theirs.hidden_size):
-        raise ValueError(
+        raise UserError(
             f"Merged blocks are fitted to the teacher's hidden states, and `loading.teacher` has "
             f"{theirs.num_hidden_layers} blocks of width {theirs.hidden_size} where `model` has "
             f"{ours.num_hidden_layers} of {ours.hidden_size}. Leave `loading.teacher` out, or do not merge."
@@ -155,7 +155,7 @@ def _starts(
     allowed = [move for move in moves if settings.allows(student.plan, move)]
     merged = [move.apply(student.plan, untied=False) for move in allowed or moves]  # raises where blocks are apart
     if not allowed:
-        raise ValueError(
+        raise UserError(
             f"`tied: true` cannot merge {list(run)} in `{target}`: a stage without the merge goes on with the same "
             "weights. Merge in both stages, or leave `tied` out."
         )
@@ -172,7 +172,7 @@ def _behind(plan: StagePlan, run: tuple[int, ...], count: int) -> tuple[int, ...
     blocks = [block for block in plan.prefill if block > max(run)][:count]
     own = [block for block in blocks if any(block in plan.untied[stage] for stage in STAGES)]
     if count and (plan.prefill != plan.decode or own):
-        raise ValueError("`behind` needs a plan under which both stages run the same blocks with the same weights.")
+        raise UserError("`behind` needs a plan under which both stages run the same blocks with the same weights.")
     return tuple(blocks)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import STAGES, Stage, StagePlan
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.plan import STAGES, Move, Stage, StagePlan
 
 _JUDGED = 64
 """Examples that tell well enough which of two fits is better; with more of them, fewer are left to learn from."""
@@ -41,11 +41,11 @@ class Merging:
 
     def __post_init__(self) -> None:
         if not -1 <= self.min_cosine <= 1:
-            raise ValueError(f"`min_cosine` is {self.min_cosine}: a cosine is between -1 and 1.")
+            raise UserError(f"`min_cosine` is {self.min_cosine}: a cosine is between -1 and 1.")
         if self.steps < 0 or self.learning_rate <= 0:
-            raise ValueError(f"Merging needs `steps` >= 0 and `learning_rate` > 0, got {self}.")
+            raise UserError(f"Merging needs `steps` >= 0 and `learning_rate` > 0, got {self}.")
         if min(self.pairs_at_once, self.batch_size) < 1 or self.cache_bytes < 0:
-            raise ValueError(f"Merging needs `pairs_at_once` and `batch_size` >= 1 and `cache_bytes` >= 0, got {self}.")
+            raise UserError(f"Merging needs `pairs_at_once` and `batch_size` >= 1 and `cache_bytes` >= 0, got {self}.")
 
     def held_back(self, batches: int, size: int) -> int:
         """Of batches of `size` examples, a step's each, so many are kept to judge on.

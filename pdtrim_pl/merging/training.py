@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pdtrim_pl import compat
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.merging.settings import Merging
 
 
@@ -21,11 +22,11 @@ def check_merges(strategy: Strategy, settings: Merging) -> None:
     """Refuse merges that a strategy cannot take up in the middle of a run.
 
     Raises:
-        ValueError: with the reason and the way out.
+        UserError: with the reason and the way out.
     """
     if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy) and not settings.tied:
         engine = "DeepSpeed" if isinstance(strategy, DeepSpeedStrategy) else "FSDP"
-        raise ValueError(
+        raise UserError(
             f"`trainer.strategy` is {engine}, whose shards are cut once, at the start, so that no block can get "
             "weights of its own later. Set `tied: true` for the merges, which then are made only in both stages at "
             "once (JointDrop merges in one at a time, so not here), or use `strategy: "

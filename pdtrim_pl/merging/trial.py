@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from pdtrim_pl.evaluation.ranks import Gather
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.merging.recording import Recording
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import STAGES, Stage, StagePlan
+from pdtrim_pl.parallel import Gather
+from pdtrim_pl.plan import STAGES, Move, Stage, StagePlan
 from pdtrim_pl.staged import KVCache, StagedCausalLM
 from pdtrim_pl.staged.gate import Observer, Resume, copy_of
 
@@ -78,7 +78,7 @@ class Trial:
         """The trial of a merge into the student's own plan; the student is not changed.
 
         Raises:
-            ValueError: the model family's `last_projection` is not a linear layer of its blocks.
+            UserError: the model family's `last_projection` is not a linear layer of its blocks.
         """
         now, stage = student.plan, next(iter(start.stands_for))
         learning = (start.into, *start.behind)
@@ -194,7 +194,7 @@ def _linear(block: nn.Module, name: str | None) -> nn.Linear | None:
         return None
     found = dict(block.named_modules()).get(name)
     if not isinstance(found, nn.Linear):
-        raise ValueError(
+        raise UserError(
             f"`last_projection` of the model's Architecture is {name!r}, and a block has no linear layer of that name. "
             "Name the one whose output is added to the residual stream last and as it is, or set it to None."
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import log as ln
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.search.space import Space, State
 
 
@@ -36,7 +37,7 @@ class Annealing:
 
     def __post_init__(self) -> None:
         if self.evaluations < 1 or self.temperature <= 0 or not 0 < self.cooling <= 1:
-            raise ValueError(
+            raise UserError(
                 f"`annealing` needs `evaluations` >= 1, `temperature` > 0 and `cooling` in (0, 1], got {self}."
             )
 

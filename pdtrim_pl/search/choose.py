@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import isfinite
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, StagePlan, Target
 from pdtrim_pl.search.guards import Guards
 
@@ -20,7 +21,7 @@ def choose_drops(
     """Drop the `count` blocks that hurt least from `target`; returns the new plan, its history holding the scores.
 
     Raises:
-        ValueError: fewer than `count` blocks may go.
+        UserError: fewer than `count` blocks may go.
     """
     guards = guards or Guards()
     scores: dict[int, float] = {}
@@ -34,7 +35,7 @@ def choose_drops(
             _check_finite(criterion, scores)
         left = [block for block in candidates if block in scores]
         if not left:
-            raise ValueError(
+            raise UserError(
                 f"Only {taken} of the {count} blocks of round {round} can leave `{target}`: {_why(plan, guards)}. "
                 "Lower the counts in `schedule`, loosen `guards`, or use a criterion that considers more blocks."
             )
@@ -60,7 +61,7 @@ def _at_cap(plan: StagePlan, target: Target, block: int, guards: Guards) -> bool
 def _check_finite(criterion: Criterion, scores: Mapping[int, float]) -> None:
     wrong = {block: score for block, score in scores.items() if not isfinite(score)}
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"The criterion {criterion.name!r} gave {wrong}: harm must be a finite number. Check the model's weights "
             "and the calibration data."
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pdtrim_pl.errors import UserError
+
 
 @dataclass(frozen=True)
 class Guards:
@@ -18,4 +20,4 @@ class Guards:
 
     def __post_init__(self) -> None:
         if self.protect_first < 0 or self.protect_last < 0 or (self.max_removed is not None and self.max_removed < 0):
-            raise ValueError(f"`guards` must not be negative, got {self}.")
+            raise UserError(f"`guards` must not be negative, got {self}.")

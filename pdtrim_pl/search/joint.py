@@ -7,18 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
-from pdtrim_pl.cost import CostModel, CostTarget
 from pdtrim_pl.criteria.base import Progress
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import STAGES, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, Retention, StagePlan
 from pdtrim_pl.search.choose import warn_if_deep
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.rounds import order
 from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
+from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 FIRST_LAST = Retention("first_last", 4, 0.2)
 KINDS = ("prefill", "decode", "wire")
@@ -70,7 +69,7 @@ class JointSearch(Space[JointState]):
         merging: how they were fitted.
 
     Raises:
-        ValueError: the plan has another relation, or nothing that may be chosen reaches the target.
+        UserError: the plan has another relation, or nothing that may be chosen reaches the target.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class JointSearch(Space[JointState]):
     ) -> None:  # fmt: skip
         super().__init__(evaluator)
         if start.relation != "free":
-            raise ValueError(
+            raise UserError(
                 f"A joint search needs `relation: free`, and the plan has `relation: {start.relation}`. Set it in "
                 "`structure`, or drop blocks stage by stage with BlockDrop."
             )
@@ -117,7 +116,7 @@ class JointSearch(Space[JointState]):
         """One choice after another, the least rise of energy for what it brings nearer to the target; see `LazyGreedy`.
 
         Raises:
-            ValueError: the target cannot be reached.
+            UserError: the target cannot be reached.
         """
         state = self._reached(self._grown(JointState(), KINDS, progress))
         return state, self.known_energy(state)
@@ -159,7 +158,7 @@ class JointSearch(Space[JointState]):
 
     def _reached(self, state: JointState | None) -> JointState:
         if state is None:
-            raise ValueError(
+            raise UserError(
                 f"`target` {self.target} cannot be reached with everything chosen that may be. Raise its shares, "
                 f"loosen `guards` {self.guards}, or let `retention` keep less than {self.retention}."
             )
@@ -169,13 +168,13 @@ class JointSearch(Space[JointState]):
         """The state whose plan drops what another plan of the same model lacks, to start a search from it.
 
         Raises:
-            ValueError: the plan merges blocks or keeps one that the start has lost, or the target cannot be reached.
+            UserError: the plan merges blocks or keeps one that the start has lost, or the target cannot be reached.
         """
         state = JointState()
         for stage in STAGES:
             kept, before = set(plan.blocks(stage)), set(self.start.blocks(stage))
             if kept - before or plan.merged[stage] != self.start.merged[stage]:
-                raise ValueError("A joint search can only start from a plan that drops blocks of its first plan.")
+                raise UserError("A joint search can only start from a plan that drops blocks of its first plan.")
             for block in sorted(before - kept):
                 state = state.with_(Move(stage, (block,)))
         return self._reached(self._met(state, random.Random(0)))

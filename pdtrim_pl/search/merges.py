@@ -10,10 +10,10 @@ import torch
 
 from pdtrim_pl.criteria.base import ScoringContext
 from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging import FittedRun, Merging, exchanged, fit_runs, share_of
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import StagePlan, Target
+from pdtrim_pl.plan import Move, StagePlan, Target
 from pdtrim_pl.search.guards import Guards
 
 log = logging.getLogger(__name__)
@@ -66,11 +66,11 @@ def replace_span(
         behind: so many blocks behind the span learn with it; see `fit_runs`.
 
     Raises:
-        ValueError: no neighbours to merge, or a fit that does not reach `min_cosine`.
+        UserError: no neighbours to merge, or a fit that does not reach `min_cosine`.
     """
     spans = neighbours(start, "both", settings, guards, count + 1)
     if not spans:
-        raise ValueError(f"No {count + 1} neighbours of {start.prefill} can be merged in both stages within {guards}.")
+        raise UserError(f"No {count + 1} neighbours of {start.prefill} can be merged in both stages within {guards}.")
     brief = replace(settings, steps=tried, min_cosine=-1.0)
     few = batches[: brief.batches(len(batches[0].prompt_ids))]
     fits = _accepted(_fitted(context, "both", spans, brief, few))
@@ -79,7 +79,7 @@ def replace_span(
     log.info("Blocks %d to %d: KL %.4f after a brief fit, the least of %d.", span[0], span[-1], energy, len(spans))
     (run,) = _fitted(context, "both", [span], settings, batches, behind)
     if run.weights is None:
-        raise ValueError(
+        raise UserError(
             f"The block fitted to {list(span)} reaches a cosine of {run.cosine:.3f}, and `merging.min_cosine` is "
             f"{settings.min_cosine}. Remove fewer blocks, fit for more `steps`, or lower it."
         )

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from pdtrim_pl.criteria.base import Progress
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import STAGES, StagePlan, Target
+from pdtrim_pl.plan import STAGES, Move, StagePlan, Target
 from pdtrim_pl.search.choose import warn_if_deep
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
@@ -94,7 +94,7 @@ class RoundSearch(Space[Removals]):
             progress: told how far it is.
 
         Raises:
-            ValueError: fewer removals are possible than the round asks for.
+            UserError: fewer removals are possible than the round asks for.
         """
         state: Removals = ()
         energy, steps = self.evaluator.energy(self.start) if lazy else 0.0, LazyGreedy(self)
@@ -103,7 +103,7 @@ class RoundSearch(Space[Removals]):
             options = [Option(m, tuple(sorted([*state, m], key=order))) for m in self.pool if fits(m, state)]
             options = [option for option in options if self._allowed(option.state)]
             if not options:
-                raise ValueError(
+                raise UserError(
                     f"Only {taken} of {self.count} removals can be made in `{self.target}` under the guards. Lower the "
                     "counts in `schedule`, or loosen `guards`."
                 )

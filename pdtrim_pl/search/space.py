@@ -10,11 +10,11 @@ from math import inf
 from typing import Any, Generic, TypeVar
 
 from pdtrim_pl.criteria.base import Progress
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import StagePlan
+from pdtrim_pl.plan import Move, StagePlan
 
 State = TypeVar("State")
 NOT_FINITE = (
@@ -58,11 +58,11 @@ class Space(ABC, Generic[State]):
         """The state's energy, nats.
 
         Raises:
-            ValueError: it is not finite.
+            UserError: it is not finite.
         """
         energy = self.energy(state)
         if energy is None:
-            raise ValueError(NOT_FINITE)
+            raise UserError(NOT_FINITE)
         return energy
 
     def rebase(self, state: State) -> None:
@@ -77,7 +77,7 @@ class Space(ABC, Generic[State]):
             progress=lambda done: progress(f"{len(states)} candidates, {done} batches evaluated"),
         )
         if energy == inf:
-            raise ValueError(NOT_FINITE)
+            raise UserError(NOT_FINITE)
         return index, energy
 
 
@@ -125,7 +125,7 @@ class LazyGreedy(Generic[State]):
             if found is not None and rise < least:
                 best, least = (option, found), rise
         if best is None:
-            raise ValueError(NOT_FINITE)
+            raise UserError(NOT_FINITE)
         return best
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdtrim_pl.context import usable_context
-from pdtrim_pl.plan import PLAN_FILE, STAGES, StagePlan, read_json
-from pdtrim_pl.policy import POLICY_FILE, KVRetentionPolicy
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy, StagePlan
+from pdtrim_pl.plan.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class ExportedPair:
         """Read an export's JSON files.
 
         Raises:
-            ValueError: the directory is not an export, or its files do not fit each other.
+            UserError: the directory is not an export, or its files do not fit each other.
         """
         wanted = [PLAN_FILE, POLICY_FILE, *(f"{stage}/config.json" for stage in STAGES)]
         missing = [name for name in wanted if not (path / name).is_file()]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"`export` is {path}, which is not an exported pair: it has no {', '.join(missing)}. Give the "
                 "directory that `pdtrim export` or the last step of `pdtrim fit` wrote."
             )
@@ -45,18 +46,18 @@ class ExportedPair:
         """Refuse a request that the model's context cannot hold.
 
         Raises:
-            ValueError: naming the lengths and the way out.
+            UserError: naming the lengths and the way out.
         """
         if tokens < 1:
-            raise ValueError("`prompt` is empty: give at least one token.")
+            raise UserError("`prompt` is empty: give at least one token.")
         if tokens > self.context:
-            raise ValueError(
+            raise UserError(
                 f"`prompt` has {tokens} tokens, and the model's context is {self.context}. Shorten the prompt."
             )
         if new_tokens < 1:
-            raise ValueError(f"`{setting}` is {new_tokens}: give at least 1.")
+            raise UserError(f"`{setting}` is {new_tokens}: give at least 1.")
         if tokens + new_tokens > self.context:
-            raise ValueError(
+            raise UserError(
                 f"`prompt` has {tokens} tokens and `{setting}` asks for {new_tokens} more, but the model's context is "
                 f"{self.context}. Shorten the prompt, or lower `{setting}` to at most {self.context - tokens}."
             )

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from pdtrim_pl.plan import read_json
-from pdtrim_pl.prompts import chat_text, plain_ids, prompt_ids
+from pdtrim_pl.data.prompts import chat_text, plain_ids, prompt_ids
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.plan.json_files import read_json
 from pdtrim_pl.serving.exported import ExportedPair
 
 if TYPE_CHECKING:
@@ -39,14 +40,14 @@ def generate_text(
         err: receives the figures.
 
     Raises:
-        ValueError: a setting that cannot be served, named.
+        UserError: a setting that cannot be served, named.
         RuntimeError: a worker failed.
     """
     pair = ExportedPair.read(Path(export))
     if not prompt:
-        raise ValueError("`prompt` is empty: give some text.")
+        raise UserError("`prompt` is empty: give some text.")
     if pair.plan.model.architecture is not None:
-        from pdtrim_pl.staged import adapter_at
+        from pdtrim_pl.models.adapters import adapter_at
 
         adapter_at(pair.plan.model.architecture)  # importing it may make its family known to transformers
     prompt = _as_typed(prompt)
@@ -76,22 +77,22 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     """The prompt's token ids as in training: raw text as the tokenizer starts a text, or one user message of a chat.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the prompt does not fit it.
+        UserError: the tokenizer has no chat template, or the prompt does not fit it.
     """
     if not chat:
         return prompt_ids(tokenizer, prompt)
     if tokenizer.chat_template is None:
-        raise ValueError("`chat` needs a chat template, and this export's tokenizer has none: leave out `--chat`.")
+        raise UserError("`chat` needs a chat template, and this export's tokenizer has none: leave out `--chat`.")
     try:
         text = chat_text(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     except ValueError as error:
-        raise ValueError(f"`chat`: the prompt {error}. Leave out `--chat`, or mend the template.") from error
+        raise UserError(f"`chat`: the prompt {error}. Leave out `--chat`, or mend the template.") from error
     return plain_ids(tokenizer, [text])[0]
 
 
 def stop_ids_of(export: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """End-of-sequence ids that the export's generation config (else its `config.json`) or its tokenizer knows."""
-    from pdtrim_pl.staged.generation import joined_stop_ids
+    from pdtrim_pl.staged.decoding import joined_stop_ids
 
     files = [export / "decode" / name for name in ("generation_config.json", "config.json")]
     path = next((file for file in files if file.is_file()), None)
@@ -141,14 +142,14 @@ def _as_typed(prompt: str) -> str:
     """Text from a command line whose bytes the locale could not read, and which are UTF-8 all the same.
 
     Raises:
-        ValueError: they are not.
+        UserError: they are not.
     """
     if prompt.isascii() or not any("\ud800" <= character <= "\udfff" for character in prompt):
         return prompt
     try:
         return os.fsencode(prompt).decode("utf-8")
     except UnicodeError as error:
-        raise ValueError(f"`prompt` is not UTF-8 ({error}): convert it first, for instance with `iconv`.") from error
+        raise UserError(f"`prompt` is not UTF-8 ({error}): convert it first, for instance with `iconv`.") from error
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -160,10 +161,10 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 def _load_tokenizer(export: Path) -> PreTrainedTokenizerBase:
     folder = export / "prefill"
     if not (folder / "tokenizer_config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"`export` has no tokenizer: {folder / 'tokenizer_config.json'} is missing. Export again with the model's "
             "tokenizer, or copy its files there."
         )
-    from pdtrim_pl.pretrained import load_tokenizer
+    from pdtrim_pl.models.pretrained import load_tokenizer
 
     return load_tokenizer(str(folder))

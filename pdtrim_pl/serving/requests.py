@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.serving.exported import ExportedPair
 from pdtrim_pl.serving.messages import Decoded, Encoded, Rows
 
@@ -27,23 +28,23 @@ class Padded:
         """Check token ids [B, T] and their mask, all real by default, and make them plain.
 
         Raises:
-            ValueError: the ids are not a batch of tokens of this model, or the mask does not fit them.
+            UserError: the ids are not a batch of tokens of this model, or the mask does not fit them.
         """
         if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"`{name}_ids` must be whole numbers [B, T] with at least one token, got {ids.dtype} "
                 f"{tuple(ids.shape)}."
             )
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         if valid.shape != ids.shape or not bool(valid.any(dim=1).all()):
-            raise ValueError(f"`{name}_mask` must have the shape of `{name}_ids` and leave every row a token.")
+            raise UserError(f"`{name}_mask` must have the shape of `{name}_ids` and leave every row a token.")
         order = valid.int().diff(dim=1)
         if bool((order < 0 if name == "prompt" else order > 0).any()):
             side = "left" if name == "prompt" else "right"
-            raise ValueError(f"`{name}_mask` has padding elsewhere than on the {side}, where it belongs.")
+            raise UserError(f"`{name}_mask` has padding elsewhere than on the {side}, where it belongs.")
         outside = ids[(ids < 0) | (ids >= pair.vocabulary)]
         if outside.numel():
-            raise ValueError(
+            raise UserError(
                 f"`{name}_ids` has {int(outside[0])}, outside this model's vocabulary 0..{pair.vocabulary - 1}. Use "
                 "the export's own tokenizer."
             )

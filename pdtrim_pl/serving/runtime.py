@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.serving import messages as say
 from pdtrim_pl.serving.exported import ExportedPair
@@ -34,7 +35,7 @@ class DisaggregatedRuntime:
         start_timeout: seconds the workers may take to load and to meet.
 
     Raises:
-        ValueError: the directory is not an export, or (on entering) a worker cannot load its checkpoint.
+        UserError: the directory is not an export, or (on entering) a worker cannot load its checkpoint.
         RuntimeError: a worker failed or died, on entering or in any request. No process is left behind.
     """
 
@@ -194,7 +195,7 @@ def devices_of(device: str) -> tuple[str, str]:
         device: `auto` (GPUs if there are any), `cuda` (a GPU each where there are two), or one device for both.
 
     Raises:
-        ValueError: no such device here.
+        UserError: no such device here.
     """
     gpus = torch.cuda.device_count()
     if device == "auto":
@@ -202,9 +203,9 @@ def devices_of(device: str) -> tuple[str, str]:
     try:
         kind = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"`device` is {device!r}: give auto, cpu, cuda or cuda:0.") from error
+        raise UserError(f"`device` is {device!r}: give auto, cpu, cuda or cuda:0.") from error
     if kind.type not in ("cpu", "cuda") or (kind.type == "cuda" and (kind.index or 0) >= gpus):
-        raise ValueError(
+        raise UserError(
             f"`device` is {device!r}, and this machine has {gpus} GPUs for torch: give auto, cpu or another."
         )
     if device == "cuda":

@@ -11,6 +11,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.staged.model import PickToken, greedy
 
 _LEAST = torch.finfo(torch.float32).tiny
@@ -22,7 +23,7 @@ class Sampling:
     """How to choose tokens.
 
     Raises:
-        ValueError: a setting out of range.
+        UserError: a setting out of range.
     """
 
     temperature: float = 0.0
@@ -34,11 +35,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"`temperature` is {self.temperature}: give 0 for greedy or a positive number.")
+            raise UserError(f"`temperature` is {self.temperature}: give 0 for greedy or a positive number.")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"`top_k` is {self.top_k}: give at least 1, or leave it out.")
+            raise UserError(f"`top_k` is {self.top_k}: give at least 1, or leave it out.")
         if self.seed < 0:
-            raise ValueError(f"`seed` is {self.seed}: give an integer of at least 0.")
+            raise UserError(f"`seed` is {self.seed}: give an integer of at least 0.")
 
     def picker(self, start: int = 0) -> PickToken:
         """A function from logits [B, V] to token ids [B], to be called once a response token.

@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pdtrim_pl.plan import STAGES, Stage, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
-from pdtrim_pl.settings import TORCH_DTYPES
+from pdtrim_pl.models.loading import TORCH_DTYPES
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Retention, Stage, StagePlan
 from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
 
 RANKS: dict[Stage, int] = {"prefill": 0, "decode": 1}

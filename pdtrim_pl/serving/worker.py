@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pdtrim_pl.failures import is_out_of_memory
-from pdtrim_pl.policy import KVRetentionPolicy
+from pdtrim_pl.errors import UserError, is_out_of_memory
+from pdtrim_pl.plan import KVRetentionPolicy
 from pdtrim_pl.serving import messages as say
 from pdtrim_pl.serving.transport import (
     Handover,
@@ -31,7 +31,7 @@ from pdtrim_pl.serving.transport import (
     settle,
     wire_dtype,
 )
-from pdtrim_pl.staged.generation import decode_stream, until_stopped
+from pdtrim_pl.staged.decoding import decode_stream, until_stopped
 from pdtrim_pl.staged.model import StagedCausalLM
 
 # The parent kills a worker whose partner is gone, long before this; it only bounds what nobody watches.
@@ -163,7 +163,7 @@ class DecodeWorker(StageWorker):
 
 
 def _last_words(error: Exception) -> say.Failed:
-    if isinstance(error, ValueError):
+    if isinstance(error, UserError):
         return say.Failed("setting", str(error))
     if is_out_of_memory(error):
         ways = "Give a shorter prompt, or another `device`"
@@ -184,7 +184,7 @@ def _load(spec: say.WorkerSpec) -> tuple[StagedCausalLM, KVRetentionPolicy]:
     policy = staged.policy
     assert policy is not None
     if staged.model.dtype != wire_dtype(policy):
-        raise ValueError(
+        raise UserError(
             f"`kv.dtype` of {spec.export / 'kv_policy.json'} is {policy.kv.dtype!r}, and the {spec.stage} checkpoint "
             f"is in {staged.model.dtype}. Export the pair again."
         )

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.serving import messages as say
 from pdtrim_pl.serving.worker import run_worker
@@ -75,7 +76,7 @@ class WorkerPair:
             timeout: seconds the workers may take to start; None waits for ever, but never for the dead.
 
         Raises:
-            ValueError: a worker met a user's mistake.
+            UserError: a worker met a user's mistake.
             RuntimeError: a worker failed or died, or the time is over. Both workers are gone then.
         """
         end = None if timeout is None else time.monotonic() + timeout
@@ -136,7 +137,7 @@ class WorkerPair:
                 "out."
             )
         if failure.kind == "setting":
-            raise ValueError(f"The {stage} worker refused: {failure.message}")
+            raise UserError(f"The {stage} worker refused: {failure.message}")
         raise RuntimeError(f"The {stage} worker failed: {failure.message}")
 
     def _last_words(self, stage: Stage) -> say.Failed | None:

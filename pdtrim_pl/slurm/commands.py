@@ -6,10 +6,12 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from pdtrim_pl.errors import UserError
+
 TIMEOUT_SECONDS = 60
 
 
-class SlurmError(ValueError):
+class SlurmError(UserError):
     """SLURM is not there, or said no."""
 
 

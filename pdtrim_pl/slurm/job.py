@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from pdtrim_pl.errors import UserError
+
 TIME = re.compile(r"^(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::(?P<third>\d\d))?$")
 
 
@@ -76,11 +78,11 @@ def seconds_of(time: str) -> int:
     """Seconds of a time limit as SLURM reads it: `90` and `90:00` are 90 minutes, `1-12` is a day and a half.
 
     Raises:
-        ValueError: not such a time.
+        UserError: not such a time.
     """
     match = TIME.match(time)
     if match is None:
-        raise ValueError(f"`--time` is {time!r}: write minutes, hours:minutes:seconds or days-hours:minutes:seconds.")
+        raise UserError(f"`--time` is {time!r}: write minutes, hours:minutes:seconds or days-hours:minutes:seconds.")
     first, second, third = (int(match[part] or 0) for part in ("first", "second", "third"))
     if match["days"] is not None:
         return ((int(match["days"]) * 24 + first) * 60 + second) * 60 + third

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.slurm.commands import SlurmError, call
 from pdtrim_pl.slurm.job import JobRequest, config_faults
 from pdtrim_pl.slurm.render import log_name, render
@@ -29,7 +30,7 @@ def run(args: Sequence[str]) -> int:
     """The command; what follows `--` goes to `pdtrim fit` as overrides.
 
     Raises:
-        ValueError: faults of the job or its configuration, all at once.
+        UserError: faults of the job or its configuration, all at once.
         SlurmError: SLURM is missing or refuses the job.
     """
     own, overrides = _split(args)
@@ -38,7 +39,7 @@ def run(args: Sequence[str]) -> int:
     job = JobRequest(**{name: value for name, value in vars(options).items() if name not in ("config", "dry_run")})
     faults = [*job.faults(), *config_faults(config, job)]
     if faults:
-        raise ValueError("The job cannot be submitted:\n" + "\n".join(f"- {fault}" for fault in faults))
+        raise UserError("The job cannot be submitted:\n" + "\n".join(f"- {fault}" for fault in faults))
     arguments = [str(config), *overrides]
     header = _comment("pdtrim", "submit", *args) + _comment("sbatch", "SCRIPT", *arguments)
     script = render(job, header=header)

@@ -1,7 +1,7 @@
 """The contract of one request: prefill, boundary, transfer, decode. One implementation for every user of it."""
 
-from pdtrim_pl.staged.adapters import adapter_at, check_adapter
-from pdtrim_pl.staged.architectures import ARCHITECTURES, Architecture, architecture_of
+from pdtrim_pl.models.adapters import adapter_at, check_adapter
+from pdtrim_pl.models.architectures import ARCHITECTURES, Architecture, architecture_of
 from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
 from pdtrim_pl.staged.gate import Gate
 from pdtrim_pl.staged.model import StagedCausalLM, StagedOutput

@@ -14,7 +14,8 @@ from typing import Any, get_args
 from torch import Tensor, nn
 from transformers import Cache
 
-from pdtrim_pl.staged.architectures import RoPE
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.architectures import RoPE
 
 _NO_CACHE = {
     "attention_mask",
@@ -42,7 +43,7 @@ class BlockCall:
         argument without annotation that is not known to be something else.
 
         Raises:
-            ValueError: the block takes no cache that way; names the block's class and its arguments.
+            UserError: the block takes no cache that way; names the block's class and its arguments.
         """
         _, *arguments = inspect.signature(block.forward).parameters.values()  # the first is the hidden state
         named = [a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)]
@@ -50,7 +51,7 @@ class BlockCall:
         found = found or [a.name for a in named if a.annotation is a.empty and a.name not in _NO_CACHE]
         if len(found) != 1:
             names = ", ".join(a.name for a in named) or "none by name"
-            raise ValueError(
+            raise UserError(
                 f"`model` has blocks of class {type(block).__name__}, and it is not known how their `forward` takes "
                 f"the cache: {len(found)} of its arguments ({names}) look like one. Annotate the one that takes it "
                 "with `transformers.Cache | None`."
@@ -69,11 +70,11 @@ class BlockCall:
             cache: the past of this block; it is updated by the call.
 
         Raises:
-            ValueError: the model did not pass the placeholder on, so that its own mask would decide.
+            UserError: the model did not pass the placeholder on, so that its own mask would decide.
         """
         masks = [name for name, value in given.items() if value is placeholder]
         if not masks:
-            raise ValueError(
+            raise UserError(
                 "`model` does not pass a 4D attention mask on to its blocks by keyword. Give `architecture` an adapter "
                 "whose blocks take it so."
             )
@@ -85,7 +86,7 @@ def rope_among(given: Mapping[str, Any]) -> RoPE:
     for value in given.values():
         if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
             return value
-    raise ValueError(
+    raise UserError(
         f"`model` passes no pair of cosine and sine to its blocks, only {', '.join(given)}. Blocks that prefill drops "
         "and decode keeps need it for their keys: use `relation: nested` or `unified`."
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdtrim_pl.policy import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import KVRetentionPolicy, Retention
 
 
 @dataclass(frozen=True, eq=False)

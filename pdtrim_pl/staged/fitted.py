@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from pdtrim_pl.moves import Move
-from pdtrim_pl.plan import Stage
+from pdtrim_pl.plan import Move, Stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.architectures import Architecture, RoPE
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
-from pdtrim_pl.staged.architectures import Architecture, RoPE
 from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, attention_mask
 
@@ -178,12 +179,12 @@ class Gate(nn.Module):
         """Refuse a plan that would put fitted weights into shared ones that a stage without the merge uses too.
 
         Raises:
-            ValueError: with the way out.
+            UserError: with the way out.
         """
         users = (stage for stage in _stages_using(self.index, plan) if self.index not in plan.untied[stage])
         shared = {stage: self._offered(stage, plan) for stage in users}
         if len(set(shared.values())) > 1:
-            raise ValueError(
+            raise UserError(
                 f"Block {self.index} would be merged with `tied: true`, and {' and '.join(shared)} use its shared "
                 "weights for different runs. Leave `tied` out, so that the stage gets weights of its own, or merge in "
                 "both stages."
@@ -250,7 +251,7 @@ class Gate(nn.Module):
         cache = OneBlockCache(keys, values)
         out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
         if cache.keys is None or cache.values is None:
-            raise ValueError(
+            raise UserError(
                 f"Block {self.index} of `model`, a {type(block).__name__}, was given its cache as `{self.call.cache}` "
                 "and put no keys and values into it."
             )

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pdtrim_pl.compat import attention_of
-from pdtrim_pl.context import usable_context
-from pdtrim_pl.plan import STAGES, ModelRef, Stage, StagePlan
-from pdtrim_pl.policy import KVRetentionPolicy, KVShape
-from pdtrim_pl.staged.adapters import class_path_of
-from pdtrim_pl.staged.architectures import Architecture, architecture_of
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.adapters import class_path_of
+from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, ModelRef, Stage, StagePlan
 from pdtrim_pl.staged.cache import KVCache, Slots
+from pdtrim_pl.staged.decoding import PickToken, decode_stream, greedy, until_stopped
 from pdtrim_pl.staged.fitted import FittedRun
 from pdtrim_pl.staged.gate import Gate, Observer, Resume, StagePass
-from pdtrim_pl.staged.generation import PickToken, decode_stream, greedy, until_stopped
 from pdtrim_pl.staged.request import Request, as_bool, never_empty
 
 WriteWeight = Callable[[nn.Parameter, Tensor], None]
@@ -51,7 +51,7 @@ class StagedCausalLM(nn.Module):
         architecture: adapter of the model's family, where the package has none.
 
     Raises:
-        ValueError: no adapter for the family, or an attention implementation that cannot take the contract's masks.
+        UserError: no adapter for the family, or an attention implementation that cannot take the contract's masks.
     """
 
     def __init__(
@@ -106,18 +106,18 @@ class StagedCausalLM(nn.Module):
             write: how fitted weights get into parameters, where an engine keeps copies of them.
 
         Raises:
-            ValueError: the plan is for a model of another type or with another number of blocks, or it merges into
+            UserError: the plan is for a model of another type or with another number of blocks, or it merges into
                 shared weights that a stage without that merge uses too.
         """
         if plan.model.model_type != self.model.config.model_type:
-            raise ValueError(
+            raise UserError(
                 f"The stage plan is for a model of type {plan.model.model_type!r} ({plan.model.name_or_path}), and "
                 f"`model` is of type {self.model.config.model_type!r}. Use the plan of this model."
             )
         whole = self.originals == tuple(range(len(self.originals)))
         known = self.plan.model.num_blocks
         if plan.model.num_blocks != known or (whole and known < len(self.originals)):
-            raise ValueError(
+            raise UserError(
                 f"The stage plan is for a model of {plan.model.num_blocks} blocks, and `model` has "
                 f"{len(self.originals)}. Use the plan of this model, or name the plan's model in `model`."
             )
@@ -134,13 +134,13 @@ class StagedCausalLM(nn.Module):
         """Send what `policy` says from now on; None sends everything.
 
         Raises:
-            ValueError: the policy is for another plan, or its KV has another shape than this model's.
+            UserError: the policy is for another plan, or its KV has another shape than this model's.
         """
         if policy is not None:
             policy.check(self.plan)
             ours, theirs = self.kv_shape, policy.kv
             if (ours.num_key_value_heads, ours.head_dim) != (theirs.num_key_value_heads, theirs.head_dim):
-                raise ValueError(
+                raise UserError(
                     f"`kv` of the policy is {theirs.num_key_value_heads} heads of {theirs.head_dim}, and `model` has "
                     f"{ours.num_key_value_heads} of {ours.head_dim}. Use the policy of this model."
                 )
@@ -280,7 +280,7 @@ class StagedCausalLM(nn.Module):
     ) -> Iterator[Tensor]:
         """Generate token by token; yields ids [B] as they come. Greedy by default."""
         if max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` is {max_new_tokens}: give at least 1.")
+            raise UserError(f"`max_new_tokens` is {max_new_tokens}: give at least 1.")
         self._check_length(prompt_ids, prompt_mask, max_new_tokens)
         valid = as_bool(prompt_ids, prompt_mask)
         handed = prompt_ids.shape[1] - (self.plan.boundary == "decode")
@@ -345,7 +345,7 @@ class StagedCausalLM(nn.Module):
         responses = response if response_mask is None else response_mask.sum(dim=1)
         tokens = int((prompts + responses).max())
         if tokens > context:
-            raise ValueError(
+            raise UserError(
                 f"Prompt and response take {tokens} tokens, and the context of `model` is {context}. Shorten the "
                 "prompt, or lower `max_new_tokens` (`lengths.max_length` of the data)."
             )
@@ -374,12 +374,12 @@ def kv_shape_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> KVS
 def _check_attention(model: PreTrainedModel, architecture: Architecture) -> None:
     chosen = attention_of(model)
     if chosen not in ("sdpa", "eager"):
-        raise ValueError(
+        raise UserError(
             f"`attn_implementation` is {chosen!r}, which takes no mask of the contract's kind (cached entries at "
             "chosen positions). Load the model with `attn_implementation: sdpa` or `eager`."
         )
     if chosen == "sdpa" and not architecture.supports_sdpa(model.config):
-        raise ValueError(
+        raise UserError(
             f"`attn_implementation: sdpa` cannot compute {model.config.model_type} with soft-capped attention scores. "
             "Load the model with `attn_implementation: eager`."
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
-from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.compare.found import Found
+from pdtrim_pl.compare.method import Method
+from pdtrim_pl.errors import UserError
 
 
 class Distilled(Method):
@@ -16,13 +18,13 @@ class Distilled(Method):
         rate: factor of the optimizer's learning rate; what starts near the teacher wants a smaller one.
 
     Raises:
-        ValueError: `rate` is not positive.
+        UserError: `rate` is not positive.
     """
 
     def __init__(self, start: str, rate: float = 1.0) -> None:
         super().__init__(start)
         if not rate > 0:
-            raise ValueError(f"`rate` is {rate}: give a positive factor of the learning rate.")
+            raise UserError(f"`rate` is {rate}: give a positive factor of the learning rate.")
         self.rate = rate
 
     @property

@@ -6,8 +6,10 @@ import torch
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
-from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.compare.found import Found
+from pdtrim_pl.compare.method import Method
 from pdtrim_pl.criteria import Criterion
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import ONLY_TARGET, Boundary, Relation, Target
 from pdtrim_pl.search.choose import choose_drops
 
@@ -25,7 +27,7 @@ class Drop(Method):
         boundary: which stage handles the prompt's last token.
 
     Raises:
-        ValueError: the relation does not let the target alone lose blocks.
+        UserError: the relation does not let the target alone lose blocks.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Drop(Method):
         super().__init__()
         only = ONLY_TARGET.get(relation, target)
         if target != only:
-            raise ValueError(f"`target: {target}` does not fit `relation: {relation}`: use `target: {only}`.")
+            raise UserError(f"`target: {target}` does not fit `relation: {relation}`: use `target: {only}`.")
         self.criterion, self.relation, self.target, self.boundary = criterion, relation, target, boundary
 
     @property

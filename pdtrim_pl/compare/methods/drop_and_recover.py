@@ -6,8 +6,10 @@ import torch
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
-from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.compare.found import Found
+from pdtrim_pl.compare.method import Method
 from pdtrim_pl.criteria import Criterion
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import Boundary, Relation, Target
 from pdtrim_pl.search.choose import choose_drops
 
@@ -25,7 +27,7 @@ class DropAndRecover(Method):
         boundary: which stage handles the prompt's last token.
 
     Raises:
-        ValueError: `at_once` below 1.
+        UserError: `at_once` below 1.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class DropAndRecover(Method):
     ) -> None:  # fmt: skip
         super().__init__()
         if at_once < 1:
-            raise ValueError(f"`at_once` is {at_once}: give at least 1 block a round.")
+            raise UserError(f"`at_once` is {at_once}: give at least 1 block a round.")
         self.criterion, self.at_once, self.relation, self.target = criterion, at_once, relation, target
         self.boundary = boundary
 

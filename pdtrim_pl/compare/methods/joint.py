@@ -8,9 +8,10 @@ import torch
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
-from pdtrim_pl.compare.method import Found, Method, check_only_drops
-from pdtrim_pl.cost import CostTarget
+from pdtrim_pl.compare.found import Found
+from pdtrim_pl.compare.method import Method, check_only_drops
 from pdtrim_pl.search import Annealing, JointSearch, anneal
+from pdtrim_pl.sizing.cost import CostTarget
 
 
 class Joint(Method):

@@ -6,7 +6,8 @@ import torch
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
-from pdtrim_pl.compare.method import Found, Method, check_only_drops
+from pdtrim_pl.compare.found import Found
+from pdtrim_pl.compare.method import Method, check_only_drops
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.plan import Relation
 from pdtrim_pl.search import Annealing, RoundSearch, anneal

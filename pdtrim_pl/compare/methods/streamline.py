@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
-from pdtrim_pl.compare.method import Found, Method
+from pdtrim_pl.compare.found import Found
+from pdtrim_pl.compare.method import Method
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.merging import FittedRuns, Merging
 from pdtrim_pl.merging.recording import record
 from pdtrim_pl.plan import STAGES, Relation
@@ -34,7 +36,7 @@ class ReplaceSpan(Method):
         behind: so many blocks behind the span are trained with it, towards the model's state behind them.
 
     Raises:
-        ValueError: `share` outside (0, 1], `tried` outside [0, `share`], or a negative `behind`.
+        UserError: `share` outside (0, 1], `tried` outside [0, `share`], or a negative `behind`.
     """
 
     def __init__(
@@ -43,11 +45,11 @@ class ReplaceSpan(Method):
     ) -> None:  # fmt: skip
         super().__init__()
         if not 0 < share <= 1:
-            raise ValueError(f"`share` is {share}: give a share of the token budget, above 0 and at most 1.")
+            raise UserError(f"`share` is {share}: give a share of the token budget, above 0 and at most 1.")
         if not 0 <= tried <= share:
-            raise ValueError(f"`tried` is {tried}: give a share of the token budget, at least 0 and at most `share`.")
+            raise UserError(f"`tried` is {tried}: give a share of the token budget, at least 0 and at most `share`.")
         if behind < 0:
-            raise ValueError(f"`behind` is {behind}: give a number of blocks, 0 for none.")
+            raise UserError(f"`behind` is {behind}: give a number of blocks, 0 for none.")
         self.learning_rate, self.relation, self.share, self.batch_size = learning_rate, relation, share, batch_size
         self.tried, self.behind = tried, behind
 
@@ -93,7 +95,7 @@ def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[tuple
     """The `count + 1` neighbours with the highest mean cosine of input and output within the guards, and 1 less it.
 
     Raises:
-        ValueError: the guards leave no span as long.
+        UserError: the guards leave no span as long.
     """
     sums = dict.fromkeys(spans(bench, student, count), 0.0)
     places = {place for span in sums for place in (span[0], span[-1] + 1)}
@@ -114,10 +116,10 @@ def spans(bench: Bench, student: StagedCausalLM, count: int) -> list[tuple[int, 
     """All runs of `count + 1` neighbours within the guards.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     found = neighbours(student.plan, "both", Merging(), bench.guards, count + 1)
     if not found:
         blocks = student.plan.model.num_blocks
-        raise ValueError(f"`rows.counts`: no {count + 1} neighbours of {blocks} blocks lie within {bench.guards}.")
+        raise UserError(f"`rows.counts`: no {count + 1} neighbours of {blocks} blocks lie within {bench.guards}.")
     return found

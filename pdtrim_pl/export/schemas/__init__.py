@@ -12,8 +12,9 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from pdtrim_pl.plan import PLAN_FORMAT, check_format, read_json
-from pdtrim_pl.policy import POLICY_FORMAT
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.plan import PLAN_FORMAT, POLICY_FORMAT
+from pdtrim_pl.plan.json_files import check_format, read_json
 
 SCHEMAS: Mapping[str, str] = MappingProxyType(
     {PLAN_FORMAT: "stage_plan.schema.json", POLICY_FORMAT: "kv_policy.schema.json"}
@@ -32,12 +33,12 @@ def validate(data: Any, format: str) -> None:
     """Check a parsed file against the schema of `format`.
 
     Raises:
-        ValueError: another format or version, or the most telling fault and where it is.
+        UserError: another format or version, or the most telling fault and where it is.
     """
     check_format(data, format, "file")
     fault = best_match(Draft202012Validator(schema_of(format)).iter_errors(data))
     if fault is not None:
-        raise ValueError(f"at {fault.json_path}: {fault.message}")
+        raise UserError(f"at {fault.json_path}: {fault.message}")
 
 
 def validate_file(path: Path, format: str | None = None) -> Any:
@@ -48,7 +49,7 @@ def validate_file(path: Path, format: str | None = None) -> Any:
         format: the format and version it must have; None takes the one it names itself.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        UserError: naming the file and what is wrong with it.
     """
     data = read_json(path, "stage plan or KV policy" if format is None else TITLES[format])
     if format is None:
@@ -57,5 +58,5 @@ def validate_file(path: Path, format: str | None = None) -> Any:
     try:
         validate(data, format)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        raise UserError(f"{path} cannot be used: {error}") from error
     return data

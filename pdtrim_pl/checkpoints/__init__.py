@@ -1,0 +1,1 @@
+"""What a run keeps so that it can be continued: written whole, read with care."""

@@ -1,0 +1,242 @@
+"""`pdtrim fit --dry_run`: would this configuration fit? Builds all but trainer and weights, and counts memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO, runtime_checkable
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import Strategy
+from transformers import AutoConfig, PreTrainedConfig
+from typing_extensions import override
+
+from pdtrim_pl.cli.lightning_cli import PDTrimCLI
+from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.evaluation.evaluator import Memory as SearchMemory
+from pdtrim_pl.merging import Merging
+from pdtrim_pl.models.architectures import Architecture
+from pdtrim_pl.models.loading import DType, dtype_of
+from pdtrim_pl.models.pretrained import usable_config
+from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.sizing.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_freezing, check_strategy
+from pdtrim_pl.strategies.masters import check_masters
+
+ASSUMED_GPU = 79 * GIB
+"""What a card sold as 80 GB has, where there is no GPU to ask."""
+
+
+class _Parsed(PDTrimCLI):
+    """The command line up to the trainer, which may want GPUs that are elsewhere."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer_settings: Namespace = self._get(self.config_init, "trainer")
+        self.config_files: list[Any] = self._get(self.config, "config") or []
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs."""
+
+
+def run(args: Sequence[str], out: TextIO | None = None) -> int:
+    """Print memory per process of `fit` with these arguments.
+
+    Raises:
+        UserError: it cannot fit, or the strategy is refused.
+    """
+    own = argparse.ArgumentParser(prog="pdtrim fit --dry_run", add_help=False)
+    own.add_argument("--dry_run", action="store_true")
+    own.add_argument("--device_memory", type=float, default=None, metavar="GIB")
+    own.add_argument("--host_memory", type=float, default=None, metavar="GIB")
+    options, rest = own.parse_known_args(list(args))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # `--dry_run` is not its to parse
+        parsed = _Parsed(rest)
+    assert isinstance(parsed.model, PDTrimModule)
+    assert isinstance(parsed.datamodule, PromptResponseDataModule)
+    folders = [Path(str(file)).parent / "shapes" for file in parsed.config_files]
+    adapter = parsed.model.architecture
+    config = model_config(parsed.model.model_name, folders, adapter)
+    teacher = parsed.model.loading.teacher
+    teacher_config = config if teacher is None else model_config(teacher, folders, adapter)
+    adapter_of_teacher = adapter if teacher_config.model_type == config.model_type else None
+    layout = layout_of(parsed.model, parsed.trainer_settings, config, teacher_config)
+    shape = Shape.of(config, adapter)
+    load = load_of(parsed.model, parsed.datamodule, parsed.trainer_settings.callbacks)
+    memory = memory_per_process(shape, Shape.of(teacher_config, adapter_of_teacher), layout, load)
+    limit = _limit(parsed.trainer_settings, layout, options.device_memory)
+    on_a_node = _devices(parsed.trainer_settings.devices)
+    on_host = parsed.trainer_settings.accelerator == "cpu"
+    host = on_a_node * memory.total if on_host else memory.of_host(on_a_node)
+    lines = _table(parsed.model.model_name, shape, layout, memory, limit)
+    of = "" if options.host_memory is None else f"  of {options.host_memory:.1f}"
+    lines.append(f"GiB in the host memory of the first node, with {on_a_node} process(es): {host / GIB:.1f}{of}")
+    print("\n".join(lines), file=out or sys.stdout)
+    if memory.total > limit:
+        raise UserError(_too_large(memory, limit, layout, parsed.model))
+    if options.host_memory is not None and host > options.host_memory * GIB:
+        raise UserError(_too_large_for_host(host, options.host_memory, layout))
+    return 0
+
+
+def model_config(name: str, folders: Sequence[Path], architecture: Architecture | None = None) -> PreTrainedConfig:
+    """The published shape from a file in one of the folders, else the model's own `config.json`."""
+    for file in sorted(file for folder in folders for file in folder.glob("*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if name in facts.pop("published_as"):
+            return AutoConfig.for_model(**facts)
+    return usable_config(name, architecture)
+
+
+def layout_of(module: PDTrimModule, trainer: Namespace, model: PreTrainedConfig, teacher: PreTrainedConfig) -> Layout:
+    """Processes, shards and element types of a configuration.
+
+    Raises:
+        UserError: a strategy or a precision that is refused.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, Strategy):
+        check_strategy(strategy)
+        check_freezing(strategy, module.loading.freeze_embeddings)
+    elif any(name in str(strategy) for name in ("deepspeed", "fsdp")):
+        raise UserError(
+            f"`trainer.strategy` is {strategy!r}, Lightning's own. Use `strategy: {{class_path: "
+            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or stage 1 or 3, or `strategy: "
+            "{class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`."
+        )
+    short = str(trainer.precision or "32-true")
+    precision = {"bf16": "bf16-mixed", "16": "16-mixed"}.get(short, short)  # as Lightning reads them
+    loaded = _dtype(module.loading.dtype, model)
+    check_masters(strategy, precision, loaded)
+    engine, fsdp = isinstance(strategy, PDTrimDeepSpeedStrategy), isinstance(strategy, PDTrimFSDPStrategy)
+    half = engine and precision.startswith(("bf16", "16"))  # the engine casts the whole module
+    student = loaded.itemsize
+    theirs = _dtype(module.loading.teacher_dtype, teacher).itemsize
+    zero: dict[str, Any] = strategy.config["zero_optimization"] if engine and isinstance(strategy.config, dict) else {}
+    return Layout(
+        processes=_devices(trainer.devices) * int(trainer.num_nodes or 1),
+        zero_stage=strategy.stage if engine else 3 if fsdp else 0, fsdp=fsdp,
+        offload_optimizer="offload_optimizer" in zero, offload_parameters="offload_param" in zero,
+        student_bytes=2 if half else student,
+        teacher_bytes=2 if half else theirs, loaded_bytes=(student, theirs),
+        compute_bytes=2 if half or "mixed" in precision else student,
+        autocast="mixed" in precision and not half and not fsdp and student == 4,  # FSDP gathers weights in bf16
+        optimizer_states=_states(module), frozen_embeddings=module.loading.freeze_embeddings,
+    )  # fmt: skip
+
+
+@runtime_checkable
+class Removes(Protocol):
+    """A callback that searches for what to remove, and may merge blocks."""
+
+    merging: Merging | None
+    memory: SearchMemory
+    fitted_at_once: int
+
+
+def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Sequence[Callback] | None = None) -> Load:
+    """What one process has in hand under these settings.
+
+    Of callbacks that merge, the one that fits most at once counts, and of those that search the one that keeps most:
+    they take turns.
+    """
+    removing = [callback for callback in callbacks or () if isinstance(callback, Removes)]
+    kept = [callback.memory for callback in removing] or [SearchMemory()]
+    merges = [callback.merging for callback in removing if callback.merging]
+    calibration = data.parts.calibration
+    examples = calibration if isinstance(calibration, int) else 256
+    return Load(
+        batch=data.batch_size, eval_batch=data.eval_batch_size, tokens=data.lengths.max_length,
+        chunk_tokens=module.chunk_tokens, gradient_checkpointing=module.loading.gradient_checkpointing,
+        calibration=examples,
+        merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
+        fitted_at_once=max((callback.fitted_at_once for callback in removing), default=0),
+        search_cache_bytes=max(memory.base for memory in kept),
+        search_teacher_bytes=max(memory.teacher for memory in kept),
+    )  # fmt: skip
+
+
+def _dtype(name: DType, config: PreTrainedConfig) -> torch.dtype:
+    chosen = dtype_of(name) or config.dtype or torch.float32
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def _devices(devices: Any) -> int:
+    """`devices` as Lightning reads it: a count, a list, or `auto`, here one process."""
+    if isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    return text.count(",") + 1 if "," in text else max(int(text), 1) if text.lstrip("-").isdigit() else 1
+
+
+def _states(module: PDTrimModule) -> int:
+    """Count the optimizer's own state after one step on a single weight."""
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    weight.grad = torch.ones_like(weight)
+    optimizer = module.optimizer_of([weight])
+    optimizer.step()
+    return sum(isinstance(v, torch.Tensor) and v.shape == weight.shape for v in optimizer.state[weight].values())
+
+
+def _limit(trainer: Namespace, layout: Layout, asked: float | None) -> int:
+    if asked is not None:
+        return int(asked * GIB)
+    if trainer.accelerator == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // layout.processes
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_GPU
+
+
+def _table(name: str, shape: Shape, layout: Layout, memory: Memory, limit: int) -> list[str]:
+    sharded = "FSDP" if layout.fsdp else f"ZeRO-{layout.zero_stage}"
+    spread = sharded if layout.zero_stage else "everything on each"
+    return [
+        f"{name}: {shape.parameters:,} parameters in {shape.blocks} blocks; {layout.processes} process(es), {spread}.",
+        "GiB per process (activations are an estimate):",
+        *(f"  {what:<24}{size / GIB:8.2f}" for what, size in memory.device.items()),
+        f"  {'total':<24}{memory.total / GIB:8.2f}  of {limit / GIB:.1f}",
+        *(f"  {what + ' (host)':<24}{size / GIB:8.2f}" for what, size in memory.host.items()),
+        *([f"  {'loading (host)':<24}{memory.loading / GIB:8.2f}"] if memory.loading else []),
+        f"GiB that the first process exports or saves from (host): {memory.first / GIB:.1f}",
+    ]
+
+
+def _too_large(memory: Memory, limit: int, layout: Layout, module: PDTrimModule) -> str:
+    ways = []
+    if not module.loading.gradient_checkpointing:
+        ways.append("`model.loading.gradient_checkpointing: true`")
+    if layout.zero_stage < 3 and layout.processes > 1:
+        ways.append(f"PDTrimDeepSpeedStrategy with `stage: {max(2, layout.zero_stage + 1)}`")
+    if not layout.offload_optimizer:
+        ways.append("PDTrimDeepSpeedStrategy with `offload_optimizer: true`")
+    ways.append("a smaller `data.batch_size`, `data.lengths.max_length` or `model.chunk_tokens`")
+    ways.append("more or larger devices (`--device_memory` says how large)")
+    return (
+        f"This run needs {memory.total / GIB:.1f} GiB on every device, and there are {limit / GIB:.1f}. Try one of: "
+        f"{'; '.join(ways)}."
+    )
+
+
+def _too_large_for_host(needed: int, limit: float, layout: Layout) -> str:
+    ways = ["more nodes with fewer processes each", "a larger host (`--host_memory` says how large)"]
+    if layout.offload_parameters or layout.offload_optimizer:
+        ways.insert(0, "offload less (`offload_parameters`, `offload_optimizer`)")
+    elif layout.fsdp:
+        ways.insert(0, "PDTrimDeepSpeedStrategy with `stage: 3`, under which no process loads a whole model")
+    return (
+        f"This run needs {needed / GIB:.1f} GiB of the first node's host memory, and there are {limit:.1f}. Try one "
+        f"of: {'; '.join(ways)}."
+    )

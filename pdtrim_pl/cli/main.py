@@ -1,0 +1,168 @@
+"""The command line: `pdtrim COMMAND`, see `USAGE`. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pdtrim_pl import __version__
+from pdtrim_pl.cli.failures import (
+    INTERRUPTED,
+    OUTPUT_CLOSED,
+    expected_errors,
+    flush_output,
+    open_streams,
+    output_is_closed,
+    tell,
+)
+from pdtrim_pl.cli.versions import check_versions
+
+USAGE = """\
+usage: pdtrim COMMAND [options]
+
+commands:
+  fit        drop blocks per stage between distillation epochs, choose what KV to send, export the pair
+  validate   response perplexity, KL and top-1 agreement on the validation part
+  test       the same on the test part
+  predict    generate responses for the prompts of the test (else validation) part
+  export     write the prefill/decode pair of a checkpoint
+  generate   stream text from an exported pair: a prefill and a decode process
+  compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
+  submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
+
+`pdtrim fit --dry_run --config X` counts memory and refuses a run that a GPU cannot hold (`--device_memory GiB`), or the
+first node (`--host_memory GiB`).
+`pdtrim COMMAND --help` shows a command's options. Complete configurations are in configs/.
+"""
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit status."""
+    open_streams()
+    try:
+        status = _main(list(sys.argv[1:] if args is None else args))
+    except KeyboardInterrupt:
+        return _interrupted()
+    except BrokenPipeError as error:
+        return _unread() if output_is_closed() else tell(error)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning has ended the run in order
+            return _interrupted()
+        if flush_output():
+            raise
+        return _unread()
+    return status if flush_output() else _unread()
+
+
+def _main(args: list[str]) -> int:
+    command = args[0] if args else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"pdtrim_pl {__version__}")
+        return 0
+    if command not in (*TRAINER_COMMANDS, "export", "generate", "compare", "submit"):
+        print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    _log_to_stderr()
+    try:
+        check_versions()
+        return _run(command, args)
+    except BrokenPipeError:
+        raise  # what it means depends on whose pipe it was
+    except expected_errors() as error:
+        return tell(error)
+
+
+def _interrupted() -> int:
+    print("pdtrim: interrupted.", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _unread() -> int:
+    print("pdtrim: error: standard output was closed before all was written.", file=sys.stderr)
+    return OUTPUT_CLOSED
+
+
+def _run(command: str, args: list[str]) -> int:
+    if command == "generate":
+        return _generate(args[1:])
+    if command == "export":
+        return _export(args[1:])
+    if command == "compare":
+        from pdtrim_pl.cli.compare import run as compare
+
+        return compare(args[1:])
+    if command == "submit":
+        from pdtrim_pl.slurm.submit import run
+
+        return run(args[1:])
+    if command == "fit" and "--dry_run" in args:
+        from pdtrim_pl.cli.dry_run import run as dry_run
+
+        return dry_run(args)
+    from pdtrim_pl.cli.lightning_cli import run_cli
+
+    return run_cli(args)
+
+
+def _generate(args: list[str]) -> int:
+    from pdtrim_pl.cli.parsing import OneLineErrors
+
+    parser = OneLineErrors(prog="pdtrim generate", description="Stream text from an exported prefill/decode pair.")
+    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
+    parser.add_argument("--prompt", type=str, required=True, help="raw text, unless --chat")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_k", type=int | None, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    options = parser.parse_args(args)
+    from pdtrim_pl.serving.generate import generate_text
+
+    try:
+        generate_text(**options.as_dict(), out=sys.stdout, err=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has had enough, as in `| head`
+        if not output_is_closed():
+            raise
+    except RuntimeError as error:  # a worker died; the message says which and of what
+        print(f"pdtrim: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _export(args: list[str]) -> int:
+    from pdtrim_pl.cli.parsing import OneLineErrors
+
+    parser = OneLineErrors(prog="pdtrim export", description="Write the prefill/decode pair of a checkpoint.")
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of a `pdtrim fit` run")
+    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --output")
+    parser.add_argument("--model", type=str | None, help="where the model is now, if not where the checkpoint says")
+    options = parser.parse_args(args)
+    from pdtrim_pl.export.from_checkpoint import export_checkpoint
+
+    print(export_checkpoint(**options.as_dict()))
+    return 0
+
+
+def _is_first_process() -> bool:
+    """Of the processes that Lightning, torchrun or srun start, one tells how the run goes."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name in ("pdtrim_pl", "callbacks"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO if _is_first_process() else logging.WARNING)
+        logger.propagate = False

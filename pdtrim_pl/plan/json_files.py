@@ -1,0 +1,45 @@
+"""Small JSON files: written whole, read with the file named in every error. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pdtrim_pl.errors import UserError
+
+
+def check_format(data: Mapping[str, Any], expected: str, what: str) -> None:
+    """Refuse JSON that is not of the format and version this package writes.
+
+    Raises:
+        UserError: with the format found and the one expected.
+    """
+    found = data.get("format") if isinstance(data, Mapping) else None
+    if found != expected:
+        raise UserError(
+            f"This {what} has `format` {found!r}, and this version of pdtrim_pl reads {expected!r}. "
+            "Write it again with the version that is installed, or install the version that wrote it."
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a kill leaves the old one or the new one, never a part."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        UserError: naming the file, if it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no {what} at {path}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The {what} {path} is not valid JSON: {error}.") from error

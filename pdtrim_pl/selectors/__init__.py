@@ -1,0 +1,14 @@
+"""KV selectors: which blocks of D send only the first and last prompt positions. Named in YAML by class path.
+
+A new selector is a subclass of `KVSelector` with one method. For example, to trim every second block of D:
+
+    class EverySecond(KVSelector):
+        def select(self, context: SelectionContext) -> dict[int, Retention]:
+            return {block: self.rule for block in context.plan.decode[::2]}
+"""
+
+from pdtrim_pl.selectors.base import KVSelector, SelectionContext, selection_context
+from pdtrim_pl.selectors.budget import BudgetSelector
+from pdtrim_pl.selectors.mass import MassSelector, NoSelector
+
+__all__ = ["BudgetSelector", "KVSelector", "MassSelector", "NoSelector", "SelectionContext", "selection_context"]

@@ -1,0 +1,103 @@
+"""What a KV selector looks at, and the class that every selector extends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import inf
+
+import torch
+
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.attention import attention_mass
+from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention, StagePlan
+from pdtrim_pl.staged import StagedCausalLM
+
+
+@dataclass(frozen=True)
+class SelectionContext:
+    """What a selector may look at. Measurements are taken when asked for, and once."""
+
+    plan: StagePlan
+    kv_shape: KVShape
+    measure_mass: Callable[[], Mapping[int, float]]
+    damage: Callable[[int, Retention], float]
+    """Mean KL(teacher || student) in nats per response token when only that block of D is trimmed by that rule."""
+
+    @cached_property
+    def mass(self) -> Mapping[int, float]:
+        """Attention mass of the selector's rule, per block of D (see `evaluation.attention`)."""
+        return self.measure_mass()
+
+    def sent_ratio(self, rules: Mapping[int, Retention], prompt_tokens: int = 1024) -> float:
+        """Bytes of the unpruned model sending everything over bytes sent under `rules`, for one prompt."""
+        policy = KVRetentionPolicy(self.plan.boundary, self.kv_shape, rules)
+        sent = policy.sent_bytes(self.plan, prompt_tokens)
+        return policy.full_bytes(self.plan, prompt_tokens) / sent if sent else inf
+
+
+class KVSelector(ABC):
+    """Chooses a retention rule for blocks of D.
+
+    Args:
+        first: prompt positions at the start that a trimmed block sends: a count, or a share of the prompt.
+        last: prompt positions at the end that it sends.
+
+    Raises:
+        UserError: a count or share out of range.
+    """
+
+    def __init__(self, first: int | float = 4, last: int | float = 0.2) -> None:
+        self.rule = Retention("first_last", first, last)
+
+    @property
+    def first(self) -> int | float:
+        """Prompt positions at the start that a trimmed block sends."""
+        return self.rule.first
+
+    @property
+    def last(self) -> int | float:
+        """Prompt positions at the end that a trimmed block sends."""
+        return self.rule.last
+
+    @abstractmethod
+    def select(self, context: SelectionContext) -> dict[int, Retention]:
+        """Rules by original block index, for blocks of D only; a block without one sends everything."""
+
+
+def selection_context(
+    student: StagedCausalLM,
+    teacher: StagedCausalLM,
+    batches: Iterable[Batch],
+    kv_shape: KVShape,
+    device: torch.device | str,
+    first: int | float,
+    last: int | float,
+) -> SelectionContext:
+    """The context of a student's plan as it is now. Measures nothing yet.
+
+    Args:
+        student: the model that will send less.
+        teacher: the reference of `damage`.
+        batches: calibration requests; held, for they are read once a measurement.
+        kv_shape: shape of one block's KV per position.
+        device: where both models are.
+        first: the selector's `first`, for `mass`.
+        last: the selector's `last`.
+    """
+    plan, held = student.plan, list(batches)
+
+    @cache
+    def damage(block: int, rule: Retention) -> float:
+        policy = KVRetentionPolicy(plan.boundary, kv_shape, {block: rule})
+        with eval_mode(student), eval_mode(teacher):
+            return measure_quality(student, teacher, held, plan=plan, policy=policy, device=device).kl
+
+    def mass() -> Mapping[int, float]:
+        return attention_mass(student, held, first=first, last=last, device=device)
+
+    return SelectionContext(plan, kv_shape, mass, damage)

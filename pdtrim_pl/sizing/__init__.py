@@ -1,0 +1,1 @@
+"""What a run and a request need: memory of a process, FLOPs and bytes of a request."""

@@ -1,0 +1,152 @@
+"""FSDP2 for a student whose gradients also reach a block through the keys and values that it sent.
+
+FSDP gathers a block's weights again when a gradient arrives at the block's output. Here one may arrive at its keys and
+values first, or at nothing else: decode attends to what prefill cached. So all that leaves a block leaves through one
+autograd node, whose backward waits for every gradient and hands the output one in any case; only behind it lies the
+block. A KV-only block is a forward pass of its own to FSDP.
+
+Shapes: B batch, T tokens, H hidden, K key/value heads, N entries, D head dimension.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.torch_version import TorchVersion
+from typing_extensions import override
+
+from pdtrim_pl.checkpoints.state import CheckpointState, check_file, check_weights, mapped
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.architectures import Architecture, RoPE
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.cache import OneBlockCache
+
+OLDEST_TORCH = "2.13"
+"""The first whose FSDP finds the tensors in a dataclass, as the outputs of a stage are; no earlier one was tried."""
+
+
+class PDTrimFSDPStrategy(ModelParallelStrategy):
+    """Shards weights, gradients and optimizer states of the student, and the teacher's weights, over all processes.
+
+    Under `precision: bf16-mixed` the shards, their gradients and states are fp32, and weights are gathered in bf16.
+
+    Checkpoints are single files with whole weights and states, as DDP writes and takes them. Rank 0 must hold them in
+    its host memory, and every process loads the whole model into host memory before it is cut up.
+
+    Args:
+        process_group_backend: of `torch.distributed`; `nccl` on GPUs and `gloo` on CPUs by default.
+
+    Raises:
+        UserError: a PyTorch whose FSDP does not see what leaves a stage.
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        if TorchVersion(torch.__version__) < TorchVersion(OLDEST_TORCH):
+            raise UserError(
+                f"PDTrimFSDPStrategy needs torch {OLDEST_TORCH} and this is {torch.__version__}. Install it, or use "
+                "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy with `stage: 3`."
+            )
+        super().__init__(
+            tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend
+        )
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        # It warns of writing into such views; nothing here does.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor", UserWarning)
+        for model in self.lightning_module.children():
+            if isinstance(model, StagedCausalLM) and not isinstance(model, FSDPModule):
+                shard(model, self.device_mesh["data_parallel"], str(trainer.precision))
+        super().setup(trainer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        check_file(checkpoint_path)
+        state = CheckpointState.at(checkpoint_path)
+        if state is not None and state.added:
+            raise UserError(
+                f"The checkpoint {checkpoint_path} is of a run that gave blocks weights of their own on its way "
+                f"({list(state.added)}), which FSDP cannot take up. Continue with `strategy: "
+                "ddp_find_unused_parameters_true`."
+            )
+        # What Lightning loads into shards it compares with nothing. Mapped, the weights themselves stay on disk.
+        check_weights(mapped(checkpoint_path)["state_dict"], self.lightning_module.state_dict())
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+def shard(staged: StagedCausalLM, mesh: DeviceMesh, precision: str = "32-true") -> None:
+    """Cut a model's weights up between the processes of a mesh, in place: block by block, and the rest together.
+
+    Args:
+        staged: the model.
+        mesh: of one dimension.
+        precision: Lightning's. Under `bf16-mixed` weights are gathered in bf16, and gradients summed in fp32.
+    """
+    mixed = precision == "bf16-mixed"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    for gate in staged.gates.values():
+        for block in (gate.block, *gate.untied.values()):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+            # After FSDP's own hook, which is to watch the output that the node hands a gradient to.
+            block.register_forward_hook(_leave_together, with_kwargs=True)
+            _add_forward_method(block, "keys_values", partial(gate.architecture.keys_values, block))
+        gate.project = partial(_project, gate.architecture)
+    # FSDP leaves the root's weights whole after a pass, and after one without gradients they may be stale at the next.
+    fully_shard(staged, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    for name in ("prefill", "decode", "logits"):
+        register_fsdp_forward_method(staged, name)
+    if mesh.device_type == "cpu":
+        for module in staged.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+
+
+def _add_forward_method(block: nn.Module, name: str, method: Callable[..., Any]) -> None:
+    setattr(block, name, method)
+    register_fsdp_forward_method(block, name)
+
+
+def _project(architecture: Architecture, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
+    """Keys and values alone, each [B, K, T, D], with the block's weights whole for that long."""
+    if not isinstance(block, FSDPModule):  # a fitted one, on offer
+        return architecture.keys_values(block, hidden, rope)
+    sharded: Any = block
+    keys, values = sharded.keys_values(hidden, rope)
+    return keys, values
+
+
+def _leave_together(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
+    (cache,) = (value for value in kwargs.values() if isinstance(value, OneBlockCache))
+    if hidden.requires_grad:
+        hidden, cache.keys, cache.values = _OneNode.apply(hidden, cache.keys, cache.values)
+    return hidden
+
+
+class _OneNode(torch.autograd.Function):
+    """Nothing but a meeting point: hidden state [B, T, H], keys and values [B, K, N, D]."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients  # zeros where none arrived
