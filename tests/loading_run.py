@@ -19,9 +19,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
-from pdtrim_pl import module as module_file
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.staged import pair as pair_file
 
 torch.set_num_threads(1)
 
@@ -65,13 +65,13 @@ class Held(Callback):
         self.shares = {"student": held(pl_module.student), "teacher": held(pl_module.teacher)}
 
 
-LOAD = module_file.load_causal_lm
+LOAD = pair_file.load_causal_lm
 
 
 def main(model: Path, folder: Path) -> None:
     LOAD(str(model))  # so that no import of a library counts
     peak, shares = Peak(), Held()
-    module_file.load_causal_lm = peak  # type: ignore[assignment]
+    pair_file.load_causal_lm = peak  # type: ignore[assignment]
     trainer = Trainer(
         max_steps=1, accelerator="cpu", devices=2, strategy=strategy_of("zero3"), callbacks=[shares], logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,

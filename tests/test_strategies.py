@@ -128,7 +128,11 @@ def assert_same_run(
     validation: float = 1e-4,
     validation_abs: float | None = None,
 ) -> None:
-    """`loss` bounds how far losses are apart, `validation` other means, relatively, or `validation_abs` absolutely."""
+    """`loss` bounds how far losses are apart, `validation` other means, relatively, or `validation_abs` absolutely.
+
+    Where `validation_abs` is given, up to three of the few tokens may have another most likely token: a random model is
+    undecided, and kernels of bf16 differ between CPUs.
+    """
     record, plan = module.record, module.plan
     assert [(r.stage, r.block, r.round) for r in StagePlan.from_json(found["plan"]).history] == [
         (r.stage, r.block, r.round) for r in plan.history
@@ -137,6 +141,9 @@ def assert_same_run(
     for (step, ours), (_, theirs) in zip(found["record"]["losses"], record.losses, strict=True):
         assert ours == pytest.approx(theirs, abs=loss), step
     for (step, ours), (_, theirs) in zip(found["record"]["validations"], record.validations, strict=True):
+        ours, theirs = dict(ours), dict(theirs)
+        few = None if validation_abs is None else 3.5 / 58  # of 58 tokens
+        assert ours.pop("agreement") == pytest.approx(theirs.pop("agreement"), rel=validation, abs=few), step
         assert ours == pytest.approx(theirs, rel=validation, abs=validation_abs), step
 
 
