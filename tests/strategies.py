@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pdtrim_pl.plan import (
     STAGES,
     Boundary,
+    Codec,
     KVRetentionPolicy,
     KVShape,
     ModelRef,
@@ -18,6 +19,7 @@ from pdtrim_pl.plan import (
     Stage,
     StagePlan,
 )
+from pdtrim_pl.plan.codec import FORMS
 
 RELATIONS: tuple[Relation, ...] = ("nested", "unified", "prefill_only", "free")
 BOUNDARIES: tuple[Boundary, ...] = ("prefill", "decode")
@@ -54,9 +56,10 @@ def plans(
 
 
 @st.composite
-def policies(draw: st.DrawFn, plan: StagePlan, *, kv: KVShape = TINY_KV) -> KVRetentionPolicy:
-    """Any policy for `plan`; some blocks have no rule of their own."""
-    rules = draw(st.dictionaries(st.sampled_from(plan.decode), retentions()))
+def policies(draw: st.DrawFn, plan: StagePlan, *, kv: KVShape = TINY_KV, codecs: bool = False) -> KVRetentionPolicy:
+    """Any policy for `plan`, with codecs where asked for; some blocks have no rule of their own."""
+    any_rule = st.builds(Retention.written_as, retentions(), any_codec()) if codecs else retentions()
+    rules = draw(st.dictionaries(st.sampled_from(plan.decode), any_rule))
     return KVRetentionPolicy(plan.boundary, kv, rules)
 
 
@@ -66,6 +69,14 @@ def retentions() -> st.SearchStrategy[Retention]:
     amounts = st.integers(min_value=0, max_value=20) | shares
     pairs = st.tuples(amounts, amounts).filter(any)
     return st.just(Retention()) | pairs.map(lambda pair: Retention("first_last", *pair))
+
+
+@st.composite
+def any_codec(draw: st.DrawFn) -> Codec:
+    """Any way to write keys and values."""
+    keys, values = draw(st.sampled_from(FORMS)), draw(st.sampled_from(FORMS))
+    rotate = [draw(st.booleans()) and form != "none" for form in (keys, values)]
+    return Codec(keys, values, *rotate, draw(st.sampled_from((1, 3, 64))))
 
 
 def _some_of(blocks: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:

@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pdtrim_pl.cli.dry_run import model_config
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, ModelRef, Retention, StagePlan, handled_positions
-from pdtrim_pl.serving import transport
 from pdtrim_pl.sizing.cost import CostModel, Costs, CostTarget
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.cache import KVCache, Slots, attention_mask
@@ -121,11 +120,11 @@ def test_wire_bytes_are_those_that_the_transport_sends(
 ) -> None:
     model, prompt = staged("llama"), data.draw(st.integers(2, 12))
     plan = plan_of(model, data.draw(plans(4)))
-    policy = data.draw(policies(plan, kv=model.kv_shape))
+    policy = data.draw(policies(plan, kv=model.kv_shape, codecs=True))
     handled = prompt_of(prompt)[:, : handled_positions(prompt, plan.boundary)]
-    sent = model.prefill(handled, plan=plan).cache.retained(policy)
-    messages = [transport._packed(sent.blocks[index]) for index in plan.decode]
-    assert CostModel.of(model, prompt, 4).wire_bytes(plan, policy) == sum(message.nbytes for message in messages)
+    cache = model.prefill(handled, plan=plan).cache
+    sent = sum(cache.blocks[index].sent(policy.rule(index)).nbytes for index in plan.decode)
+    assert CostModel.of(model, prompt, 4).wire_bytes(plan, policy) == sent
 
 
 @given(data=st.data())

@@ -17,7 +17,7 @@ LOOSE = {"__init__", "__main__", "compat", "errors", "module", "parallel"}
 FLOORS = (
     {"errors", "compat"},
     {"plan", "parallel", "slurm"},
-    {"models", "data"},
+    {"models", "data", "wire"},
     {"staged"},
     {"losses", "checkpoints"},
     {"strategies", "evaluation"},

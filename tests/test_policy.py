@@ -112,7 +112,7 @@ def test_a_saved_policy_is_read_back_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "pdtrim.kv_policy/2"}, "`format` 'pdtrim.kv_policy/2'"),
+        ({"format": "pdtrim.kv_policy/3"}, "`format` 'pdtrim.kv_policy/3'"),
         ({"blocks": None}, "malformed"),
         ({"kv": {"num_key_value_heads": 0, "head_dim": 64, "dtype": "bfloat16"}}, "at least one head"),
         ({"kv": {"num_key_value_heads": 3, "head_dim": 64, "dtype": "int3"}}, "`kv.dtype` is 'int3'"),
@@ -128,7 +128,7 @@ def test_a_broken_policy_file_is_refused(tmp_path: Path, change: dict[str, objec
 @given(st.data())
 def test_plans_and_policies_can_be_pickled_and_copied(data: st.DataObject) -> None:
     plan = data.draw(plans(6))
-    policy = data.draw(policies(plan))
+    policy = data.draw(policies(plan, codecs=True))
     for original in (plan, policy):
         for again in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
             assert again == original

@@ -57,7 +57,7 @@ def test_every_plan_that_is_written_is_valid_and_read_back_equal(plan: StagePlan
 @given(data=st.data())
 def test_every_policy_that_is_written_is_valid_and_read_back_the_same(data: st.DataObject) -> None:
     plan = data.draw(plans(7))
-    policy = data.draw(policies(plan))
+    policy = data.draw(policies(plan, codecs=True))
     written = through_text(policy.to_json(plan))
     validate(written, POLICY_FORMAT)
     read = KVRetentionPolicy.from_json(written)

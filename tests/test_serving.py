@@ -110,12 +110,12 @@ def entries(block: BlockKV, row: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_wire_carries_exactly_what_the_policy_keeps_and_counts(
     wire: Callable, data: st.DataObject, plan: StagePlan, prompts: list[int], dtype: str, with_logits: bool
 ) -> None:
-    policy = data.draw(policies(plan, kv=KVShape(2, 8, dtype)))
+    policy = data.draw(policies(plan, kv=KVShape(2, 8, dtype), codecs=True))
     full = random_cache(plan, policy.kv, [handled_positions(p, plan.boundary) for p in prompts], wire_dtype(policy))
     kept = full.retained(policy)
     tokens = torch.arange(len(prompts)) + 5
     logits = torch.randn(len(prompts), 7) if with_logits else None
-    arrived, sent, received = wire(Handover(kept, tokens, logits), plan, policy)
+    arrived, sent, received = wire(Handover(full, tokens, logits), plan, policy)
     assert sent.kv_bytes == received.kv_bytes == sum(policy.sent_bytes(plan, p) for p in prompts)
     assert sent.header_bytes == received.header_bytes == 16 + 16 * len(prompts) + 28 * len(prompts) * with_logits
     assert arrived.tokens.equal(tokens)

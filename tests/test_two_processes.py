@@ -72,7 +72,7 @@ def test_two_processes_over_a_socket_compute_what_the_student_does(
     model = tiny_model(family, seed=seed)
     plan = data.draw(plans(4, model=reference_to(model, "tiny")))
     student = StagedCausalLM(model, replace(plan, merged={}))
-    student.apply_policy(data.draw(policies(student.plan, kv=student.kv_shape)))
+    student.apply_policy(data.draw(policies(student.plan, kv=student.kv_shape, codecs=True)))
     with torch.no_grad():  # weights of a stage's own must differ from the shared ones to be told apart
         for gate in student.gates.values():
             for parameter in gate.untied.parameters():

@@ -19,6 +19,7 @@ from pdtrim_pl.models.architectures import Architecture, architecture_of
 from pdtrim_pl.models.model_files import check_description
 from pdtrim_pl.models.pretrained import attention_for
 from pdtrim_pl.plan import (
+    FIRST_POLICY_FORMAT,
     PLAN_FILE,
     PLAN_FORMAT,
     POLICY_FILE,
@@ -39,7 +40,7 @@ def load_plan_and_policy(export: Path) -> tuple[StagePlan, KVRetentionPolicy]:
     """
     plan_file, policy_file = export / PLAN_FILE, export / POLICY_FILE
     validate_file(plan_file, PLAN_FORMAT)
-    written = validate_file(policy_file, POLICY_FORMAT)
+    written = validate_file(policy_file, POLICY_FORMAT, FIRST_POLICY_FORMAT)
     with blaming(plan_file):
         plan = StagePlan.load(plan_file)
     with blaming(policy_file):

@@ -28,10 +28,11 @@ def run_pair(
         reference = run_observed(teacher, batch, theirs if watch_blocks else None)
     out = run_observed(student, batch, ours if watch_blocks else None)
     mask = batch.response_mask
+    positions = None if student.policy is None else student.policy.uncoded()
     return Distilled(
         student=out.hidden[mask], teacher=reference.hidden[mask], targets=batch.response_ids[mask],
         weights=token_weights(mask), student_head=student.logits, teacher_head=teacher.logits,
-        student_cache=out.cache, teacher_cache=reference.cache.retained(student.policy),
+        student_cache=out.cache, teacher_cache=reference.cache.retained(positions),
         student_blocks=ours.outputs, teacher_blocks=theirs.outputs,
         token_masks=Request.of(*batch.request, student.plan.boundary).valid, min_chunks=min_chunks,
     )  # fmt: skip

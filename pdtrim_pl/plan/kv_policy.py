@@ -1,4 +1,4 @@
-"""The KV retention policy: which prompt positions' keys and values cross the wire. The only truth about retention.
+"""The KV retention policy: which keys and values cross the wire, and how they are written. The only truth about it.
 
 Imports no torch, so another engine can apply a policy file with this module alone.
 """
@@ -8,85 +8,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from math import ceil
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.plan.codec import NO_CODEC
 from pdtrim_pl.plan.json_files import check_format, read_json, write_whole
+from pdtrim_pl.plan.retention import KEEP_ALL, Retention
 from pdtrim_pl.plan.stage_plan import StagePlan
 from pdtrim_pl.plan.stages import Boundary
 
-Keep = Literal["all", "first_last"]
-POLICY_FORMAT = "pdtrim.kv_policy/1"
+POLICY_FORMAT = "pdtrim.kv_policy/2"
+FIRST_POLICY_FORMAT = "pdtrim.kv_policy/1"
+"""Knows no codecs; still read."""
 POLICY_FILE = "kv_policy.json"
 BYTES_PER_ELEMENT: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 REPORTED_PROMPTS = (128, 1024, 8192)
-
-
-@dataclass(frozen=True, eq=False)
-class Retention:
-    """What one block sends: every prompt position, or the first and the last ones.
-
-    `first` and `last` count tokens when they are integers and are shares of the prompt, rounded up, when they are
-    floats in (0, 1]. A share is read as the decimal it is written as, so 0.07 of 100 tokens is 7.
-
-    Raises:
-        UserError: a count or share out of range, or a rule that could keep nothing.
-    """
-
-    keep: Keep = "all"
-    first: int | float = 0
-    last: int | float = 0
-
-    def __post_init__(self) -> None:
-        if self.keep not in get_args(Keep):
-            raise UserError(f"`keep` is {self.keep!r}, not one of {', '.join(get_args(Keep))}.")
-        for name, value in (("first", self.first), ("last", self.last)):
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            share = isinstance(value, float) and 0.0 < value <= 1.0
-            if not whole and not share:
-                raise UserError(
-                    f"`{name}` is {value!r}: give a number of tokens (an integer >= 0) or a share of the prompt "
-                    "(a float in (0, 1])."
-                )
-        if self.keep == "all" and (self.first or self.last):
-            raise UserError("`first` and `last` belong to `keep: first_last`, not to `keep: all`.")
-        if self.keep == "first_last" and not (self.first or self.last):
-            raise UserError("`keep: first_last` with `first: 0` and `last: 0` would send nothing: raise one of them.")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Retention) and self._parts == other._parts
-
-    def __hash__(self) -> int:
-        return hash(self._parts)
-
-    @property
-    def _parts(self) -> tuple[object, ...]:
-        """The count 1 and the share 1.0 are equal numbers and different rules."""
-        return self.keep, type(self.first), self.first, type(self.last), self.last
-
-    def counts(self, positions: int) -> tuple[int, int]:
-        """How many of the first and of the last `positions` are sent; they never overlap."""
-        if self.keep == "all":
-            return positions, 0
-        first = min(_tokens(self.first, positions), positions)
-        return first, min(_tokens(self.last, positions), positions - first)
-
-    def kept(self, positions: int) -> int:
-        """How many of `positions` prompt positions are sent."""
-        return sum(self.counts(positions))
-
-    def to_json(self) -> dict[str, Any]:
-        """The rule's keys in `kv_policy.json`. A share of 1.0 is written as `all`, for JSON has one kind of number."""
-        if self.keep == "all" or 1.0 in [v for v in (self.first, self.last) if isinstance(v, float)]:
-            return {"keep": "all"}
-        return {"keep": self.keep, "first": self.first, "last": self.last}
-
-
-KEEP_ALL = Retention()
 
 
 @dataclass(frozen=True)
@@ -152,7 +90,16 @@ class KVRetentionPolicy:
     def sent_bytes(self, plan: StagePlan, prompt_tokens: int) -> int:
         """Bytes of one request's KV on the wire, for a prompt of `prompt_tokens` tokens."""
         positions = handled_positions(prompt_tokens, plan.boundary)
-        return self.kv.bytes_per_position * sum(self.rule(block).kept(positions) for block in plan.decode)
+        return sum(self.block_bytes(block, positions) for block in plan.decode)
+
+    def block_bytes(self, block: int, positions: int) -> int:
+        """Bytes of one block's KV on the wire, for a prompt of which the prefill node handled `positions`."""
+        kv = self.kv
+        return self.rule(block).bytes_sent(positions, kv.num_key_value_heads, kv.head_dim, BYTES_PER_ELEMENT[kv.dtype])
+
+    def uncoded(self) -> KVRetentionPolicy:
+        """The same positions, written in the cache's own element type."""
+        return replace(self, rules={block: rule.written_as(NO_CODEC) for block, rule in self.rules.items()})
 
     def full_bytes(self, plan: StagePlan, prompt_tokens: int) -> int:
         """Bytes the unpruned model would send for the same positions."""
@@ -168,7 +115,7 @@ class KVRetentionPolicy:
         return rows
 
     def to_json(self, plan: StagePlan) -> dict[str, Any]:
-        """The policy as the `pdtrim.kv_policy/1` object, with positions in the exported checkpoints of `plan`."""
+        """The policy as the `pdtrim.kv_policy/2` object, with positions in the exported checkpoints of `plan`."""
         self.check(plan)
         prefill = {block: position for position, block in enumerate(plan.prefill)}
         blocks = [
@@ -185,19 +132,17 @@ class KVRetentionPolicy:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KVRetentionPolicy:
-        """Read a `pdtrim.kv_policy/1` object.
+        """Read a `pdtrim.kv_policy/2` object, or one of version 1, which knows no codecs.
 
         Raises:
             UserError: wrong format or version, missing keys, or a rule out of range.
         """
-        check_format(data, POLICY_FORMAT, "KV policy")
+        if not isinstance(data, Mapping) or data.get("format") != FIRST_POLICY_FORMAT:
+            check_format(data, POLICY_FORMAT, "KV policy")
         try:
-            rules = {
-                entry["original"]: Retention(entry["keep"], entry.get("first", 0), entry.get("last", 0))
-                for entry in data["blocks"]
-            }
+            rules = {entry["original"]: Retention.from_json(entry) for entry in data["blocks"]}
             return cls(data["boundary"], KVShape(**data["kv"]), rules)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"The KV policy is malformed near {error}. Write it with `save`.") from error
 
     def save(self, path: Path, plan: StagePlan) -> None:
@@ -220,7 +165,3 @@ class KVRetentionPolicy:
 def handled_positions(prompt_tokens: int, boundary: Boundary) -> int:
     """Prompt positions the prefill node handles: the last one is decode's under `boundary: decode`."""
     return prompt_tokens if boundary == "prefill" else max(prompt_tokens - 1, 0)
-
-
-def _tokens(value: int | float, positions: int) -> int:
-    return value if isinstance(value, int) else ceil(Fraction(repr(value)) * positions)

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pdtrim_pl.models.loading import TORCH_DTYPES
-from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Retention, Stage, StagePlan
+from pdtrim_pl.plan import NO_CODEC, STAGES, KVRetentionPolicy, Retention, Stage, StagePlan
 from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
+from pdtrim_pl.wire.packing import unpacked
 
 RANKS: dict[Stage, int] = {"prefill": 0, "decode": 1}
 
@@ -34,7 +35,7 @@ class Handover:
     """All that decode learns of a prompt."""
 
     cache: KVCache
-    """What the policy kept."""
+    """On its way out the prompt's whole cache, as prefill made it; at decode what crossed."""
     tokens: Tensor
     """Decode's first input, [B]: the response's first token, or the prompt's last one under `boundary: decode`."""
     logits: Tensor | None = None
@@ -120,7 +121,7 @@ def send_handover(link: Link, handover: Handover, plan: StagePlan, policy: KVRet
 
     Args:
         link: to the decode worker.
-        handover: whose cache the policy has already been applied to.
+        handover: with the whole cache.
         plan: says which blocks cross.
         policy: says which of their entries.
     """
@@ -132,10 +133,9 @@ def send_handover(link: Link, handover: Handover, plan: StagePlan, policy: KVRet
     # One message a block: as few as that cost nothing beside the bytes, and the copy that packing makes is one block's,
     # not the whole cache's.
     for index in plan.decode:
-        packed = _packed(handover.cache.blocks[index])
-        assert packed.shape[1] == sum(policy.rule(index).kept(length) for length in handover.cache.lengths.tolist())
-        assert packed.dtype == wire_dtype(policy)
-        kv_bytes += link.send(packed)
+        block, rule = handover.cache.blocks[index], policy.rule(index)
+        assert block.keys.dtype == wire_dtype(policy)
+        kv_bytes += link.send(block.sent(rule))
     if handover.logits is not None:
         header += link.send(handover.logits.float())
     settle(link.device)
@@ -155,12 +155,17 @@ def receive_handover(
     blocks: dict[int, BlockKV] = {}
     for index in plan.decode:
         rule = policy.rule(index)
-        if rule not in slots:
-            slots[rule] = _slots(rule, lengths.tolist(), device)
-        entries = sum(rule.kept(length) for length in lengths.tolist())
-        packed = link.receive((2, entries, policy.kv.num_key_value_heads, policy.kv.head_dim), wire_dtype(policy))
-        kv_bytes += packed.nbytes
-        blocks[index] = _unpacked(packed.to(device), slots[rule])
+        positions = rule.written_as(NO_CODEC)
+        if positions not in slots:
+            slots[positions] = _slots(rule, lengths.tolist(), device)
+        handled = lengths.tolist()
+        size = sum(policy.block_bytes(index, length) for length in handled)
+        data = link.receive((size,), torch.uint8).to(device)
+        kv_bytes += data.nbytes
+        counts = [rule.kept(length) for length in handled]
+        heads, width, dtype = policy.kv.num_key_value_heads, policy.kv.head_dim, wire_dtype(policy)
+        keys, values = unpacked(data, counts, rule.codec, heads, width, dtype)
+        blocks[index] = BlockKV(keys.decoded().to(dtype), values.decoded().to(dtype), slots[positions])
     logits = None
     if vocabulary:
         logits = link.receive((rows, vocabulary), torch.float32)
@@ -180,20 +185,6 @@ def settle(device: torch.device) -> None:
     """Wait for a GPU's queue, so that clocks mean something."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _packed(block: BlockKV) -> Tensor:
-    """Keys and values of the entries that count, row after row, [2, E, K, D]."""
-    valid = block.slots.valid
-    return torch.stack([block.keys.transpose(1, 2)[valid], block.values.transpose(1, 2)[valid]])
-
-
-def _unpacked(packed: Tensor, slots: Slots) -> BlockKV:
-    """The inverse of `_packed`, with left-justified rows."""
-    padded = packed.new_zeros(2, *slots.valid.shape, *packed.shape[2:])
-    padded[:, slots.valid] = packed
-    keys, values = padded.transpose(2, 3).contiguous()
-    return BlockKV(keys, values, slots)
 
 
 def _slots(rule: Retention, lengths: list[int], device: torch.device) -> Slots:

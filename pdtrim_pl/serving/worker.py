@@ -105,7 +105,7 @@ class PrefillWorker(StageWorker):
         if self.plan.boundary == "prefill":
             logits = self.staged.logits(out.hidden[:, -1])
             tokens = command.sampling.picker()(logits)
-        handover = Handover(out.cache.retained(self.policy), tokens, logits if command.with_logits else None)
+        handover = Handover(out.cache, tokens, logits if command.with_logits else None)
         settle(self.device)
         seconds = time.perf_counter() - started
         traffic = send_handover(self.link, handover, self.plan, self.policy)

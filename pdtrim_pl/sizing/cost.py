@@ -200,8 +200,7 @@ class CostModel:
         shape = self.kv if policy is None else policy.kv
         if policy is None:
             return shape.bytes_per_position * positions * len(plan.decode)
-        kept = (_counts(rule.keep, rule.first, rule.last, positions) for rule in map(policy.rule, plan.decode))
-        return shape.bytes_per_position * sum(first + last for first, last in kept)
+        return sum(_sent_bytes(policy.rule(block), positions, shape) for block in plan.decode)
 
     def shares(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> Costs:
         """All three as shares of the dense model's, which runs every block and sends everything."""
@@ -236,6 +235,11 @@ class CostModel:
             weights += block.parameters
             entries += _entries(*kept, positions, steps, block.window)
         return weights * BYTES_PER_ELEMENT[self.kv.dtype] + self.kv.bytes_per_position * entries / steps
+
+
+@lru_cache(maxsize=4096)
+def _sent_bytes(rule: Retention, positions: int, kv: KVShape) -> int:
+    return rule.bytes_sent(positions, kv.num_key_value_heads, kv.head_dim, BYTES_PER_ELEMENT[kv.dtype])
 
 
 @lru_cache(maxsize=4096, typed=True)  # typed: 1 token is not a share of 1.0

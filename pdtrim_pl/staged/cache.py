@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdtrim_pl.plan import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import NO_CODEC, Codec, KVRetentionPolicy, Retention
+from pdtrim_pl.wire.codecs import encoded_keys, encoded_values, transferred
+from pdtrim_pl.wire.packing import packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,20 @@ class BlockKV:
         index = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         return BlockKV(self.keys.gather(2, index), self.values.gather(2, index), slots)
 
+    def transferred(self, codec: Codec) -> BlockKV:
+        """These left-justified entries as decode sees them after they crossed under a codec."""
+        if codec.is_none:
+            return self
+        keys, values = transferred(self.keys, self.values, self.slots.valid.sum(dim=1), codec)
+        return BlockKV(keys, values, self.slots)
+
+    def sent(self, rule: Retention) -> Tensor:
+        """The bytes that a rule puts on the wire of these entries, uint8."""
+        kept = self.at(*self.slots.kept_by(rule))
+        counts = kept.slots.valid.sum(dim=1)
+        keys, values = encoded_keys(kept.keys, counts, rule.codec), encoded_values(kept.values, counts, rule.codec)
+        return packed(keys, values, counts.tolist())
+
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
@@ -64,20 +80,20 @@ class KVCache:
     """True position of each row's next token, [B]."""
 
     def retained(self, policy: KVRetentionPolicy | None) -> KVCache:
-        """The part of a prompt's cache that `policy` sends; gradients flow through it."""
+        """What decode gets of a prompt's cache under `policy`; gradients flow through it, and through codecs."""
         if policy is None:
             return self
         kept: dict[tuple[int, Retention], tuple[Tensor, Slots]] = {}
         blocks: dict[int, BlockKV] = {}
         for index, block in self.blocks.items():
             rule = policy.rule(index)
-            if rule.keep == "all":
+            if rule.is_whole:
                 blocks[index] = block
                 continue
-            key = (id(block.slots), rule)
+            key = (id(block.slots), rule.written_as(NO_CODEC))
             if key not in kept:
                 kept[key] = block.slots.kept_by(rule)
-            blocks[index] = block.at(*kept[key])
+            blocks[index] = block.at(*kept[key]).transferred(rule.codec)
         return KVCache(blocks, self.lengths)
 
 

@@ -13,14 +13,20 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan import PLAN_FORMAT, POLICY_FORMAT
+from pdtrim_pl.plan import FIRST_POLICY_FORMAT, PLAN_FORMAT, POLICY_FORMAT
 from pdtrim_pl.plan.json_files import check_format, read_json
 
 SCHEMAS: Mapping[str, str] = MappingProxyType(
-    {PLAN_FORMAT: "stage_plan.schema.json", POLICY_FORMAT: "kv_policy.schema.json"}
+    {
+        PLAN_FORMAT: "stage_plan.schema.json",
+        POLICY_FORMAT: "kv_policy.schema.json",
+        FIRST_POLICY_FORMAT: "kv_policy.1.schema.json",
+    }
 )
 """Format and version -> file of this package."""
-TITLES: Mapping[str, str] = MappingProxyType({PLAN_FORMAT: "stage plan", POLICY_FORMAT: "KV policy"})
+TITLES: Mapping[str, str] = MappingProxyType(
+    {PLAN_FORMAT: "stage plan", POLICY_FORMAT: "KV policy", FIRST_POLICY_FORMAT: "KV policy"}
+)
 
 
 def schema_of(format: str) -> dict[str, Any]:
@@ -41,20 +47,23 @@ def validate(data: Any, format: str) -> None:
         raise UserError(f"at {fault.json_path}: {fault.message}")
 
 
-def validate_file(path: Path, format: str | None = None) -> Any:
+def validate_file(path: Path, format: str | None = None, earlier: str | None = None) -> Any:
     """Check a `stage_plan.json` or `kv_policy.json` against its schema, and return what it holds.
 
     Args:
         path: the file.
         format: the format and version it must have; None takes the one it names itself.
+        earlier: an earlier version that is taken too.
 
     Raises:
         UserError: naming the file and what is wrong with it.
     """
     data = read_json(path, "stage plan or KV policy" if format is None else TITLES[format])
+    named = data.get("format") if isinstance(data, dict) else None
     if format is None:
-        named = data.get("format") if isinstance(data, dict) else None
         format = str(named) if named in SCHEMAS else " or ".join(SCHEMAS)
+    elif earlier is not None and named == earlier:
+        format = earlier
     try:
         validate(data, format)
     except ValueError as error:

@@ -1,0 +1,121 @@
+"""How keys and values of one block are written on the wire, and how many bytes that takes. Imports no torch.
+
+Every byte of the format is described in docs/formats.md. Shapes: c kept positions of one row, K key/value heads,
+D head dimension, b bits of a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from pdtrim_pl.errors import UserError
+
+Form = Literal["none", "fp8", "int8", "int4", "int3", "int2"]
+FORMS: tuple[Form, ...] = get_args(Form)
+CODE_BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "int4": 4, "int3": 3, "int2": 2})
+PARAMETER_BYTES = 2
+"""Of one group of an integer form: one byte for its step, one for its centre."""
+SCALE_BYTES = 2
+"""Of a bf16 number: a head's largest step or scale, a channel's mean."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What is written of the positions that a block keeps.
+
+    The integer forms are asymmetric: keys have a step and a centre per channel for every `group` positions, values
+    have them per position and head. `fp8` is e4m3 with one scale per head and row. `none` is the cache's own type.
+
+    Raises:
+        UserError: an unknown form, a group below 1, or a rotation of what is not rounded.
+    """
+
+    keys: Form = "none"
+    values: Form = "none"
+    rotate_keys: bool = False
+    """Rotate every key by an orthonormal Hadamard matrix before it is rounded."""
+    rotate_values: bool = False
+    group: int = 64
+    """Positions that share the step and the centre of a key channel."""
+
+    def __post_init__(self) -> None:
+        for name, form, rotated in (("keys", self.keys, self.rotate_keys), ("values", self.values, self.rotate_values)):
+            if form not in FORMS:
+                raise UserError(f"`codec.{name}` is {form!r}, not one of {', '.join(FORMS)}.")
+            if rotated and form == "none":
+                raise UserError(
+                    f"`codec.rotate` names {name}, which `codec.{name}: none` does not round: leave it out."
+                )
+        if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
+            raise UserError(f"`codec.group` is {self.group!r}: give a number of positions, at least 1.")
+
+    @property
+    def is_none(self) -> bool:
+        """Whether keys and values cross in the cache's own element type."""
+        return self.keys == self.values == "none"
+
+    def row_bytes(self, positions: int, heads: int, width: int, element_bytes: int) -> int:
+        """Bytes of one row's keys and values of one block.
+
+        Args:
+            positions: kept, c.
+            heads: key/value heads, K.
+            width: head dimension, D.
+            element_bytes: of the cache's own type.
+        """
+        if not positions:
+            return 0
+        elements = positions * heads * width
+        groups = ceil(positions / self.group) * heads * width
+        keys = heads * width * SCALE_BYTES + groups * PARAMETER_BYTES
+        values = positions * heads * PARAMETER_BYTES
+        return sum(
+            _stream_bytes(form, elements, heads, parameters, element_bytes)
+            for form, parameters in ((self.keys, keys), (self.values, values))
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The value of `codec` in `kv_policy.json`; what has its default is left out."""
+        out: dict[str, Any] = {"keys": self.keys, "values": self.values}
+        rotated = [name for name, on in (("keys", self.rotate_keys), ("values", self.rotate_values)) if on]
+        if rotated:
+            out["rotate"] = rotated
+        if self.keys in CODE_BITS:
+            out["group"] = self.group
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Codec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            UserError: an unknown key or value.
+        """
+        unknown = sorted(set(data) - {"keys", "values", "rotate", "group"})
+        rotate = list(data.get("rotate", ()))
+        if unknown or not set(rotate) <= {"keys", "values"}:
+            raise UserError(
+                f"`codec` has {unknown or rotate}, and knows keys, values, rotate (of these two) and group."
+            )
+        return cls(
+            data.get("keys", "none"), data.get("values", "none"), "keys" in rotate, "values" in rotate,
+            data.get("group", 64),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return "none" if self.is_none else f"keys {self.keys}, values {self.values}"
+
+
+NO_CODEC = Codec()
+
+
+def _stream_bytes(form: Form, elements: int, heads: int, parameters: int, element_bytes: int) -> int:
+    if form == "none":
+        return elements * element_bytes
+    if form == "fp8":
+        return heads * SCALE_BYTES + elements
+    return heads * SCALE_BYTES + parameters + ceil(elements * CODE_BITS[form] / 8)

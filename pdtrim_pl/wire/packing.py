@@ -1,0 +1,185 @@
+"""Encoded keys and values as bytes, row after row, and back. docs/formats.md describes every byte.
+
+Shapes: B batch, K key/value heads, N entries of the longest row, D head dimension, G groups of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from pdtrim_pl.plan.codec import CODE_BITS, Codec, Form
+from pdtrim_pl.wire.codecs import FP8, Stream, group_count
+
+
+class DamagedBlock(RuntimeError):
+    """Bytes that are not those of a packed block."""
+
+
+def packed(keys: Stream, values: Stream, counts: Sequence[int]) -> Tensor:
+    """The bytes of one block, uint8: of every row its keys, then its values.
+
+    Args:
+        keys: encoded.
+        values: encoded.
+        counts: entries of each row that count.
+    """
+    parts: list[Tensor] = []
+    for row, count in enumerate(counts):
+        if count:
+            parts += _row(keys, row, count) + _row(values, row, count)
+    device = keys.raw.device
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
+
+
+def unpacked(
+    data: Tensor, counts: Sequence[int], codec: Codec, heads: int, width: int, dtype: torch.dtype
+) -> tuple[Stream, Stream]:
+    """Keys and values of one block from its bytes; rows are left-justified.
+
+    Args:
+        data: uint8.
+        counts: entries of each row.
+        codec: they were written with.
+        heads: key/value heads, K.
+        width: head dimension, D.
+        dtype: of the cache.
+
+    Raises:
+        DamagedBlock: more or fewer bytes than such a block has, or scales that are not finite.
+    """
+    expected = sum(codec.row_bytes(count, heads, width, dtype.itemsize) for count in counts)
+    if data.dtype != torch.uint8 or data.dim() != 1 or len(data) != expected:
+        raise DamagedBlock(
+            f"A packed block of {sum(counts)} positions under {codec} has {expected} bytes, and here are "
+            f"{tuple(data.shape)} of {data.dtype}. The sender has another plan or policy, or the message is cut short."
+        )
+    reader = _Reader(data)
+    keys = _Rows(codec.keys, codec.rotate_keys, codec.group, len(counts), heads, width, max(counts, default=0), dtype)
+    values = _Rows(codec.values, codec.rotate_values, 0, len(counts), heads, width, max(counts, default=0), dtype)
+    keys.allocate(data.device)
+    values.allocate(data.device)
+    for row, count in enumerate(counts):
+        if count:
+            keys.read(reader, row, count, codec)
+            values.read(reader, row, count, codec)
+    return keys.stream(), values.stream()
+
+
+def packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [n] of `bits` bits one after the other, the least significant bit first, filled up to whole bytes."""
+    if bits == 8:
+        return codes
+    shifts = torch.arange(8, device=codes.device) * bits
+    filled = torch.nn.functional.pad(codes, (0, -len(codes) % 8)).view(-1, 8).long()
+    words = (filled << shifts).sum(dim=1)
+    out = (words[:, None] >> (torch.arange(bits, device=codes.device) * 8)) & 255
+    return out.to(torch.uint8).flatten()[: ceil(len(codes) * bits / 8)]
+
+
+def unpacked_codes(data: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse of `packed_codes`: `count` codes, uint8."""
+    if bits == 8:
+        return data
+    filled = torch.nn.functional.pad(data, (0, -len(data) % bits)).view(-1, bits).long()
+    words = (filled << (torch.arange(bits, device=data.device) * 8)).sum(dim=1)
+    codes = (words[:, None] >> (torch.arange(8, device=data.device) * bits)) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten()[:count]
+
+
+def _row(stream: Stream, row: int, count: int) -> list[Tensor]:
+    """The parts of one row, in order."""
+    elements = stream.raw[row, :, :count].transpose(0, 1).contiguous()  # [count, K, D]
+    if stream.form == "none":
+        return [_bytes(elements)]
+    assert stream.scales is not None
+    if stream.form == "fp8":
+        return [_bytes(stream.scales[row]), _bytes(elements)]
+    assert stream.steps is not None
+    assert stream.centres is not None
+    if stream.means is None:  # values: [K, N] -> [count, K]
+        parts = [_bytes(stream.scales[row])]
+        parameters = [each[row, :, :count].transpose(0, 1) for each in (stream.steps, stream.centres)]
+    else:  # keys: [K, G, D] -> [groups, K, D]
+        groups = ceil(count / stream.group)
+        parts = [_bytes(stream.means[row]), _bytes(stream.scales[row])]
+        parameters = [each[row, :, :groups].transpose(0, 1) for each in (stream.steps, stream.centres)]
+    codes = packed_codes(elements.flatten(), CODE_BITS[stream.form])
+    return [*parts, *(_bytes(each.contiguous()) for each in parameters), codes]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+class _Reader:
+    """Takes tensors off the front of some bytes."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.place = data, 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        part = self.data[self.place : self.place + size]
+        self.place += size
+        return part.clone().view(dtype).view(shape)  # a copy: a view needs the alignment of its type
+
+
+class _Rows:
+    """One stream that is filled row by row."""
+
+    def __init__(
+        self, form: Form, rotate: bool, group: int, rows: int, heads: int, width: int, entries: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.form, self.rotate, self.group = form, rotate, group
+        self.rows, self.heads, self.width, self.entries, self.dtype = rows, heads, width, entries, dtype
+        self.scales: Tensor | None = None
+        self.means: Tensor | None = None
+        self.steps: Tensor | None = None
+        self.centres: Tensor | None = None
+
+    def allocate(self, device: torch.device) -> None:
+        kind = {"none": self.dtype, "fp8": FP8}.get(self.form, torch.uint8)
+        shape = (self.rows, self.heads, self.entries, self.width)
+        self.raw = torch.zeros(shape, dtype=torch.uint8 if kind == FP8 else kind, device=device).view(kind)
+        if self.form == "none":
+            return
+        self.scales = torch.ones(shape[:2], dtype=torch.bfloat16, device=device)
+        if self.form == "fp8":
+            return
+        parameters: tuple[int, ...] = shape[:3]
+        if self.group:
+            self.means = torch.zeros(self.rows, self.heads, self.width, dtype=torch.bfloat16, device=device)
+            parameters = (self.rows, self.heads, ceil(self.entries / self.group), self.width)
+        self.steps = torch.zeros(parameters, dtype=torch.uint8, device=device)
+        self.centres = torch.zeros(parameters, dtype=torch.int8, device=device)
+
+    def read(self, reader: _Reader, row: int, count: int, codec: Codec) -> None:
+        heads, width = self.heads, self.width
+        if self.means is not None:
+            self.means[row] = reader.take((heads, width), torch.bfloat16)
+        if self.scales is not None:
+            self.scales[row] = reader.take((heads,), torch.bfloat16)
+        if self.steps is not None and self.centres is not None:
+            each = (group_count(count, codec), heads, width) if self.group else (count, heads)
+            self.steps[row, :, : each[0]] = reader.take(each, torch.uint8).transpose(0, 1)
+            self.centres[row, :, : each[0]] = reader.take(each, torch.int8).transpose(0, 1)
+        if self.form in CODE_BITS:
+            bits = CODE_BITS[self.form]
+            data = reader.take((ceil(count * heads * width * bits / 8),), torch.uint8)
+            elements = unpacked_codes(data, count * heads * width, bits).view(count, heads, width)
+        else:
+            elements = reader.take((count, heads, width), self.raw.dtype)
+        self.raw.view(torch.uint8)[row, :, :count] = elements.transpose(0, 1).contiguous().view(torch.uint8)
+
+    def stream(self) -> Stream:
+        for name, numbers in (("scales", self.scales), ("means", self.means)):
+            if numbers is not None and not bool(torch.isfinite(numbers).all()):
+                raise DamagedBlock(f"The {name} of a packed block are not all finite: its bytes are damaged.")
+        return Stream(
+            self.form, self.rotate, self.raw, self.scales, self.means, self.steps, self.centres, self.group or 1
+        )
