@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
+from pdtrim_pl.compat import options_of, refusing_parser
 from pdtrim_pl.errors import UserError
 
 _LONGEST = 300
@@ -33,10 +34,9 @@ class OneLineErrors(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries something, and catches what comes
             super().error(message, ex)
-        # That of the subcommand that was asked for, which jsonargparse notes in the exception.
-        parser = vars(ex).get("subcommand_parser", self) if ex is not None else self
+        parser = refusing_parser(self, ex)
         prog = parser.prog.replace(" [options]", "")
-        self.exit(2, f"pdtrim: error: {told(message, known_keys(parser))} (`{prog} --help` shows all options.)\n")
+        self.exit(2, f"pdtrim: error: {told(message, options_of(parser))} (`{prog} --help` shows all options.)\n")
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -45,18 +45,8 @@ class OneLineErrors(ArgumentParser):
         except OmegaConfBaseException as error:
             line = str(error).splitlines()[0]
             raise UserError(
-                f"The configuration cannot be resolved: {line}.{_nearest(line, known_keys(self))}"
+                f"The configuration cannot be resolved: {line}.{_nearest(line, options_of(self))}"
             ) from error
-
-
-def known_keys(parser: ArgumentParser) -> list[str]:
-    """The keys of a parser, and of its subcommands without their names."""
-    keys: list[str] = []
-    for action in parser._actions:
-        if isinstance(action.choices, dict):  # subcommands
-            keys += [key for each in action.choices.values() for key in known_keys(each)]
-        keys += [option.removeprefix("--") for option in action.option_strings if option.startswith("--")]
-    return list(dict.fromkeys(keys))
 
 
 def told(message: str, known: Sequence[str] = ()) -> str:
