@@ -38,7 +38,7 @@ from pdtrim_pl.merging.training import WeightChange
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.context import usable_context
-from pdtrim_pl.models.loading import Loading, dtype_of
+from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.models.pretrained import check_model, load_causal_lm, model_type_of
 from pdtrim_pl.plan import KVRetentionPolicy, Stage, StagePlan, Structure
 from pdtrim_pl.staged import Request, StagedCausalLM
@@ -205,6 +205,9 @@ class PDTrimModule(LightningModule):
             loading.teacher or self.model_name, dtype=dtype_of(loading.teacher_dtype),
             attn_implementation=loading.attn_implementation, architecture=adapter,
         )  # fmt: skip
+        if self._trainer is not None and self._trainer.is_global_zero:
+            device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
+            warn_of_slow_bf16(device, student.dtype, teacher.dtype, precision)
         _check_same_vocabulary(student.config.vocab_size, teacher.config.vocab_size)
         reference = reference_to(student, self.model_name)
         plan = plan or StagePlan.full(reference, self.structure.relation, self.structure.boundary)

@@ -20,6 +20,7 @@ from pdtrim_pl.export.checkpoints import assembled, cast, stage_tensors, stock_t
 from pdtrim_pl.export.kv_only import kv_only_tensors
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
 from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.models.loading import warn_of_slow_bf16
 from pdtrim_pl.plan import PLAN_FILE, Stage
 from pdtrim_pl.staged import KVCache, StagedCausalLM
 
@@ -72,6 +73,7 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
     dtype = dtype or staged.model.dtype
     if load_plan_and_policy(export)[0] != staged.plan:
         raise UserError(f"{export / PLAN_FILE} is not the student's plan. Export again.")
+    warn_of_slow_bf16("cpu", dtype)
     config = staged.model.config
     probe = Probe.of(config.vocab_size, usable_context(config.to_dict()))
     with torch.no_grad():

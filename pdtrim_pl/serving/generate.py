@@ -55,11 +55,15 @@ def generate_text(
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     pair.check_prompt(len(ids), max_new_tokens)
 
+    from pdtrim_pl.models.loading import warn_of_slow_bf16
     from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
     from pdtrim_pl.serving.sampling import Sampling
 
     Sampling(temperature, top_k, seed)  # refuses a wrong setting before the workers start
-    with DisaggregatedRuntime(pair.path, devices=devices_of(device)) as runtime:
+    devices = devices_of(device)
+    for each in devices:
+        warn_of_slow_bf16(each, pair.policy.kv.dtype)  # that of both checkpoints
+    with DisaggregatedRuntime(pair.path, devices=devices) as runtime:
         stream = runtime.stream(
             ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids_of(pair.path, tokenizer),
             temperature=temperature, top_k=top_k, seed=seed,
