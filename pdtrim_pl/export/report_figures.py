@@ -118,13 +118,7 @@ def loss_panels(record: RunRecord) -> list[tuple[str, str]]:
 
 def loss_curve(record: RunRecord) -> bytes:
     """Training loss, and each validation metric in a panel of its own, with a line where blocks left a stage."""
-    wanted = {
-        "kl": "validation KL\n(nats)",
-        "ppl": "validation\nperplexity",
-        "agreement": "validation\ntop-1 agreement",
-    }
-    shown = [name for name in wanted if any(name in values for _, values in record.validations)]
-    panels = ([("loss", "training loss")] if record.losses else []) + [(name, wanted[name]) for name in shown]
+    panels = loss_panels(record)
     heights = [1.6 if name == "loss" else 1.0 for name, _ in panels]
     figure = Figure(figsize=(10, 1.2 + 1.5 * sum(heights)), layout="constrained")
     grid = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
