@@ -28,6 +28,7 @@ from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.parallel import on_first_rank
+from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
 from pdtrim_pl.strategies import gathered, ranks_of, shards_weights
@@ -35,7 +36,7 @@ from pdtrim_pl.strategies import gathered, ranks_of, shards_weights
 log = logging.getLogger(__name__)
 
 
-class ExportPair(Callback):
+class ExportPair(Callback, TellsLoad):
     """At the end of fit: measures what was gained and what it cost, exports the pair, prints the table.
 
     In a trial (`trainer.fast_dev_run`) it only checks its settings.
@@ -109,6 +110,10 @@ class ExportPair(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._export_once(trainer, pl_module)  # a run that was continued after its last step trains no more
+
+    @override
+    def load(self) -> CallbackLoad:
+        return CallbackLoad(untrained_student=self.measure)
 
     def _export_once(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PDTrimModule)

@@ -26,13 +26,14 @@ from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import Move, StagePlan, Target
 from pdtrim_pl.search import Guards, distillation_set
+from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import check_drops, ranks_of
 
 log = logging.getLogger(__name__)
 
 
-class RemovalRounds(Callback):
+class RemovalRounds(Callback, TellsLoad):
     """Removes blocks at the start of some epochs. A subclass says which, in `remove`.
 
     The plan lives in the module, so a continued run finds it there; this callback only remembers which rounds are done.
@@ -57,10 +58,10 @@ class RemovalRounds(Callback):
         """Epoch of the last round."""
         return max(self.epochs)
 
-    @property
-    def fitted_at_once(self) -> int:
-        """Blocks that local fits train at a time: a run is fitted from its first block and from its last."""
-        return 0 if self.merging is None else 2 * self.merging.pairs_at_once
+    @override
+    def load(self) -> CallbackLoad:
+        # Each run of blocks is fitted twice, from its first block and from its last.
+        return CallbackLoad(self.memory, self.merging, 0 if self.merging is None else 2 * self.merging.pairs_at_once)
 
     @abstractmethod
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:

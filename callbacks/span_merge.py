@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from lightning.pytorch import Trainer
 from typing_extensions import override
@@ -14,6 +15,7 @@ from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import Guards, replace_span
+from pdtrim_pl.sizing.callback_load import CallbackLoad
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +54,10 @@ class SpanMerge(RemovalRounds):
         super().__init__("span merge", [epoch], guards, merging, memory)
         self.blocks, self.tried, self.behind = blocks, tried, behind
 
-    @property
     @override
-    def fitted_at_once(self) -> int:
-        return max(super().fitted_at_once, 2 * (1 + self.behind))
+    def load(self) -> CallbackLoad:
+        load = super().load()
+        return replace(load, fitted_at_once=max(load.fitted_at_once, 2 * (1 + self.behind)))
 
     @override
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
