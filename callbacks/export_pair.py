@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from pdtrim_pl.parallel import on_first_rank
 from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
-from pdtrim_pl.strategies import gathered, ranks_of, shards_weights
+from pdtrim_pl.strategies import parallel_of
 
 log = logging.getLogger(__name__)
 
@@ -128,19 +127,19 @@ class ExportPair(Callback, TellsLoad):
         ]
         if undone:
             log.warning("The run ended before these rounds (what, epoch): %s. Exporting the plan so far.", undone)
-        sharded = shards_weights(trainer.strategy)
+        parallel = parallel_of(trainer.strategy)
         summary: Summary | None = None
         student: StagedCausalLM | None = module.student
-        if sharded:  # what needs every rank
+        if not parallel.whole:  # what needs every rank
             summary = self._summary(trainer, module) if self.measure else None
-            student = whole_copy(module.student, partial(gathered, trainer.strategy), keep=trainer.is_global_zero)
+            student = whole_copy(module.student, parallel.whole_weights, keep=trainer.is_global_zero)
 
         def export() -> None:
             assert student is not None
-            measured = self._summary(trainer, module) if self.measure and not sharded else summary
+            measured = self._summary(trainer, module) if self.measure and parallel.whole else summary
             self._write(trainer, module, student, measured)
 
-        on_first_rank(ranks_of(trainer.strategy), export)
+        on_first_rank(parallel, export)
 
     def _write(self, trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, summary: Summary | None) -> None:
         self._note(trainer, module)
@@ -178,7 +177,7 @@ class ExportPair(Callback, TellsLoad):
             )  # fmt: skip
 
     def _timing(self, trainer: Trainer, module: PDTrimModule, base: StagedCausalLM) -> Timing | None:
-        if shards_weights(trainer.strategy):
+        if not parallel_of(trainer.strategy).whole:
             log.info("No times: with sharded weights they would be those of gathering. Time the export instead.")
             return None
         # One model in one element type under both plans, so the ratio is of blocks alone.

@@ -14,7 +14,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import KVRetentionPolicy
 from pdtrim_pl.selectors import KVSelector, selection_context
-from pdtrim_pl.strategies import ranks_of
+from pdtrim_pl.strategies import parallel_of
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class KVRetention(Callback):
             context = selection_context(
                 student, teacher, batches, shape, module.device, self.selector.first, self.selector.last
             )
-            rules, *_ = ranks_of(trainer.strategy).together(lambda: self.selector.select(context))  # rank 0's
+            rules, *_ = parallel_of(trainer.strategy).together(lambda: self.selector.select(context))  # rank 0's
             module.record.attention_mass = dict(context.mass)
         policy = KVRetentionPolicy(module.plan.boundary, shape, rules)
         module.apply_policy(policy)

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -17,6 +15,7 @@ from typing_extensions import override
 from pdtrim_pl.checkpoints.trial import trial_batches
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.strategies import check_skipping
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +50,7 @@ class LossGuard(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.skip and isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"`skip` of the loss guard is {self.skip}, and DeepSpeed's engine holds gradients where no callback "
-                "can take them back. Set it to 0: the run stops with the batch saved, and continues with `--ckpt_path`."
-            )
+        check_skipping(trainer.strategy, self.skip)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:

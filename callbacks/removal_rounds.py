@@ -6,7 +6,6 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Collection
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,13 +21,12 @@ from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import Move, StagePlan, Target
 from pdtrim_pl.search import Guards, distillation_set
 from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies import check_drops, ranks_of
+from pdtrim_pl.strategies import check_drops, check_merges, parallel_of
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ class RemovalRounds(Callback, TellsLoad):
                 f"`trainer.max_epochs` is {trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
             )
         if stage == "fit" and self.merging is not None:
-            check_merges(trainer.strategy, self.merging)
+            check_merges(trainer.strategy, self.merging.tied)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,7 +106,7 @@ def scoring_context(
     trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM, memory: Memory
 ) -> ScoringContext:
     """What criteria and searches look at in a run; the run's record gets the redundancy that its first round sees."""
-    ranks = replace(ranks_of(trainer.strategy), leave_if_asked=partial(leave_search, trainer))
+    ranks = parallel_of(trainer.strategy, leave_if_asked=partial(leave_search, trainer))
     context = ScoringContext(
         student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks, journal_file(trainer),
         memory,

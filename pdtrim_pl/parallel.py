@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import DistError, TCPStore
 
@@ -22,30 +22,74 @@ _PATIENCE = 60
 """Seconds until rank 0 believes that a rank which has not asked for the outcome never will."""
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """How one process of a run stands among the others; alone by default."""
+class Parallel:
+    """How one process of a run stands among the others, and what it does with weights that they share.
+
+    This class is a process that runs alone. Every strategy has a subclass (`pdtrim_pl.strategies.parallel_of`).
+    What it calls a collective every rank must call, equally often and in the same order.
+
+    Args:
+        leave_if_asked: called by every rank before every evaluation and, in `check_in`, every group of local fits;
+            raises where the run has to leave the machine.
+    """
 
     rank: int = 0
     size: int = 1
-    agree: Callable[[Any], Any] = lambda value: value
-    """Rank 0's value on every rank: rounding may differ between ranks, and what they choose must not."""
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """Every rank's value, in order of rank, on every rank."""
-    hand_out: Callable[[Tensor, int], None] = lambda tensor, source: None
-    """Writes the tensor of rank `source` into that of every other rank."""
     host: str = "localhost"
     """Where rank 0 runs, as the others reach it."""
-    own: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
-    """What this rank holds of a weight."""
-    gather_weights: Gather | None = None
-    """The strategy's, where it shards weights."""
     whole: bool = True
-    """Whether every rank holds whole weights. If not, all must run the same blocks at the same time: in an evaluation
-    each on batches of its own."""
-    leave_if_asked: Callable[[], None] = lambda: None
-    """Called by every rank before every evaluation and, in `check_in`, every group of local fits; raises where the run
-    has to leave the machine."""
+    """Whether every rank holds whole weights. If not (ZeRO-3, FSDP), every forward pass is a collective."""
+
+    def __init__(self, leave_if_asked: Callable[[], None] = lambda: None) -> None:
+        self.leave_if_asked = leave_if_asked
+
+    # Values
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value on every rank. Collective.
+
+        Rounding may differ between ranks, and what they choose must not.
+        """
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on every rank. Collective."""
+        return [value]
+
+    def hand_out(self, tensor: Tensor, source: int) -> None:
+        """Write the tensor of rank `source` into that of every other rank. Collective."""
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values. Collective."""
+        return value
+
+    # Weights
+
+    def whole_weights(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Make sharded weights whole on every rank for as long as the context lasts. Changes are lost. Collective."""
+        return nullcontext()
+
+    def own_part(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a weight."""
+        return parameter
+
+    def write_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Put rank 0's value into a parameter that trains, and into all copies of it. Collective.
+
+        Args:
+            parameter: or this rank's shard of it.
+            value: the whole weight.
+        """
+        with torch.no_grad():
+            parameter.copy_(value)
+
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
+        """Make the optimizers forget what they know of written weights, and train created ones from now on."""
+
+    def forget_gradients(self) -> None:
+        """After a plan has changed: keep no gradient of a block that takes none any more."""
+
+    # Work
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """What `work` returns on every rank, in order of rank, on every rank. If it fails on one, all raise.
@@ -98,7 +142,7 @@ class Ranks:
         return [[items[min(i, last)] for i in range(first, first + size)] for first in range(0, len(items), size)]
 
 
-def on_first_rank(ranks: Ranks, work: Callable[[], None], *, every: float = 1.0) -> None:
+def on_first_rank(ranks: Parallel, work: Callable[[], None], *, every: float = 1.0) -> None:
     """Have rank 0 do what it alone can do, while the others wait for as long as it takes; every rank must call it.
 
     They ask a store on rank 0's machine. In a collective they could not wait: it gives up after 30 minutes, and an

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -11,10 +10,9 @@ from typing_extensions import override
 
 from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.merging import Merging, fit_runs
-from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import Target
-from pdtrim_pl.strategies import gathered, shards_weights
+from pdtrim_pl.strategies import check_merges, parallel_of
 
 Merges = Mapping[int, tuple[Target, tuple[int, ...]]]
 """Per epoch, from 0: the stage(s) and the neighbours that become one."""
@@ -35,7 +33,7 @@ class MergeAt(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_merges(trainer.strategy, self.settings)
+        check_merges(trainer.strategy, self.settings.tied)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,7 +42,8 @@ class MergeAt(Callback):
             return
         target, run = self.merges[trainer.current_epoch]
         with evaluating(pl_module) as (student, teacher):
-            gather = partial(gathered, trainer.strategy) if shards_weights(trainer.strategy) else None
+            parallel = parallel_of(trainer.strategy)
+            gather = None if parallel.whole else parallel.whole_weights
             (fitted,) = fit_runs(
                 student, teacher, pairs_of(trainer), target, [run], self.settings, gather=gather
             ).runs  # fmt: skip

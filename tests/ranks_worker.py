@@ -9,8 +9,6 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,10 +29,10 @@ from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.merging import Merging, fit
 from pdtrim_pl.merging.trial import Trial
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.parallel import Ranks, on_first_rank
+from pdtrim_pl.parallel import Parallel, on_first_rank
 from pdtrim_pl.search import Guards, distillation_set
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies import ranks_of
+from pdtrim_pl.strategies import parallel_of
 
 PROCESSES = 2
 BLOCKS = 6
@@ -54,13 +52,13 @@ def both(rank: int, meeting_point: Path, folder: Path) -> None:
     logging.getLogger("pdtrim_pl").setLevel(logging.ERROR)
     os.environ["LOCAL_RANK"] = str(rank)
     strategy = _started(rank, meeting_point, timedelta(seconds=60))
-    told: Told = {"shared": scores(ranks_of(strategy)), "in step": scores(in_step(ranks_of(strategy)))}
+    told: Told = {"shared": scores(parallel_of(strategy)), "in step": scores(in_step(parallel_of(strategy)))}
     for name, case in FAILING.items():
         told[name] = failure(lambda case=case: case(strategy, folder))  # type: ignore[misc]
     dist.destroy_process_group()
     strategy = _started(rank, meeting_point.with_name("again"), GAVE_UP)
     told["waited"] = waiting(strategy)
-    told["first fails"] = failure(lambda: on_first_rank(ranks_of(strategy), _refuse, every=0.1))
+    told["first fails"] = failure(lambda: on_first_rank(parallel_of(strategy), _refuse, every=0.1))
     dist.destroy_process_group()
     (folder / f"told-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
 
@@ -75,9 +73,10 @@ def _started(rank: int, meeting_point: Path, timeout: timedelta) -> DDPStrategy:
     return strategy
 
 
-def in_step(ranks: Ranks) -> Ranks:
+def in_step(ranks: Parallel) -> Parallel:
     """As if weights were sharded."""
-    return replace(ranks, whole=False, gather_weights=lambda _: nullcontext())
+    ranks.whole = False
+    return ranks
 
 
 def models() -> tuple[StagedCausalLM, StagedCausalLM]:
@@ -88,14 +87,18 @@ def models() -> tuple[StagedCausalLM, StagedCausalLM]:
     return student.eval(), StagedCausalLM(tiny_model("llama", blocks=BLOCKS)).eval()
 
 
-def scores(ranks: Ranks) -> Told:
+def scores(ranks: Parallel) -> Told:
     """What a search asks of every batch and every pair of neighbours, and what this rank did for it."""
     student, teacher = models()
     largest, fitted, passes = [0], [0], [0]
 
+    plain = ranks.gather
+
     def gather(value: Any) -> list[Any]:
         largest[0] = max(largest[0], len(pickle.dumps(value)))
-        return ranks.gather(value)
+        return plain(value)
+
+    ranks.gather = gather  # type: ignore[method-assign]
 
     of = Trial.of
 
@@ -104,7 +107,7 @@ def scores(ranks: Ranks) -> Told:
         return of(*args)
 
     student.model.base_model.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
-    context = ScoringContext(student, teacher, DATA, ranks=replace(ranks, gather=gather))
+    context = ScoringContext(student, teacher, DATA, ranks=ranks)
     redundancy = context.redundancy
     once, passes[0] = passes[0], 0
     taylor = Taylor().score(context, student.plan, "both", range(BLOCKS))
@@ -147,7 +150,7 @@ def _refuse(*_: Any, **__: Any) -> Any:
 def evaluation(strategy: DDPStrategy, folder: Path) -> None:
     """Rank 1 fails in its second batch."""
     student, teacher = models()
-    evaluator = Evaluator(student, teacher, DATA, ranks=ranks_of(strategy))
+    evaluator = Evaluator(student, teacher, DATA, ranks=parallel_of(strategy))
     if strategy.global_rank == 1:
         evaluator._sums = lambda candidate, index: (0.0, 0.0) if index == 0 else _refuse()  # type: ignore[method-assign,assignment,return-value]
     evaluator.energy(student.plan.drop("decode", 2))
@@ -158,7 +161,7 @@ def teacher_pass(strategy: DDPStrategy, folder: Path) -> None:
     student, teacher = models()
     if strategy.global_rank == 1:
         teacher.prefill = _refuse  # type: ignore[method-assign]
-    Evaluator(student, teacher, DATA, ranks=ranks_of(strategy))
+    Evaluator(student, teacher, DATA, ranks=parallel_of(strategy))
 
 
 def journal(strategy: DDPStrategy, folder: Path) -> None:
@@ -166,7 +169,7 @@ def journal(strategy: DDPStrategy, folder: Path) -> None:
     student, teacher = models()
     (folder / "file").touch()
     path = folder / "file" / "journal.jsonl"
-    Evaluator(student, teacher, DATA, ranks=ranks_of(strategy), journal=path).energy(student.plan.drop("decode", 2))
+    Evaluator(student, teacher, DATA, ranks=parallel_of(strategy), journal=path).energy(student.plan.drop("decode", 2))
 
 
 def local_fit(strategy: DDPStrategy, folder: Path) -> None:
@@ -181,7 +184,7 @@ def local_fit(strategy: DDPStrategy, folder: Path) -> None:
     fit.Trial.of = failing  # type: ignore[assignment,method-assign]
     try:
         distillation_set(
-            ScoringContext(student, teacher, DATA, ranks=ranks_of(strategy)), student.plan, "both", SETTINGS,
+            ScoringContext(student, teacher, DATA, ranks=parallel_of(strategy)), student.plan, "both", SETTINGS,
             Guards(0, 0),
         )  # fmt: skip
     finally:
@@ -193,7 +196,7 @@ def redundancy(strategy: DDPStrategy, folder: Path) -> None:
     student, teacher = models()
     if strategy.global_rank == 1:
         student.prefill = _refuse  # type: ignore[method-assign]
-    assert ScoringContext(student, teacher, DATA, ranks=ranks_of(strategy)).redundancy
+    assert ScoringContext(student, teacher, DATA, ranks=parallel_of(strategy)).redundancy
 
 
 def loss_guard(strategy: DDPStrategy, folder: Path) -> None:
@@ -231,6 +234,6 @@ FAILING: dict[str, Callable[[DDPStrategy, Path], None]] = {
 def waiting(strategy: DDPStrategy) -> float:
     """Seconds that this rank stayed, longer than a collective would have waited."""
     start = time.monotonic()
-    on_first_rank(ranks_of(strategy), lambda: time.sleep(WORK), every=0.1)
+    on_first_rank(parallel_of(strategy), lambda: time.sleep(WORK), every=0.1)
     dist.barrier()
     return time.monotonic() - start

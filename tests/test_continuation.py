@@ -28,7 +28,7 @@ from pdtrim_pl.checkpoints.sharded import (
     unfinished,
 )
 from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, sidecar
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.staged import StagedCausalLM
 
 age = count(1)
@@ -355,10 +355,12 @@ def test_a_foreign_checkpoint_that_is_named_outright_is_refused(kind: str, llama
 
 
 def test_processes_that_found_different_checkpoints_are_refused() -> None:
-    def ranks(*found: str | None) -> Ranks:
-        return Ranks(size=len(found), gather=lambda value: list(found))
+    def ranks(*found: str | None) -> Parallel:
+        parallel = Parallel()
+        parallel.size, parallel.gather = len(found), lambda value: list(found)  # type: ignore[method-assign]
+        return parallel
 
-    check_same_checkpoint(Ranks(), None)
+    check_same_checkpoint(Parallel(), None)
     check_same_checkpoint(ranks("a.ckpt", "a.ckpt"), Path("a.ckpt"))
     with pytest.raises(ValueError, match=r"rank 0, 2 from a.ckpt; rank 1 from the beginning.*start again in a minute"):
         check_same_checkpoint(ranks("a.ckpt", None, "a.ckpt"), "a.ckpt")

@@ -26,7 +26,7 @@ from pdtrim_pl.merging import Merging, fit_runs
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.sizing.memory import Load, Shape, memory_per_process
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies import PDTrimFSDPStrategy, check_drops, check_strategy, fsdp, gathered, shards_weights
+from pdtrim_pl.strategies import PDTrimFSDPStrategy, check_drops, check_strategy, fsdp, parallel_of
 
 TIMEOUT = 240
 
@@ -84,9 +84,9 @@ def test_the_strategy_is_named_in_yaml_and_taken() -> None:
     strategy = parser.instantiate(parser.parse_object({"strategy": asked})).strategy
     check_strategy(strategy)
     check_drops(strategy)
-    assert shards_weights(strategy)
+    assert not parallel_of(strategy).whole
     assert _uses_checkpoint_io(str(strategy)), "its checkpoints are files, written under a temporary name"
-    with gathered(strategy, []) as nothing:
+    with parallel_of(strategy).whole_weights([]) as nothing:
         assert nothing is None
 
 

@@ -17,10 +17,9 @@ from pdtrim_pl.checkpoints.state import CheckpointState
 from pdtrim_pl.export import load_plan_and_policy
 from pdtrim_pl.export.from_checkpoint import export_checkpoint
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.merging.training import check_merges
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_merges
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 300
@@ -115,10 +114,10 @@ def test_a_checkpoint_from_before_there_were_merges_loads(with_adam: tuple[str, 
 def test_merges_that_a_strategy_cannot_take_up_are_refused_before_the_first_step() -> None:
     for strategy, name in ((PDTrimDeepSpeedStrategy(2), "DeepSpeed"), (PDTrimFSDPStrategy(), "FSDP")):
         with pytest.raises(ValueError, match=rf"`trainer.strategy` is {name}.*`tied: true`.*ddp_find_unused"):
-            check_merges(strategy, Merging())
-        check_merges(strategy, Merging(tied=True))
+            check_merges(strategy, Merging().tied)
+        check_merges(strategy, tied=True)
     for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy(process_group_backend="gloo")):
-        check_merges(strategy, Merging())
+        check_merges(strategy, Merging().tied)
 
 
 # In two processes

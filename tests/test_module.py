@@ -25,9 +25,7 @@ from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, ModelRef, StagePlan, Structure
 from pdtrim_pl.search import Guards
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
-from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
-from pdtrim_pl.strategies.masters import check_masters
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_masters
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

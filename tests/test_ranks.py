@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from ranks_worker import BLOCKS, DATA, FAILING, GAVE_UP, PROCESSES, WORK, both, scores
 
-from pdtrim_pl.errors import AnotherRankFailed, Ranks, on_first_rank
+from pdtrim_pl.errors import AnotherRankFailed
 from pdtrim_pl.merging import share_of
+from pdtrim_pl.parallel import Parallel, on_first_rank
 
 TIMEOUT = 240
 
@@ -41,7 +42,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     """The same in one process."""
-    return json.loads(json.dumps(scores(Ranks())))
+    return json.loads(json.dumps(scores(Parallel())))
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_where_one_rank_fails_both_leave_with_its_reason(case: str, told: list[d
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_save_its_bad_batch_stops_with_the_others(told: list[dict[str, Any]]) -> None:
-    said = r"ValueError: The training loss of a rank is not finite \(here {}\) at step 7, epoch 1. .* the batch {}"
+    said = r"UserError: The training loss of a rank is not finite \(here {}\) at step 7, epoch 1. .* the batch {}"
     assert re.match(said.format("1.0", "is in "), told[0]["loss guard"])
     assert re.match(said.format("nan", r"could not be saved \(\[Errno"), told[1]["loss guard"])
     assert set(ENDS) | {"loss guard"} == set(FAILING)
@@ -110,10 +111,10 @@ def test_ranks_wait_for_the_first_one_longer_than_a_collective_would(told: list[
 
 def test_one_process_alone_works_and_raises_its_own_error() -> None:
     done: list[int] = []
-    on_first_rank(Ranks(), lambda: done.append(1))
+    on_first_rank(Parallel(), lambda: done.append(1))
     assert done == [1]
     with pytest.raises(ZeroDivisionError):
-        Ranks().together(lambda: 1 // 0)
+        Parallel().together(lambda: 1 // 0)
 
 
 def test_an_error_that_every_rank_knows_is_told_no_second_time() -> None:
@@ -123,7 +124,8 @@ def test_an_error_that_every_rank_knows_is_told_no_second_time() -> None:
         asked.append(value)
         return [value, (None, "ValueError: there")]
 
-    ranks = Ranks(0, 2, gather=gather)
+    ranks = Parallel()
+    ranks.size, ranks.gather = 2, gather  # type: ignore[method-assign]
     with pytest.raises(AnotherRankFailed, match=r"Rank 1 failed.*ValueError: there"):
         ranks.together(lambda: ranks.together(lambda: None))
     assert len(asked) == 1
@@ -131,5 +133,9 @@ def test_an_error_that_every_rank_knows_is_told_no_second_time() -> None:
 
 @pytest.mark.parametrize(("size", "shares"), [(1, [[0, 1, 2]]), (2, [[0, 2], [1, 2]]), (5, [[0], [1], [2], [2], [2]])])
 def test_every_rank_fits_equally_many_runs(size: int, shares: list[list[int]]) -> None:
-    assert [share_of(Ranks(rank, size), [0, 1, 2]) for rank in range(size)] == shares
-    assert share_of(Ranks(1, size, whole=False), [0, 1, 2]) == [0, 1, 2]
+    ranks = [Parallel() for _ in range(size)]
+    for number, rank in enumerate(ranks):
+        rank.rank, rank.size = number, size
+    assert [share_of(rank, [0, 1, 2]) for rank in ranks] == shares
+    ranks[-1].whole = False
+    assert share_of(ranks[-1], [0, 1, 2]) == [0, 1, 2]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from strategies import plans
 from test_criteria import batches
 from tiny_models import tiny_model
+from typing_extensions import override
 
 from pdtrim_pl.criteria import GreedyKL, ScoringContext
 from pdtrim_pl.data import Batch
@@ -30,7 +31,7 @@ from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
 from pdtrim_pl.evaluation.quality import final_hidden, measure_quality
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import KVRetentionPolicy, Relation, Retention, StagePlan, Target
 from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops, distillation_set
 from pdtrim_pl.search.rounds import Removals
@@ -244,7 +245,9 @@ def test_a_sum_that_is_not_finite_is_kept_as_plain_json(tmp_path: Path) -> None:
 
 
 def test_only_the_first_rank_writes(model: StagedCausalLM, tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.jsonl", "a", Ranks(1, 2))
+    ranks = Parallel()
+    ranks.rank, ranks.size = 1, 2
+    journal = Journal(tmp_path / "journal.jsonl", "a", ranks)
     journal.add("plan", {1: Sums(0.5, 1.0)})
     assert journal.known("plan") == {1: Sums(0.5, 1.0)}
     assert not (tmp_path / "journal.jsonl").exists()
@@ -257,19 +260,29 @@ class Threads:
         self.size, self.whole, self.barrier = size, whole, Barrier(size, timeout=60)
         self.values: list[object] = [None] * size
 
-    def ranks(self, rank: int) -> Ranks:
-        def gather(value: object) -> list[object]:
-            self.values[rank] = value
-            self.barrier.wait()
-            values = list(self.values)
-            self.barrier.wait()
-            return values
-
-        return Ranks(rank, self.size, lambda value: gather(value)[0], gather, whole=self.whole)
-
-    def run(self, search: Callable[[Ranks], Any]) -> list[Any]:
+    def run(self, search: Callable[[Parallel], Any]) -> list[Any]:
         with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(lambda rank: search(self.ranks(rank)), range(self.size)))
+            return list(pool.map(lambda rank: search(Thread(self, rank)), range(self.size)))
+
+
+class Thread(Parallel):
+    """One of them."""
+
+    def __init__(self, threads: Threads, rank: int) -> None:
+        super().__init__()
+        self.threads, self.rank, self.size, self.whole = threads, rank, threads.size, threads.whole
+
+    @override
+    def gather(self, value: object) -> list[object]:
+        self.threads.values[self.rank] = value
+        self.threads.barrier.wait()
+        values = list(self.threads.values)
+        self.threads.barrier.wait()
+        return values
+
+    @override
+    def agree(self, value: object) -> object:
+        return self.gather(value)[0]
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -279,13 +292,13 @@ def test_any_number_of_ranks_finds_the_same_with_less_work_for_each(
 ) -> None:
     data = batches(0) + batches(1) + batches(2)[:1]
 
-    def search(ranks: Ranks) -> tuple[object, float, float, int]:
+    def search(ranks: Parallel) -> tuple[object, float, float, int]:
         evaluator = Evaluator(model, model, data, ranks=ranks)
         rounds = RoundSearch(evaluator, model.plan, "decode", 3, NO_GUARDS)
         best, energy = anneal(rounds, rounds.greedy()[0], Annealing(10, temperature=0.3))
         return best, energy, evaluator.measure(model.plan.drop("both", 1)).nll, evaluator.block_tokens
 
-    *expected, work = search(Ranks())
+    *expected, work = search(Parallel())
     for *found, share in Threads(size, whole=whole).run(search):
         assert found == expected
         assert share < work
@@ -322,7 +335,7 @@ def test_ranks_that_hold_parts_of_the_weights_keep_step(size: int, memory: Memor
     for name in ("input", "output"):
         getattr(monitored.model, f"get_{name}_embeddings")().register_forward_pre_hook(partial(note, name))
 
-    def search(ranks: Ranks) -> tuple[object, float, list[str]]:
+    def search(ranks: Parallel) -> tuple[object, float, list[str]]:
         evaluator = Evaluator(monitored, monitored, data, ranks=ranks, memory=memory)
         rounds = RoundSearch(evaluator, start, target, 2, NO_GUARDS)
         best, energy = anneal(rounds, rounds.greedy()[0], Annealing(10, temperature=0.3))

@@ -32,7 +32,7 @@ from pdtrim_pl.losses import chunks
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import STAGES, ModelRef, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_drops, check_strategy, gathered
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_drops, check_strategy, parallel_of
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 300
@@ -288,7 +288,7 @@ def test_a_student_made_whole_is_the_student(tmp_path: Path) -> None:
 
 
 def test_whole_weights_need_no_gathering() -> None:
-    with gathered(SingleDeviceStrategy("cpu"), []) as nothing:
+    with parallel_of(SingleDeviceStrategy("cpu")).whole_weights([]) as nothing:
         assert nothing is None
 
 

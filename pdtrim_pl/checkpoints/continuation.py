@@ -19,7 +19,7 @@ from pdtrim_pl.checkpoints.state import CheckpointState, check_file, check_weigh
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.pretrained import usable_config
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import ModelRef
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -156,7 +156,7 @@ def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation 
     return None
 
 
-def check_same_checkpoint(ranks: Ranks, path: str | os.PathLike[str] | None) -> None:
+def check_same_checkpoint(ranks: Parallel, path: str | os.PathLike[str] | None) -> None:
     """Refuse a run whose processes continue from different checkpoints: each looks for `last` on its own.
 
     Raises:

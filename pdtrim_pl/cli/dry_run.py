@@ -28,8 +28,7 @@ from pdtrim_pl.models.pretrained import usable_config
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.sizing.callback_load import TellsLoad
 from pdtrim_pl.sizing.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_freezing, check_strategy
-from pdtrim_pl.strategies.masters import check_masters
+from pdtrim_pl.strategies import Sharding, check_freezing, check_masters, check_strategy
 
 ASSUMED_GPU = 79 * GIB
 """What a card sold as 80 GB has, where there is no GPU to ask."""
@@ -123,19 +122,19 @@ def layout_of(module: PDTrimModule, trainer: Namespace, model: PreTrainedConfig,
     precision = {"bf16": "bf16-mixed", "16": "16-mixed"}.get(short, short)  # as Lightning reads them
     loaded = _dtype(module.loading.dtype, model)
     check_masters(strategy, precision, loaded)
-    engine, fsdp = isinstance(strategy, PDTrimDeepSpeedStrategy), isinstance(strategy, PDTrimFSDPStrategy)
-    half = engine and precision.startswith(("bf16", "16"))  # the engine casts the whole module
+    sharding = Sharding.of(strategy)
+    half = sharding.casts and precision.startswith(("bf16", "16"))  # the engine casts the whole module
     student = loaded.itemsize
     theirs = _dtype(module.loading.teacher_dtype, teacher).itemsize
-    zero: dict[str, Any] = strategy.config["zero_optimization"] if engine and isinstance(strategy.config, dict) else {}
     return Layout(
         processes=_devices(trainer.devices) * int(trainer.num_nodes or 1),
-        zero_stage=strategy.stage if engine else 3 if fsdp else 0, fsdp=fsdp,
-        offload_optimizer="offload_optimizer" in zero, offload_parameters="offload_param" in zero,
+        zero_stage=sharding.zero_stage, fsdp=sharding.fsdp,
+        offload_optimizer=sharding.offload_optimizer, offload_parameters=sharding.offload_parameters,
         student_bytes=2 if half else student,
         teacher_bytes=2 if half else theirs, loaded_bytes=(student, theirs),
         compute_bytes=2 if half or "mixed" in precision else student,
-        autocast="mixed" in precision and not half and not fsdp and student == 4,  # FSDP gathers weights in bf16
+        # FSDP gathers weights in bf16.
+        autocast="mixed" in precision and not half and not sharding.fsdp and student == 4,
         optimizer_states=_states(module), frozen_embeddings=module.loading.freeze_embeddings,
     )  # fmt: skip
 

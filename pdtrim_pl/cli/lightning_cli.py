@@ -20,7 +20,7 @@ from pdtrim_pl.checkpoints.state import PlanCheckpointIO
 from pdtrim_pl.cli.parsing import OneLineErrors
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
+from pdtrim_pl.strategies import directory_stage
 
 
 class OneLineParser(OneLineErrors, LightningArgumentParser):
@@ -110,10 +110,9 @@ def _furthest_checkpoint(trainer: Trainer, module: PDTrimModule, config: str) ->
     folders = sorted({str(saver.dirpath) for saver in savers if saver.dirpath})
     if not folders or any("://" in folder for folder in folders):
         return "last"
-    strategy = trainer.strategy
-    stage = strategy.stage if isinstance(strategy, PDTrimDeepSpeedStrategy) else None
     run = Continuation(
-        module.model_name, trainer.world_size, stage, architecture=module.architecture, config=config
+        module.model_name, trainer.world_size, directory_stage(trainer.strategy), architecture=module.architecture,
+        config=config,
     )  # fmt: skip
     return latest_valid_checkpoint(*folders, run=run)
 

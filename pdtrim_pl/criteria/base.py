@@ -14,7 +14,7 @@ import torch
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
 from pdtrim_pl.evaluation.redundancy import block_redundancy
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Stage, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -31,7 +31,7 @@ class ScoringContext:
     batches: Sequence[Batch]
     device: torch.device | str = "cpu"
     progress: Progress = lambda line: None
-    ranks: Ranks = Ranks()
+    ranks: Parallel = Parallel()
     """The processes that choose together."""
     journal: Path | None = None
     """File of evaluations; a search that was killed finds there what it knew."""

@@ -29,7 +29,7 @@ from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
 from pdtrim_pl.evaluation.quality import CHUNK_TOKENS, Reference, final_hidden, score_tokens
 from pdtrim_pl.evaluation.spread import shared_steps
 from pdtrim_pl.losses import chunks
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -77,7 +77,7 @@ class Evaluator:
 
     def __init__(
         self, student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], *,
-        device: torch.device | str = "cpu", memory: Memory = Memory(), ranks: Ranks = Ranks(),
+        device: torch.device | str = "cpu", memory: Memory = Memory(), ranks: Parallel = Parallel(),
         journal: Path | None = None,
     ) -> None:  # fmt: skip
         self.student, self.teacher, self.ranks = student, teacher, ranks
@@ -180,7 +180,7 @@ class Evaluator:
     def fingerprint(self, batches: Sequence[Batch]) -> str:
         """What energies depend on besides plan and policy: weights, arithmetic, and the calibration set."""
         sums = [
-            _total(self.ranks.own(parameter))
+            _total(self.ranks.own_part(parameter))
             for model in (self.student, self.teacher)
             for parameter in model.parameters()
         ]

@@ -9,7 +9,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 
 
 class Sums(NamedTuple):
@@ -31,7 +31,7 @@ class Journal:
         ranks: the processes that share the journal: the first one reads and writes for all.
     """
 
-    def __init__(self, path: Path | None = None, search: str = "", ranks: Ranks = Ranks()) -> None:
+    def __init__(self, path: Path | None = None, search: str = "", ranks: Parallel = Parallel()) -> None:
         self.path, self.search = path, search
         self.ranks, self.writes = ranks, path is not None and ranks.rank == 0
         self._known: dict[str, dict[int, Sums]] = defaultdict(dict)

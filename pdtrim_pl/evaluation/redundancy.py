@@ -15,14 +15,14 @@ from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.spread import measured_by_ranks
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.gate import Observer
 
 
 def block_redundancy(
-    model: StagedCausalLM, batches: Iterable[Batch], *, device: torch.device | str = "cpu", ranks: Ranks = Ranks()
+    model: StagedCausalLM, batches: Iterable[Batch], *, device: torch.device | str = "cpu", ranks: Parallel = Parallel()
 ) -> dict[Stage, dict[int, float]]:
     """Mean cosine between a block's input and its output over the real tokens of each stage, in fp32.
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 
 T = TypeVar("T")
 
 
 def measured_by_ranks(
-    ranks: Ranks, batches: Sequence[Batch], measure: Callable[[Batch, Sequence[Batch]], T]
+    ranks: Parallel, batches: Sequence[Batch], measure: Callable[[Batch, Sequence[Batch]], T]
 ) -> list[T]:
     """What `measure` says of every batch, in their order, on every rank; each rank measures its share of them.
 
@@ -26,6 +26,6 @@ def measured_by_ranks(
     return [every[index % ranks.size][index // ranks.size] for index in range(len(batches))]
 
 
-def shared_steps(ranks: Ranks, batches: Sequence[Batch]) -> list[Batch]:
+def shared_steps(ranks: Parallel, batches: Sequence[Batch]) -> list[Batch]:
     """The batches as ranks can run them side by side: with sharded weights none may leave out the decode pass."""
     return list(batches) if ranks.whole else [batch.with_decode() for batch in batches]

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from pdtrim_pl.merging.trial import empty_block
-from pdtrim_pl.parallel import Ranks
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.fitted import FittedRun
 
 T = TypeVar("T")
 
 
-def share_of(ranks: Ranks, runs: Sequence[T]) -> list[T]:
+def share_of(ranks: Parallel, runs: Sequence[T]) -> list[T]:
     """The runs that this rank fits: every `size`-th one, or all of them where no rank can run a block alone.
 
     All ranks have equally many, for they check in before every group of fits. One that has none left fits the last run
@@ -28,7 +28,7 @@ def share_of(ranks: Ranks, runs: Sequence[T]) -> list[T]:
     return [runs[min(first + ranks.rank, len(runs) - 1)] for first in range(0, len(runs), ranks.size)]
 
 
-def exchanged(student: StagedCausalLM, mine: Sequence[FittedRun], count: int, ranks: Ranks) -> list[FittedRun]:
+def exchanged(student: StagedCausalLM, mine: Sequence[FittedRun], count: int, ranks: Parallel) -> list[FittedRun]:
     """All runs, fitted by the ranks that have them as their share, alike on every rank; every rank must call it.
 
     Args:

@@ -27,8 +27,9 @@ PASSES = len(RIDGES) + 1
 def solve_last_projection(trial: Trial, training: Sequence[Recording], judging: Sequence[Recording]) -> None:
     """Set the last projection to the ridge solution that is best on `judging`, by squared error and by cosine.
 
-    Where none is better in both, nothing changes. Ranks that shard the student make the same passes, whatever rounding
-    or a fit that diverged makes of the numbers. Three matrices [I, I] in fp64 are in memory for a while.
+    Where none is better in both, nothing changes. Ranks that shard the student make the same passes,
+    whatever rounding or a fit that diverged makes of the numbers. Three matrices [I, I] in fp64 are in memory for a
+    while.
 
     Args:
         trial: after its steps, of a family that has such a projection.

@@ -117,7 +117,8 @@ def _fitted(
     def fit_share() -> list[FittedRun]:
         fitted = fit_runs(
             context.student, context.teacher, batches, target, share_of(ranks, runs), settings, device=context.device,
-            gather=ranks.gather_weights, progress=context.progress, leave_if_asked=ranks.check_in, behind=behind,
+            gather=None if ranks.whole else ranks.whole_weights, progress=context.progress,
+            leave_if_asked=ranks.check_in, behind=behind,
         )  # fmt: skip
         log.info("Fitting %d run(s) took %.0f s and %d tokens.", len(fitted.runs), fitted.seconds, fitted.tokens)
         return list(fitted.runs)

@@ -4,22 +4,40 @@
 `strategy: {class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`.
 """
 
-from pdtrim_pl.strategies.deepspeed import (
-    ZERO_STAGES,
-    PDTrimDeepSpeedStrategy,
-    agreed,
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning.pytorch.strategies import Strategy
+
+from pdtrim_pl.parallel import Parallel
+from pdtrim_pl.strategies.checks import (
+    Sharding,
     check_drops,
     check_freezing,
+    check_masters,
+    check_merges,
+    check_skipping,
     check_strategy,
-    forget_gradients,
-    gathered,
-    largest,
-    ranks_of,
-    shards_weights,
+    directory_stage,
 )
+from pdtrim_pl.strategies.data_parallel import DataParallel
+from pdtrim_pl.strategies.deepspeed import ZERO_STAGES, PDTrimDeepSpeedStrategy
 from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
 
 __all__ = [
-    "ZERO_STAGES", "PDTrimDeepSpeedStrategy", "PDTrimFSDPStrategy", "agreed", "check_drops", "check_freezing",
-    "check_strategy", "forget_gradients", "gathered", "largest", "ranks_of", "shards_weights",
+    "ZERO_STAGES", "PDTrimDeepSpeedStrategy", "PDTrimFSDPStrategy", "Sharding", "check_drops", "check_freezing",
+    "check_masters", "check_merges", "check_skipping", "check_strategy", "directory_stage", "parallel_of",
 ]  # fmt: skip
+
+
+def parallel_of(strategy: Strategy, leave_if_asked: Callable[[], None] = lambda: None) -> Parallel:
+    """How the processes of a trainer's strategy work together.
+
+    Args:
+        strategy: of the trainer.
+        leave_if_asked: see `Parallel`.
+    """
+    if isinstance(strategy, PDTrimDeepSpeedStrategy | PDTrimFSDPStrategy):
+        return strategy.parallel(leave_if_asked)
+    return DataParallel(strategy, leave_if_asked)

@@ -1,30 +1,17 @@
-"""DeepSpeed with the cures that drops between epochs and a teacher beside the student need; what other strategies bear.
-
-Named in YAML: `strategy: {class_path: pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or
-`strategy: {class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`.
-"""
+"""DeepSpeed with the cures that drops between epochs and a teacher beside the student need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import (
-    DDPStrategy,
     DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    Strategy,
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -41,9 +28,8 @@ from pdtrim_pl.checkpoints.sharded import (
 )
 from pdtrim_pl.checkpoints.state import CheckpointState, remove_beside, unwritable
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.parallel import Ranks
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
+from pdtrim_pl.strategies.base import StrategyParallel
 
 ZERO_STAGES = (1, 2, 3)
 
@@ -76,6 +62,10 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
             raise UserError(f"`stage` of the DeepSpeed strategy is {self.stage}: give 1, 2 or 3.")
         # DeepSpeed else insists on its own Adam for offloaded states, which is compiled at its first use.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    def parallel(self, leave_if_asked: Callable[[], None] = lambda: None) -> ZeroParallel:
+        """The processes of the run; see `Parallel`."""
+        return ZeroParallel(self, leave_if_asked)
 
     @property
     @override
@@ -155,7 +145,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         Raises:
             OSError: on every rank; the part that was written is deleted.
         """
-        told = ranks_of(self).gather((writer.files, writer.error))
+        told = self.parallel().gather((writer.files, writer.error))
         failed = {rank: error for rank, (_, error) in enumerate(told) if error}
         if not failed:
             return {name: size for files, _ in told for name, size in files.items()}
@@ -207,125 +197,47 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         return student
 
 
-def shards_weights(strategy: Strategy) -> bool:
-    """Whether no rank holds whole weights, so that a forward pass of any block is a matter of all ranks together."""
-    return isinstance(strategy, PDTrimFSDPStrategy) or _is_zero_3(strategy)
+class ZeroParallel(StrategyParallel[PDTrimDeepSpeedStrategy]):
+    """The processes of a DeepSpeed run. Its engine keeps fp32 copies of weights and their optimizer states, sharded."""
 
+    def __init__(self, strategy: PDTrimDeepSpeedStrategy, leave_if_asked: Callable[[], None] = lambda: None) -> None:
+        super().__init__(strategy, leave_if_asked)
+        self.whole = not strategy.zero_stage_3
 
-def check_freezing(strategy: Strategy, freeze_embeddings: bool) -> None:
-    """Refuse frozen embeddings where they would be missing from checkpoints, or where nobody has tried them.
+    @override
+    def whole_weights(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+        if self.whole:
+            return nullcontext()
+        import deepspeed
 
-    Raises:
-        UserError: with the reason and the way out.
-    """
-    if freeze_embeddings and isinstance(strategy, PDTrimDeepSpeedStrategy | PDTrimFSDPStrategy):
-        raise UserError(
-            "`loading.freeze_embeddings` does not go with a strategy that shards weights or optimizer: DeepSpeed's "
-            "checkpoints leave frozen weights out. Leave it off, or use `strategy: ddp`."
-        )
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters))
+        return gathered
 
+    @override
+    def own_part(self, parameter: nn.Parameter) -> Tensor:
+        return parameter if self.whole else compat.own_shard(parameter)
 
-def gathered(strategy: Strategy, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Whole weights on every rank while the context lasts; every rank must enter it. Changes to them are lost.
+    @override
+    def write_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    FSDP's are cut up after the model is built, and are then tensors that can make themselves whole.
-    """
-    if not _is_zero_3(strategy):
-        return nullcontext()
-    import deepspeed
+        value = self._agreed_weight(value, parameter)
+        if self.whole:
+            parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+        safe_set_local_fp32_param(parameter, compat.own_shard(parameter).float())
 
-    return deepspeed.zero.GatheredParameters(list(parameters))
+    @override
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
+        assert not created, "`check_merges` refuses this"
+        stage = 2 if self.whole else 3  # 1 keeps its states as 2 does
+        for parameter in written:
+            compat.clear_optimizer_state(self.strategy.deepspeed_engine, stage, parameter)
 
-
-def forget_gradients(strategy: Strategy) -> None:
-    """After a plan has changed: keep no gradient of a block that takes none any more."""
-    if isinstance(strategy, PDTrimDeepSpeedStrategy):
-        strategy.forget_gradients()
-
-
-def check_strategy(strategy: Strategy, stage: str = "fit") -> None:
-    """Refuse a strategy that would train something else than what the configuration says.
-
-    Raises:
-        UserError: with the reason and the way out.
-    """
-    if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, PDTrimDeepSpeedStrategy):
-        raise UserError(
-            f"`trainer.strategy` is Lightning's own {type(strategy).__name__}, which scales accumulated gradients "
-            "twice and saves no plan beside its checkpoints. Use `strategy: {class_path: "
-            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}` (or 1 or 3; `offload_optimizer` "
-            "and `offload_parameters` as before)."
-        )
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, PDTrimFSDPStrategy):
-        raise UserError(
-            f"`trainer.strategy` is Lightning's own {type(strategy).__name__}, under which FSDP gathers a block's "
-            "weights for its output alone, and here gradients also reach a block through the keys and values it sends. "
-            "Use `strategy: {class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`, or PDTrimDeepSpeedStrategy with "
-            "`stage: 3`."
-        )
-    if stage == "predict" and shards_weights(strategy):
-        raise UserError(
-            "`predict` cannot run with sharded weights: ranks have unequal numbers of prompts, and no rank can run a "
-            "block alone. Use another `trainer.strategy`, or `pdtrim export` and `pdtrim generate`."
-        )
-
-
-def _is_zero_3(strategy: Strategy) -> bool:
-    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
-
-
-def check_drops(strategy: Strategy) -> None:
-    """Refuse a strategy under which a block cannot leave in the middle of a run.
-
-    Raises:
-        UserError: with the reason and the way out.
-    """
-    if not isinstance(strategy, DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
-        return
-    settings = compat.ddp_settings(strategy)
-    if settings.get("static_graph") or not settings.get("find_unused_parameters"):
-        raise UserError(
-            "`trainer.strategy` is DDP that waits for a gradient of every parameter at every step "
-            f"({settings or 'its default'}), and blocks that were dropped give none. Use `strategy: "
-            "ddp_find_unused_parameters_true`, without `static_graph`."
-        )
-
-
-def agreed(strategy: Strategy, value: Any) -> Any:
-    """Rank 0's value on every rank, for decisions that floating-point noise must not let differ."""
-    return strategy.broadcast(value)
-
-
-def ranks_of(strategy: Strategy) -> Ranks:
-    """How the processes of a run evaluate together."""
-    if not dist.is_available() or not dist.is_initialized():
-        return Ranks()
-
-    def gather(value: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
-
-    rank, size = dist.get_rank(), dist.get_world_size()
-    whole = not shards_weights(strategy)
-    gather_weights = None if whole else partial(gathered, strategy)
-    assert isinstance(strategy, ParallelStrategy)
-    assert strategy.cluster_environment is not None
-    return Ranks(
-        rank, size, partial(agreed, strategy), gather, dist.broadcast, strategy.cluster_environment.main_address,
-        _own_part(strategy), gather_weights, whole,
-    )  # fmt: skip
-
-
-def _own_part(strategy: Strategy) -> Callable[[nn.Parameter], Tensor]:
-    """What a rank holds of a weight."""
-    if isinstance(strategy, PDTrimFSDPStrategy):
-        return lambda weight: weight.to_local() if isinstance(weight, DTensor) else weight
-    if _is_zero_3(strategy):
-        return compat.own_shard
-    return lambda weight: weight
-
-
-def largest(strategy: Strategy, value: int, device: torch.device) -> int:
-    """The largest of the ranks' values."""
-    return int(strategy.reduce(torch.tensor(value, device=device), reduce_op="max"))
+    @override
+    def forget_gradients(self) -> None:
+        self.strategy.forget_gradients()

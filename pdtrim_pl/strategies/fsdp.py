@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, H hidden, K key/value heads, N entries, D head dimens
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.torch_version import TorchVersion
 from typing_extensions import override
 
@@ -31,6 +32,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture, RoPE
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.cache import OneBlockCache
+from pdtrim_pl.strategies.data_parallel import OptimizerOfLightning
 
 OLDEST_TORCH = "2.13"
 """The first whose FSDP finds the tensors in a dataclass, as the outputs of a stage are; no earlier one was tried."""
@@ -61,6 +63,10 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
             tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend
         )
 
+    def parallel(self, leave_if_asked: Callable[[], None] = lambda: None) -> FSDPParallel:
+        """The processes of the run; see `Parallel`."""
+        return FSDPParallel(self, leave_if_asked)
+
     @override
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -90,6 +96,29 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
         # What Lightning loads into shards it compares with nothing. Mapped, the weights themselves stay on disk.
         check_weights(mapped(checkpoint_path)["state_dict"], self.lightning_module.state_dict())
         return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+class FSDPParallel(OptimizerOfLightning[PDTrimFSDPStrategy]):
+    """The processes of an FSDP run. Weights are sharded after the model is built, and can make themselves whole."""
+
+    whole = False
+
+    @override
+    def own_part(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    @override
+    def write_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        value = self._agreed_weight(value, parameter)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        with torch.no_grad():
+            parameter.copy_(value)
+
+    @override
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
+        assert not created, "`check_merges` refuses this"
+        super().renew_optimizer(written, created)
 
 
 def shard(staged: StagedCausalLM, mesh: DeviceMesh, precision: str = "32-true") -> None:

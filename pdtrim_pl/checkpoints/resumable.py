@@ -1,0 +1,193 @@
+"""The part of the module that saves a run and continues it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pdtrim_pl.checkpoints.continuation import settle
+from pdtrim_pl.checkpoints.loop_state import resumable_loops
+from pdtrim_pl.checkpoints.random_state import RandomState, random_states, restore_random_state
+from pdtrim_pl.checkpoints.run_record import RunRecord
+from pdtrim_pl.checkpoints.state import CheckpointState, check_weights, check_writable
+from pdtrim_pl.parallel import Parallel
+from pdtrim_pl.plan import KVRetentionPolicy, Stage, StagePlan
+from pdtrim_pl.staged import StagedCausalLM
+
+RANDOM_STATES = "pdtrim_random"
+"""Key of the random generators of every process in a checkpoint."""
+
+
+class ResumableModule(LightningModule):
+    """A student whose plan, policy, record and random generators are in its checkpoints. A subclass builds it."""
+
+    student: StagedCausalLM
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # the teacher is never in a checkpoint; `check_weights` is strict about the rest
+        self.record = RunRecord()
+        self.run_config = ""
+        self.found_checkpoint: str | Path | None = None
+        """What this process found for `--ckpt_path last`; the processes compare it before they load anything."""
+        self.run_name = ""
+        """A random one for every new run; a continued run has that of its checkpoint."""
+        self._unrecorded: tuple[int, Tensor] | None = None
+        self._random: RandomState | None = None
+        self._added: list[tuple[Stage, int]] = []
+        """Blocks that got weights of their own in a stage after the optimizer was made, in that order."""
+
+    @property
+    @abstractmethod
+    def parallel(self) -> Parallel:
+        """The processes of the run."""
+
+    # Structure
+
+    @property
+    def plan(self) -> StagePlan:
+        """The student's stage plan."""
+        return self.student.plan
+
+    @property
+    def policy(self) -> KVRetentionPolicy | None:
+        """The student's KV retention policy; None sends everything."""
+        return self.student.policy
+
+    def apply_plan(self, plan: StagePlan) -> None:
+        """Train under `plan` from now on; what it adds to the history goes into the run's record.
+
+        Merges that the student was offered fitted weights for get them, and the optimizer forgets what it knew of the
+        weights that they replace; new weights join its first group.
+        """
+        known, before, parallel = len(self.plan.history), self._own_weights(), self.parallel
+        written: list[nn.Parameter] = []
+
+        def write(parameter: nn.Parameter, value: Tensor) -> None:
+            parallel.write_weight(parameter, value)
+            written.append(parameter)
+
+        self.student.apply_plan(plan, write)
+        self.student.freeze_unused()
+        parallel.forget_gradients()
+        added = [key for key in self._own_weights() if key not in before]
+        self._added += added
+        parallel.renew_optimizer(written, self._weights_of(added))
+        self.record.removals += [(self.global_step, removal) for removal in plan.history[known:]]
+
+    def apply_policy(self, policy: KVRetentionPolicy | None) -> None:
+        """Train under `policy` from now on."""
+        self.student.apply_policy(policy)
+
+    def _own_weights(self) -> list[tuple[Stage, int]]:
+        """Blocks with weights of their own in a stage."""
+        return [(stage, index) for stage, blocks in self.student.untied.items() for index in blocks]
+
+    def _weights_of(self, own: Iterable[tuple[Stage, int]]) -> list[nn.Parameter]:
+        gates = self.student.gates
+        return [parameter for stage, index in own for parameter in gates[index].untied[stage].parameters()]
+
+    def _untie(self, blocks: Mapping[Stage, Sequence[int]]) -> None:
+        """Give blocks weights of their own in a stage, from whole weights where they are sharded."""
+        for stage, indices in blocks.items():
+            for index in indices:
+                if index in self.student.gates:
+                    gate = self.student.gates[index]
+                    with self.parallel.whole_weights(gate.block.parameters()):
+                        gate.untie(stage)
+
+    # Losses in the record
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Keep the loss of the step that is under way for the record."""
+        self._unrecorded = (self.global_step + 1, loss)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._record_loss()
+
+    def _record_loss(self) -> None:
+        """Callbacks save before our `on_train_batch_end`, so a save records the step's loss itself."""
+        if self._unrecorded is not None:
+            step, loss = self._unrecorded
+            self.record.add_loss(step, float(self.trainer.strategy.reduce(loss, reduce_op="mean")))
+            self._unrecorded = None
+
+    # Checkpoints
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The student's weights; the teacher is never saved."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        return {name: value for name, value in state.items() if not name.startswith(f"{prefix}teacher.")}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._record_loss()
+        processes, untied, added = self.trainer.world_size, self.student.untied, tuple(self._added)
+        state = CheckpointState(
+            self.plan, self.policy, self.record, self.run_config, processes, untied, added, self.run_name,
+            self.global_step,
+        )  # fmt: skip
+        checkpoint[CheckpointState.KEY] = state.to_json()
+        checkpoint[RANDOM_STATES] = random_states(self.device)
+        checkpoint["loops"] = resumable_loops(checkpoint["loops"], self.trainer)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = CheckpointState.of(checkpoint)
+        state.check_model(self.plan.model)
+        if not self.trainer.strategy.restore_checkpoint_after_setup:  # under an engine none comes after the start
+            self._untie(state.untied)
+        self.student.apply_plan(replace(state.plan, model=self.plan.model))  # it may have moved since
+        self.student.apply_policy(state.policy)
+        self.student.freeze_unused()
+        self.record = state.record
+        self._added = list(state.added)
+        self.run_name = state.run or self.run_name
+        if "state_dict" in checkpoint:  # an engine has loaded its shards itself, and checked them
+            check_weights(checkpoint["state_dict"], self.state_dict())
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            state.check_processes(self.trainer.world_size)
+            self._random = checkpoint[RANDOM_STATES][self.global_rank]
+
+    @override
+    def on_fit_start(self) -> None:
+        self.student.freeze_unused()
+        for folder in self._checkpoint_folders():
+            check_writable(folder)
+
+    def _checkpoint_folders(self) -> list[str]:
+        """Where this process writes checkpoints, on file systems of its own."""
+        savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+        folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
+        return [folder for folder in folders if "://" not in folder and self.trainer.is_global_zero]
+
+    @override
+    def on_train_start(self) -> None:
+        for folder in self._checkpoint_folders():  # now that every process has read the checkpoint it continues
+            settle(folder)
+        if self._random is not None:
+            restore_random_state(self._random, self.device)
+
+    @override
+    def on_fit_end(self) -> None:
+        for folder in self._checkpoint_folders():  # a run that was continued after its last step trains no more
+            settle(folder)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # In the middle of an epoch, once more: a loader draws from a generator when its iteration starts.
+        if self._random is not None and batch_idx > 0:
+            restore_random_state(self._random, self.device)
+        self._random = None

@@ -1,0 +1,39 @@
+"""Means of a validation or test epoch over the response tokens of all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics import MeanMetric
+
+from pdtrim_pl.evaluation.quality import TokenScores
+
+
+class QualityMeans:
+    """Running means of token scores, in fp64 where the device has it.
+
+    No submodule of a LightningModule: `precision: bf16-true` would cast its sums.
+
+    Args:
+        device: where the scores are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self._means = {name: MeanMetric() for name in ("nll", "teacher_nll", "kl", "agreement")}
+        for mean in self._means.values():
+            mean.set_dtype(exact).to(device)
+
+    def update(self, scores: TokenScores) -> None:
+        """Add the tokens of one batch."""
+        for name, column in vars(scores).items():
+            self._means[name].update(column)
+
+    def compute(self) -> dict[str, float]:
+        """Response perplexities, KL in nats and top-1 agreement; a collective where there are several ranks."""
+        means = {name: float(metric.compute()) for name, metric in self._means.items()}
+        return {
+            "ppl": float(torch.tensor(means["nll"]).exp()),
+            "teacher_ppl": float(torch.tensor(means["teacher_nll"]).exp()),
+            "kl": means["kl"],
+            "agreement": means["agreement"],
+        }

@@ -1,0 +1,37 @@
+"""Student and teacher on one batch, as losses look at them."""
+
+from __future__ import annotations
+
+import torch
+
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.losses.base import Distilled
+from pdtrim_pl.losses.chunked import token_weights
+from pdtrim_pl.staged import Request, StagedCausalLM
+from pdtrim_pl.staged.observed import BlockOutputs, run_observed
+
+
+def run_pair(
+    student: StagedCausalLM, teacher: StagedCausalLM, batch: Batch, *, watch_blocks: bool, min_chunks: int = 0
+) -> Distilled:
+    """Run both models on a batch, the teacher without gradients.
+
+    Args:
+        student: runs under its own plan and policy.
+        teacher: runs under its own plan; its cache is cut to the student's policy.
+        batch: requests with known responses.
+        watch_blocks: keep the outputs of single blocks too.
+        min_chunks: see `Distilled`.
+    """
+    ours, theirs = BlockOutputs(), BlockOutputs()
+    with torch.no_grad():
+        reference = run_observed(teacher, batch, theirs if watch_blocks else None)
+    out = run_observed(student, batch, ours if watch_blocks else None)
+    mask = batch.response_mask
+    return Distilled(
+        student=out.hidden[mask], teacher=reference.hidden[mask], targets=batch.response_ids[mask],
+        weights=token_weights(mask), student_head=student.logits, teacher_head=teacher.logits,
+        student_cache=out.cache, teacher_cache=reference.cache.retained(student.policy),
+        student_blocks=ours.outputs, teacher_blocks=theirs.outputs,
+        token_masks=Request.of(*batch.request, student.plan.boundary).valid, min_chunks=min_chunks,
+    )  # fmt: skip
