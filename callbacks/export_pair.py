@@ -1,4 +1,4 @@
-"""Export the prefill/decode pair, its policy, its report and its card at the end of fit."""
+"""Exports the prefill/decode pair with its policy, report and card at the end of fit."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ log = logging.getLogger(__name__)
 
 
 class ExportPair(Callback, TellsLoad):
-    """At the end of fit: measures what was gained and what it cost, exports the pair, prints the table.
+    """Measures quality and times, exports the pair and prints the summary, at the end of fit.
 
     In a trial (`trainer.fast_dev_run`) it only checks its settings.
 
     Args:
-        output: the directory to make.
+        output: the directory to create.
         dtype: element type of the exported weights and of the KV on the wire.
-        overwrite: replace an earlier export there; else the run fails before its first step, unless it wrote that one
-            itself and is continued because it was killed before it ended.
-        measure: whether to measure quality on the validation part and times; without it the report has no table.
+        overwrite: replace an earlier export there. Without it the run fails before its first step if there is one. A
+            run that was killed after its export and continues may always replace its own.
+        measure: measure quality on the validation part, and times; without it the report has no summary.
         prompt_tokens: length of the prompt for times and bytes.
         new_tokens: tokens generated for the decode time.
     """
@@ -192,7 +192,7 @@ def _origin(trainer: Trainer, module: PDTrimModule) -> Origin:
 
 
 def _untrained(module: PDTrimModule) -> StagedCausalLM:
-    """The student as it was before training: the teacher's weights, unless the teacher is another model."""
+    """The student as it was before training. It has the teacher's weights, unless the teacher is another model."""
     if module.loading.teacher in (None, module.model_name):
         return module.teacher
     attention, adapter = module.loading.attn_implementation, module.architecture

@@ -1,4 +1,4 @@
-"""One block for a span of neighbours, fitted locally before distillation begins."""
+"""Replaces a span of neighbours by one block that is fitted locally before distillation begins."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ LONG_FIT = Merging(min_cosine=-1.0, steps=1024, learning_rate=0.015)
 
 
 class SpanMerge(RemovalRounds):
-    """Replaces `blocks + 1` neighbours of both stages by one at the start of an epoch.
+    """Replaces `blocks + 1` neighbours of both stages by one block, at the start of an epoch.
 
-    A block is fitted briefly to every span; where that leaves the least KL on the calibration set, one is fitted for
-    `merging.steps`, and with it some blocks behind the span, which make good what one block cannot. Where there is
-    training text for it, less is lost than by drops (docs/results).
+    First it fits a block briefly to every span and takes the span with the least KL on the calibration set. Then it
+    fits a block to this span for `merging.steps`. Some trailing blocks behind the span learn too, and make up for what
+    one block cannot do. With enough training text this loses less than drops (docs/results).
 
     Args:
         blocks: how many to remove.
         epoch: when, from 0.
-        merging: the fit, on `steps` batches of training text. Engines that shard weights need `tied: true`.
-        tried: optimizer steps of the brief fits, one for every span.
-        behind: blocks behind the span that learn with it.
-        guards: blocks never to touch.
+        merging: the long fit, on `steps` batches of training text. Strategies that shard weights need `tied: true`.
+        tried: optimizer steps of each brief fit.
+        behind: trailing blocks that learn with the span.
+        guards: blocks that must stay.
         memory: how much the evaluation of spans may keep.
 
     Raises:
-        UserError: numbers that mean nothing.
+        UserError: a number out of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`pdtrim fit --dry_run`: would this configuration fit? Builds all but trainer and weights, and counts memory."""
+"""`pdtrim fit --dry_run`: counts the memory of a run. Builds neither the trainer nor any weights."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from pdtrim_pl.sizing.memory import GIB, Layout, Load, Memory, Shape, memory_per
 from pdtrim_pl.strategies import Sharding, check_freezing, check_masters, check_strategy
 
 ASSUMED_GPU = 79 * GIB
-"""What a card sold as 80 GB has, where there is no GPU to ask."""
+"""Bytes of a card sold as 80 GB; used if there is no GPU to ask."""
 
 
 class _Parsed(PDTrimCLI):
-    """The command line up to the trainer, which may want GPUs that are elsewhere."""
+    """The command line up to the trainer, which may need GPUs that this machine does not have."""
 
     @override
     def instantiate_classes(self) -> None:
@@ -51,10 +51,10 @@ class _Parsed(PDTrimCLI):
 
 
 def run(args: Sequence[str], out: TextIO | None = None) -> int:
-    """Print memory per process of `fit` with these arguments.
+    """Print the memory per process of `pdtrim fit` with these arguments.
 
     Raises:
-        UserError: it cannot fit, or the strategy is refused.
+        UserError: the run does not fit, or its strategy or precision is refused.
     """
     own = argparse.ArgumentParser(prog="pdtrim fit --dry_run", add_help=False)
     own.add_argument("--dry_run", action="store_true")
@@ -94,7 +94,7 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
 
 
 def model_config(name: str, folders: Sequence[Path], architecture: Architecture | None = None) -> PreTrainedConfig:
-    """The published shape from a file in one of the folders, else the model's own `config.json`."""
+    """The configuration of a model: from a file of published shapes in one of the folders, else its `config.json`."""
     for file in sorted(file for folder in folders for file in folder.glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
         if name in facts.pop("published_as"):
@@ -143,9 +143,9 @@ def load_of(
     module: PDTrimModule, data: PromptResponseDataModule, callbacks: Sequence[Callback] | None = None,
     untrained_bytes: int = 0,
 ) -> Load:  # fmt: skip
-    """What one process has in hand under these settings.
+    """What one process works on at a time under these settings.
 
-    Callbacks take turns, so of each thing that they hold the largest counts.
+    Callbacks take turns, so the largest value of each kind counts.
 
     Args:
         module: settings of the models.

@@ -25,7 +25,7 @@ def write_card(
         path: the file to write, `README.md` of the export.
         plan: what each stage runs.
         policy: what crosses between them.
-        summary: the measured table, where there is one.
+        summary: the measured table, if there is one.
         base_model: Hub id, path or name of the unpruned model.
         export: the export's directory, as the commands on the card should name it.
     """

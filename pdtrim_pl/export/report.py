@@ -1,4 +1,4 @@
-"""The report of an export: one HTML file that needs nothing else. `templates/report.html` holds its words."""
+"""The report of an export: one HTML file that needs no other. `templates/report.html` holds its words."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def write_report(
     summary: Summary | None = None,
     title: str = "PDTrim report",
 ) -> None:
-    """Write what a run decided, what it saw and what came of it as one HTML file.
+    """Write what a run measured, what it decided and what resulted, as one HTML file.
 
-    A section whose data is missing says so in a sentence.
+    A section without data says so in a sentence.
 
     Args:
         path: the file to write.
         plan: what each stage runs.
         policy: what crosses between them.
         record: losses, validations, removals, redundancy, attention mass and notes of the run.
-        summary: the final table, where it was measured.
+        summary: the final table, if it was measured.
         title: heading of the page.
     """
     policy.check(plan)
@@ -77,7 +77,7 @@ def installed_versions() -> dict[str, str]:
 def _pictures(
     plan: StagePlan, policy: KVRetentionPolicy, record: RunRecord, mass: dict[int, float]
 ) -> dict[str, str | None]:
-    """Each picture in base64; None where there is nothing to draw."""
+    """Each picture in base64; None if there is nothing to draw."""
     drawn = {
         "stage_map": figures.stage_map(plan),
         "redundancy": figures.redundancy(plan, record.redundancy) if any(record.redundancy.values()) else None,

@@ -1,4 +1,4 @@
-"""A job as a batch script. The scripts in `jobs/` are what this writes; a test compares them."""
+"""Renders a job as a batch script. The scripts in `jobs/` are its output; a test compares them."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ srun --kill-on-bad-exit=1 "${guard[@]}" "${pdtrim[@]}" fit --config "$config" --
 
 
 def render(job: JobRequest, kind: Kind = "fit", header: str | None = None) -> str:
-    """The batch script of a job. Its arguments are the configuration and overrides, so one script serves any run.
+    """The batch script of a job. It takes the configuration and overrides as arguments, so one script serves any run.
 
     Args:
         job: what to ask for.
-        kind: which of the shipped scripts.
-        header: comment on top instead of the shipped one.
+        kind: which of the shipped scripts to follow.
+        header: comment at the top; None means the shipped one.
     """
     body = PLANS if kind == "compare_array" else CONFIG
     run = RUN.replace("@PLAN@", '--model.structure.plan "$plan" ' if kind == "compare_array" else "")

@@ -1,4 +1,4 @@
-"""JSON Schemas (2020-12) of the files that another engine reads, and a check of such files against them."""
+"""JSON Schemas (2020-12) of the files that other engines read, and a check of files against them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pdtrim_pl.plan.json_files import check_format, read_json
 SCHEMAS: Mapping[str, str] = MappingProxyType(
     {PLAN_FORMAT: "stage_plan.schema.json", POLICY_FORMAT: "kv_policy.schema.json"}
 )
-"""Format and version -> file of this package."""
+"""Format and version -> file in this package."""
 TITLES: Mapping[str, str] = MappingProxyType({PLAN_FORMAT: "stage plan", POLICY_FORMAT: "KV policy"})
 
 
@@ -33,7 +33,7 @@ def validate(data: Any, format: str) -> None:
     """Check a parsed file against the schema of `format`.
 
     Raises:
-        UserError: another format or version, or the most telling fault and where it is.
+        UserError: another format or version, or the most relevant fault with its place.
     """
     check_format(data, format, "file")
     fault = best_match(Draft202012Validator(schema_of(format)).iter_errors(data))
@@ -46,10 +46,10 @@ def validate_file(path: Path, format: str | None = None) -> Any:
 
     Args:
         path: the file.
-        format: the format and version it must have; None takes the one it names itself.
+        format: the format and version it must have; None means the one that the file names.
 
     Raises:
-        UserError: naming the file and what is wrong with it.
+        UserError: the file does not fit; the message names the file and the fault.
     """
     data = read_json(path, "stage plan or KV policy" if format is None else TITLES[format])
     if format is None:
