@@ -71,7 +71,7 @@ def _config_of(name: str, *, asked: bool) -> PreTrainedConfig:
         if asked:
             raise
         raise UserError(
-            f"The checkpoint is of model `{name}`, which cannot be loaded. If it has moved, give its new place with "
+            f"The checkpoint is of model `{name}`, which cannot be loaded: where it has moved, say where to with "
             f"`--model`. {error}"
         ) from error
 
