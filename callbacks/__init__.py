@@ -1,4 +1,4 @@
-"""When and which: Lightning callbacks over the public functions of pdtrim_pl, named in YAML by class path."""
+"""Lightning callbacks over the public functions of pdtrim_pl, named in YAML by class path."""
 
 from callbacks.block_drop import BlockDrop, RepeatedDrop
 from callbacks.export_pair import ExportPair

@@ -1,4 +1,4 @@
-"""Drop and merge blocks of one stage between distillation epochs."""
+"""Drops and merges blocks of one stage between distillation epochs."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ class RepeatedDrop:
 
 
 class BlockDrop(RemovalRounds):
-    """At the start of the scheduled epochs, takes out the blocks whose loss hurts least.
+    """Removes the blocks that hurt least, at the start of the scheduled epochs.
 
-    Use one instance per stage; they run in the order of the list. Evaluations are kept in `search_journal.jsonl` beside
-    the checkpoints, so a killed search repeats none.
+    Use one instance per stage; they run in the order of the list. `search_journal.jsonl` beside the checkpoints keeps
+    all evaluations, so a continued search repeats none.
 
     Args:
         stage: `prefill`, `decode`, or `both` (the only choice under `relation: unified`).
-        criterion: how harm is measured.
+        criterion: measures how much it hurts to drop a block.
         schedule: {epoch: blocks}, or `blocks`, `every`, `until` and `start` of a repeated drop. Epochs count from 0.
-        guards: blocks never to touch, and a cap.
-        annealing: after that choice, search its neighbours for less KL to the teacher; null does not.
-        merging: let neighbours be merged into one block that was fitted to both, beside plain drops; the
-            removals of a round are then chosen by KL to the teacher, whatever the criterion.
-        memory: how much a search may keep, on the device of the models.
+        guards: blocks that must stay, and a cap.
+        annealing: improve the choice by simulated annealing on KL to the teacher; null does not.
+        merging: offer merges beside plain drops: one block, fitted to two neighbours, stands for both. A round then
+            chooses by KL to the teacher, whatever the criterion.
+        memory: how much a search may keep on the models' device.
 
     Raises:
         UserError: a schedule with a negative epoch or a count below 1.
@@ -95,7 +95,7 @@ class BlockDrop(RemovalRounds):
 
     @property
     def _counted(self) -> Stage:
-        """The stage whose blocks are counted; `both` loses the same ones in each."""
+        """The stage whose blocks are counted. With `both`, the two stages lose the same blocks."""
         return "decode" if self.stage == "decode" else "prefill"
 
     @override
@@ -111,7 +111,7 @@ class BlockDrop(RemovalRounds):
             )
 
     def _due(self, plan: StagePlan, asked: int) -> int:
-        """How many blocks a round drops: `until` counts what is gone, whoever dropped it."""
+        """How many blocks a round drops. `until` counts all removed blocks, whatever removed them."""
         return asked if self.until is None else max(0, min(asked, self.until - len(plan.removed(self._counted))))
 
     @override

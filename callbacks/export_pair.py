@@ -1,4 +1,4 @@
-"""Export the prefill/decode pair, its policy, its report and its card at the end of fit."""
+"""Exports the prefill/decode pair with its policy, report and card at the end of fit."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.parallel import on_first_rank
+from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.model import kv_shape_of
 from pdtrim_pl.strategies import parallel_of
@@ -34,17 +35,17 @@ from pdtrim_pl.strategies import parallel_of
 log = logging.getLogger(__name__)
 
 
-class ExportPair(Callback):
-    """At the end of fit: measures what was gained and what it cost, exports the pair, prints the table.
+class ExportPair(Callback, TellsLoad):
+    """Measures quality and times, exports the pair and prints the summary, at the end of fit.
 
     In a trial (`trainer.fast_dev_run`) it only checks its settings.
 
     Args:
-        output: the directory to make.
+        output: the directory to create.
         dtype: element type of the exported weights and of the KV on the wire.
-        overwrite: replace an earlier export there; else the run fails before its first step, unless it wrote that one
-            itself and is continued because it was killed before it ended.
-        measure: whether to measure quality on the validation part and times; without it the report has no table.
+        overwrite: replace an earlier export there. Without it the run fails before its first step if there is one. A
+            run that was killed after its export and continues may always replace its own.
+        measure: measure quality on the validation part, and times; without it the report has no summary.
         prompt_tokens: length of the prompt for times and bytes.
         new_tokens: tokens generated for the decode time.
     """
@@ -108,6 +109,10 @@ class ExportPair(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._export_once(trainer, pl_module)  # a run that was continued after its last step trains no more
+
+    @override
+    def load(self) -> CallbackLoad:
+        return CallbackLoad(untrained_student=self.measure)
 
     def _export_once(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PDTrimModule)
@@ -187,7 +192,7 @@ def _origin(trainer: Trainer, module: PDTrimModule) -> Origin:
 
 
 def _untrained(module: PDTrimModule) -> StagedCausalLM:
-    """The student as it was before training: the teacher's weights, unless the teacher is another model."""
+    """The student as it was before training. It has the teacher's weights, unless the teacher is another model."""
     if module.loading.teacher in (None, module.model_name):
         return module.teacher
     attention, adapter = module.loading.attn_implementation, module.architecture

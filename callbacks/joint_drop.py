@@ -1,4 +1,4 @@
-"""Take blocks out of both stages, and KV off the wire, by one search against a target of costs."""
+"""Removes blocks from both stages and KV from the wire, by one search against a target of costs."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class RequestShape:
 
 
 class JointDrop(RemovalRounds):
-    """At the start of the scheduled epochs, searches both stages at once for the least KL that meets a cost target.
+    """Searches both stages at once for the least KL that meets a cost target, at the start of the scheduled epochs.
 
-    For `relation: free`. It also chooses the KV policy where `wire_bytes` is below 1: leave KVRetention out then.
+    Needs `relation: free`. With `wire_bytes` below 1 it chooses the KV policy too: then leave out KVRetention.
 
     Args:
         target: the most that a request may cost after the last round, as shares of the dense model.
-        epochs: epochs with a round, from 0. Each of n rounds goes an n-th of the way to the target.
+        epochs: epochs with a round, from 0. Each of n rounds goes one n-th of the way to the target.
         request: prompt and response lengths that the costs are counted for.
-        guards: blocks never to touch, and a cap a stage.
-        retention: what a block sends whose KV is trimmed.
-        annealing: search from the greedy choice; null does not.
-        merging: let neighbours of one stage be merged into one block that was fitted to both, beside plain drops.
-        memory: how much a search may keep, on the device of the models.
+        guards: blocks that must stay, and a cap per stage.
+        retention: what a block with trimmed KV sends.
+        annealing: improve the greedy choice by simulated annealing; null does not.
+        merging: offer merges beside plain drops: one block, fitted to two neighbours of a stage, stands for both.
+        memory: how much a search may keep on the models' device.
 
     Raises:
-        UserError: no epoch, one below 0, a target that asks for nothing, or merges `tied` in both stages.
+        UserError: no epoch, an epoch below 0, a target that asks for nothing, or merges `tied` in both stages.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Choose which KV entries cross from prefill to decode, after the last round of drops."""
+"""Chooses which KV entries cross from prefill to decode, after the last round of drops."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class KVRetention(Callback):
-    """At the start of the last round's epoch, right after its drops, sets the KV retention policy.
+    """Sets the KV retention policy right after the last round of drops.
 
-    The epochs that are left distil the student under the policy. Stands after every BlockDrop in the list.
+    The remaining epochs distil the student under the policy. List it after every BlockDrop.
 
     Args:
-        selector: which blocks of D send only the first and last prompt positions.
-        epoch: when to choose; at the last drop by default, or at the start where nothing drops.
+        selector: chooses which blocks of D send only the first and last prompt positions.
+        epoch: when to choose; by default at the last drop, or at the start if nothing drops.
 
     Raises:
         UserError: a negative epoch.

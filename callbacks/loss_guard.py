@@ -1,4 +1,4 @@
-"""End a run, or pass over a step, when the training loss is no longer a number."""
+"""Stops a run, or skips a step, when the training loss is not finite."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ log = logging.getLogger(__name__)
 
 
 class LossGuard(Callback):
-    """Looks at every loss before it reaches the weights; a NaN or infinite one is never learned from.
+    """Checks every loss before the backward pass; the weights never learn from one that is NaN or infinite.
 
-    The batch is saved with its loss as `step{N}-rank{R}.pt` in `output`, for `torch.load`. Every rank acts alike, also
-    those whose own loss is fine: gradients are averaged over all of them.
+    Saves the batch with its loss as `step{N}-rank{R}.pt` in `output`, for `torch.load`. Gradients are averaged over all
+    ranks, so every rank acts alike, even if its own loss is finite.
 
     Args:
-        skip: leave out the optimizer step (all accumulated batches of it) this many times in a run, then stop.
-        output: where batches are saved; `bad_batches` in `trainer.default_root_dir` by default.
+        skip: how many optimizer steps of a run may be skipped, with all their accumulated batches; the next one stops
+            the run.
+        output: where batches are saved; by default `bad_batches` in `trainer.default_root_dir`.
 
     Raises:
         UserError: a negative `skip`.
@@ -89,7 +90,7 @@ class LossGuard(Callback):
         return self.output or Path(trainer.default_root_dir) / "bad_batches"
 
     def _save(self, trainer: Trainer, loss: float) -> str:
-        """Returns why the batch could not be saved; nothing where it was."""
+        """Save the batch. Returns why it could not be saved, or an empty text."""
         assert self._batch is not None
         folder = self._folder(trainer)
         facts = {

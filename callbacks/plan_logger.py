@@ -1,4 +1,4 @@
-"""Say what happens to the plan, and how far the run is."""
+"""Logs changes of the plan and the progress of the run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class PlanLogger(Callback):
-    """Logs every drop with its score, the number of blocks per stage as metrics, and a line of progress now and then.
+    """Logs every drop with its score, the number of blocks per stage as metrics, and lines of progress.
 
     Args:
-        every_seconds: time between two lines of progress; 0 turns them off.
+        every_seconds: seconds between two lines of progress; 0 turns them off.
 
     Raises:
         UserError: a negative time.

@@ -12,7 +12,7 @@ from pdtrim_pl.module import PDTrimModule
 
 
 class PlanProgressBar(RichProgressBar):
-    """Lightning's rich bar, with the number of blocks each stage runs among its metrics, as `P27 D24`."""
+    """Lightning's rich bar that also shows the number of blocks per stage, such as `P27 D24`."""
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

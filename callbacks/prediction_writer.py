@@ -1,4 +1,4 @@
-"""Write what `pdtrim predict` generates."""
+"""Writes what `pdtrim predict` generates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pdtrim_pl.data.collate import Batch
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes one JSON line a prompt: `{"prompt", "response", "generated"}`, decoded text; one file a rank.
+    """Writes one JSON line per prompt, `{"prompt", "response", "generated"}` as text, to one file per rank.
 
-    In a trial (`trainer.fast_dev_run`) it writes nothing: an earlier file is worth more than its few lines.
+    In a trial (`trainer.fast_dev_run`) it writes nothing, so that an earlier file stays.
 
     Args:
-        output: the file to write; ranks above 0 add their number to its name. It is replaced.
+        output: the file to write; an earlier one is replaced. Ranks above 0 add their number to its name.
     """
 
     def __init__(self, output: Path = Path("predictions.jsonl")) -> None:

@@ -1,4 +1,4 @@
-"""Save, requeue the job and leave when the cluster asks for the machine back."""
+"""Saves, requeues the job and exits when the cluster asks for the machine back."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ EXIT_STATUS = 75  # EX_TEMPFAIL: not done, to be continued
 
 
 class Preempted(SystemExit):
-    """The run is saved and leaves; not an error of the run."""
+    """The run is saved and exits; this is not an error of the run."""
 
 
 class Preemption(Checkpoint):
-    """On SIGUSR1 or SIGTERM: saves `last.ckpt` at the next batch end, puts the SLURM job back into the queue, leaves.
+    """Saves `last.ckpt`, puts the SLURM job back into the queue and exits, on SIGUSR1 or SIGTERM.
 
-    Nothing happens inside a signal handler. From `setup` on the two signals are blocked, so one that comes stays
-    pending until a batch ends, and the ranks agree there by an all-reduce: saving is collective and every rank must do
-    it after the same batch. Blocked signals are inherited by data-loading workers, which SIGTERM would kill otherwise.
-    A search is left between two evaluations, and nothing is saved: it goes on from the last checkpoint by its journal,
-    which knows it by its weights, so keep a checkpoint of the end of every epoch. A notice after its last evaluation is
-    acted on after the first batch under the new plan. One during an epoch's last batch waits for the validation, which
-    a run resumed from before it would skip. In mid-accumulation it waits for the optimizer step.
+    Nothing happens inside a signal handler. `setup` blocks both signals, so that a signal stays pending until a batch
+    ends. There the ranks agree by an all-reduce: saving is a collective, and every rank must do it after the same
+    batch. Data-loading workers inherit the block; otherwise SIGTERM would kill them.
 
-    A `Checkpoint` in Lightning's eyes, so its hooks run after those of the other callbacks; list it last.
+    When the run exits:
+    - In the middle of accumulation, after the optimizer step.
+    - In the last batch of an epoch, after the validation. A run continued from before it would skip the validation.
+    - In a search, between two evaluations, without saving. The continued run starts at the last checkpoint, and the
+      journal gives back the evaluations made with the same weights. So save a checkpoint at the end of every epoch.
+    - After the last evaluation of a search, after the first batch under the new plan.
 
-    Without SLURM the run is saved and ends with status 75. Continue with `--ckpt_path last`.
+    Lightning treats it as a `Checkpoint`, so its hooks run after those of the other callbacks. List it last.
+
+    Without SLURM the run saves and exits with status 75. Continue with `--ckpt_path last`.
 
     Args:
-        max_requeues: after so many restarts the job saves and ends instead of going back into the queue.
+        max_requeues: after this many restarts the job saves and ends instead of going back into the queue.
 
     Raises:
         UserError: a negative count.
@@ -104,14 +107,14 @@ class Preemption(Checkpoint):
 
     @property
     def noticed(self) -> bool:
-        """Whether this process was sent one of the signals."""
+        """Whether this process got one of the signals."""
         return self._delivered or bool(signal.sigpending() & NOTICES)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._delivered = True
 
     def leave_search(self, trainer: Trainer) -> None:
-        """Leave between two evaluations or groups of local fits, if asked to; every rank must call it."""
+        """Exit between two evaluations or groups of local fits, if asked to. Collective."""
         if self._asked(trainer):
             if trainer.is_global_zero:
                 log.info(
@@ -140,7 +143,7 @@ class Preemption(Checkpoint):
         self._leave(trainer)
 
     def _requeue(self) -> str:
-        """Put the job back into the queue, if there is one and it may; returns what to tell."""
+        """Put the job back into the queue, if there is a job and restarts are left. Returns a line for the log."""
         by_hand = "Continue with the same command and `--ckpt_path last`."
         job = RunningJob.here()
         if job is None:
@@ -154,7 +157,7 @@ class Preemption(Checkpoint):
         return f"Job {job.id} is back in the queue, restart {job.restarts + 1} of at most {self.max_requeues}."
 
     def _release(self) -> None:
-        """Forget notices that came too late to matter, and let signals through again."""
+        """Drop signals that came too late, and unblock both signals."""
         if self._mask_before is None:
             return
         while signal.sigpending() & NOTICES:
@@ -164,7 +167,7 @@ class Preemption(Checkpoint):
 
 
 def leave_search(trainer: Trainer) -> None:
-    """What a search calls before every evaluation and group of local fits, on every rank."""
+    """A search calls this on every rank before every evaluation and group of local fits."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if isinstance(callback, Preemption):
@@ -172,5 +175,5 @@ def leave_search(trainer: Trainer) -> None:
 
 
 def first_saver(trainer: Trainer) -> ModelCheckpoint | None:
-    """The saver in whose folder the run keeps its files."""
+    """The ModelCheckpoint in whose folder the run keeps its files."""
     return next((saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)), None)

@@ -1,4 +1,4 @@
-"""The base of callbacks that take blocks out between distillation epochs, and what their searches look at."""
+"""Base of the callbacks that remove blocks between distillation epochs, and the context of their searches."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import Move, StagePlan, Target
 from pdtrim_pl.search import Guards, distillation_set
+from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import check_drops, check_merges, parallel_of
 
 log = logging.getLogger(__name__)
 
 
-class RemovalRounds(Callback):
+class RemovalRounds(Callback, TellsLoad):
     """Removes blocks at the start of some epochs. A subclass says which, in `remove`.
 
-    The plan lives in the module, so a continued run finds it there; this callback only remembers which rounds are done.
+    The module keeps the plan, also in checkpoints. This callback only remembers which rounds are done.
 
     Args:
-        title: what is removed, for messages.
+        title: name of the callback in messages, such as `decode drops`.
         epochs: epochs with a round, from 0.
-        guards: blocks never to touch, and a cap.
-        merging: how neighbours are fitted that may be merged; null merges none.
+        guards: blocks that must stay, and a cap.
+        merging: how merged blocks are fitted; null merges none.
         memory: how much a search may keep.
     """
 
@@ -55,14 +56,14 @@ class RemovalRounds(Callback):
         """Epoch of the last round."""
         return max(self.epochs)
 
-    @property
-    def fitted_at_once(self) -> int:
-        """Blocks that local fits train at a time: a run is fitted from its first block and from its last."""
-        return 0 if self.merging is None else 2 * self.merging.pairs_at_once
+    @override
+    def load(self) -> CallbackLoad:
+        # Each run of blocks is fitted twice, from its first block and from its last.
+        return CallbackLoad(self.memory, self.merging, 0 if self.merging is None else 2 * self.merging.pairs_at_once)
 
     @abstractmethod
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
-        """Make round `round`, counted from 0: choose and apply a plan."""
+        """Choose and apply a plan in round `round`, counted from 0."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -93,7 +94,7 @@ class RemovalRounds(Callback):
         self.done = list(state_dict["done"])
 
     def merges(self, trainer: Trainer, context: ScoringContext, start: StagePlan, *targets: Target) -> list[Move]:
-        """The distillation sets of some targets; nothing where none is asked for."""
+        """The distillation sets of some targets; empty without `merging`."""
         if self.merging is None:
             return []
         text = fitting_batches(trainer, self.merging)
@@ -104,7 +105,7 @@ class RemovalRounds(Callback):
 def scoring_context(
     trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM, memory: Memory
 ) -> ScoringContext:
-    """What criteria and searches look at in a run; the run's record gets the redundancy that its first round sees."""
+    """The context of criteria and searches in a run. The first round puts its redundancy into the run's record."""
     ranks = parallel_of(trainer.strategy, leave_if_asked=partial(leave_search, trainer))
     context = ScoringContext(
         student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks, journal_file(trainer),
@@ -116,17 +117,17 @@ def scoring_context(
 
 
 def lasts_until(epoch: int, trainer: Trainer) -> bool:
-    """Whether a run gets to an epoch, counted from 0. A trial does all in its only one."""
+    """Whether a run reaches an epoch, counted from 0. A trial does everything in its only epoch."""
     return trial_batches(trainer) is not None or trainer.max_epochs in (None, -1) or epoch < (trainer.max_epochs or 0)
 
 
 def is_due(epoch: int, trainer: Trainer) -> bool:
-    """Whether what is planned for an epoch happens in the one that begins: in a trial, all of it."""
+    """Whether a round planned for `epoch` happens in the epoch that begins now. In a trial all of them do."""
     return trial_batches(trainer) is not None or epoch == trainer.current_epoch
 
 
 def journal_file(trainer: Trainer) -> Path | None:
-    """Where evaluations are kept: beside the checkpoints; nowhere in a trial."""
+    """The file of evaluations, beside the checkpoints; None in a trial."""
     if trial_batches(trainer) is not None:
         return None
     saver = first_saver(trainer)
@@ -155,7 +156,7 @@ def calibration_batches(trainer: Trainer) -> list[Any]:
 
 
 def fitting_batches(trainer: Trainer, merging: Merging) -> list[Any]:
-    """What to fit merged blocks on: training text, or calibration text of a foreign data module."""
+    """The text to fit merged blocks on: training text, or calibration text if the data module is another class."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, PromptResponseDataModule):
         return limited(islice(data.fitting_dataloader(), merging.batches(data.eval_batch_size)), trainer)
@@ -163,7 +164,7 @@ def fitting_batches(trainer: Trainer, merging: Merging) -> list[Any]:
 
 
 class _Heartbeat:
-    """Says how far a search is, at most every ten seconds."""
+    """Logs the progress of a search, at most every ten seconds."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()

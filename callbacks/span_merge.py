@@ -1,8 +1,9 @@
-"""One block for a span of neighbours, fitted locally before distillation begins."""
+"""Replaces a span of neighbours by one block that is fitted locally before distillation begins."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from lightning.pytorch import Trainer
 from typing_extensions import override
@@ -14,6 +15,7 @@ from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import Guards, replace_span
+from pdtrim_pl.sizing.callback_load import CallbackLoad
 
 log = logging.getLogger(__name__)
 
@@ -21,23 +23,23 @@ LONG_FIT = Merging(min_cosine=-1.0, steps=1024, learning_rate=0.015)
 
 
 class SpanMerge(RemovalRounds):
-    """Replaces `blocks + 1` neighbours of both stages by one at the start of an epoch.
+    """Replaces `blocks + 1` neighbours of both stages by one block, at the start of an epoch.
 
-    A block is fitted briefly to every span; where that leaves the least KL on the calibration set, one is fitted for
-    `merging.steps`, and with it some blocks behind the span, which make good what one block cannot. Where there is
-    training text for it, less is lost than by drops (docs/results).
+    First it fits a block briefly to every span and takes the span with the least KL on the calibration set. Then it
+    fits a block to this span for `merging.steps`. Some trailing blocks behind the span learn too, and make up for what
+    one block cannot do. With enough training text this loses less than drops (docs/results).
 
     Args:
         blocks: how many to remove.
         epoch: when, from 0.
-        merging: the fit, on `steps` batches of training text. Engines that shard weights need `tied: true`.
-        tried: optimizer steps of the brief fits, one for every span.
-        behind: blocks behind the span that learn with it.
-        guards: blocks never to touch.
+        merging: the long fit, on `steps` batches of training text. Strategies that shard weights need `tied: true`.
+        tried: optimizer steps of each brief fit.
+        behind: trailing blocks that learn with the span.
+        guards: blocks that must stay.
         memory: how much the evaluation of spans may keep.
 
     Raises:
-        UserError: numbers that mean nothing.
+        UserError: a number out of range.
     """
 
     def __init__(
@@ -52,10 +54,10 @@ class SpanMerge(RemovalRounds):
         super().__init__("span merge", [epoch], guards, merging, memory)
         self.blocks, self.tried, self.behind = blocks, tried, behind
 
-    @property
     @override
-    def fitted_at_once(self) -> int:
-        return max(super().fitted_at_once, 2 * (1 + self.behind))
+    def load(self) -> CallbackLoad:
+        load = super().load()
+        return replace(load, fitted_at_once=max(load.fitted_at_once, 2 * (1 + self.behind)))
 
     @override
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:

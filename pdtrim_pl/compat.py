@@ -2,21 +2,26 @@
 
 `tests/test_compat.py` tests each of these alone, so that a release that changes one fails there, by name. What our
 classes override cannot stand here: `torch.nn.Module._apply`, through which `to`, `half` and `cuda` move a module's
-tensors (`staged/gate.py`, `staged/model.py`), and in `lightning_cli.py` `LightningCLI._parse_ckpt_path`, called before
-anything is built, `_prepare_subcommand_kwargs`, whose result the trainer's command gets, and `_get`.
+tensors (`staged/gate.py`, `staged/model.py`), and in `cli/lightning_cli.py` `LightningCLI._parse_ckpt_path`, called
+before anything is built, `_run_subcommand`, which runs the trainer's command, `_prepare_subcommand_kwargs`, whose
+result that command gets, and `_get`.
 
-Lightning and DeepSpeed are not imported, so that a serving process starts without them; hence `Any`.
+Functions import what they need themselves: a serving process starts without Lightning and DeepSpeed, and a command line
+is parsed without torch. Hence `Any`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+    from datasets import Dataset
+    from torch import Tensor, nn
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import PreTrainedModel
 
 # Lightning
 
@@ -63,6 +68,66 @@ def attention_of(model: PreTrainedModel) -> Any:
     return model.config._attn_implementation
 
 
+def has_model_file(path: str, name: str) -> bool:
+    """Whether a model has a file of that name; in offline mode the Hub's cache answers.
+
+    Args:
+        path: a directory or a Hub id.
+        name: of the file.
+    """
+    from transformers.utils.hub import has_file
+
+    return bool(has_file(path, name))
+
+
+def model_file(path: str, name: str) -> str:
+    """Where one file of a model lies. A Hub model's file is downloaded first, unless the cache has it.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    from transformers.utils.hub import cached_file
+
+    file = cached_file(path, name)
+    assert file is not None, "it raises for a file that is not there"
+    return file
+
+
+def tensors_of_file(file: str) -> dict[str, Tensor]:
+    """Names, shapes and element types of the weights in a `.safetensors` or `.bin` file, on the meta device."""
+    from transformers.modeling_utils import load_state_dict
+
+    tensors: dict[str, Tensor] = load_state_dict(file, map_location="meta")
+    return tensors
+
+
+# datasets
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """Hash of a dataset's source and of every step that made it; the same in every process."""
+    return str(dataset._fingerprint)
+
+
+# jsonargparse
+
+
+def options_of(parser: ArgumentParser) -> list[str]:
+    """Options of a parser without their dashes, each once, and those of its subcommands without the command's name."""
+    options: list[str] = []
+    for action in parser._actions:
+        if isinstance(action.choices, dict):  # subcommands
+            options += [option for command in action.choices.values() for option in options_of(command)]
+        options += [option.removeprefix("--") for option in action.option_strings if option.startswith("--")]
+    return list(dict.fromkeys(options))
+
+
+def refusing_parser(parser: ArgumentParser, error: Exception | None) -> ArgumentParser:
+    """The parser that refused a command line: of the subcommand that jsonargparse notes in its error, else `parser`."""
+    found: ArgumentParser = parser if error is None else vars(error).get("subcommand_parser", parser)
+    return found
+
+
 # torch
 
 
@@ -88,6 +153,7 @@ def fp32_parts(engine: Any, stage: int) -> list[Tensor]:
 
 def clear_optimizer_state(engine: Any, stage: int, parameter: nn.Parameter) -> None:
     """Make the momenta of one weight zero. The count of steps, which all weights of a shard share, stays."""
+    import torch
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if stage == 3:

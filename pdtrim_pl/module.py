@@ -30,7 +30,7 @@ from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.context import usable_context
-from pdtrim_pl.models.loading import Loading, dtype_of
+from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Structure
 from pdtrim_pl.staged import StagedCausalLM
@@ -117,6 +117,9 @@ class PDTrimModule(ResumableModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_masters(self._trainer.strategy, str(self._trainer.precision), model.dtype)  # `auto` is known now
         teacher = self.pair.teacher(plan.boundary, model.config.vocab_size)
+        if self._trainer is not None and self._trainer.is_global_zero:
+            device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
+            warn_of_slow_bf16(device, model.dtype, teacher.model.dtype, precision)
         self.student = StagedCausalLM(model, architecture=self.architecture).train()
         self._untie(plan.untied)
         self.student.apply_plan(plan)

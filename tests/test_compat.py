@@ -9,14 +9,17 @@ import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
+from datasets import Dataset
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
+from safetensors.torch import save_file
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -108,11 +111,16 @@ def test_a_ddp_strategy_tells_its_settings() -> None:
 
 def test_the_methods_of_the_cli_that_ours_overrides_are_called(tmp_path: Path) -> None:
     called: list[str] = []
+    ran: list[str] = []
 
     class CLI(LightningCLI):
         def _parse_ckpt_path(self) -> None:
             assert not hasattr(self, "model")
             called.append("parse")
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            ran.append(subcommand)
+            super()._run_subcommand(subcommand)
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
             arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -129,6 +137,7 @@ def test_the_methods_of_the_cli_that_ours_overrides_are_called(tmp_path: Path) -
     CLI(Tiny, args=["fit", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", folder, *options],
         save_config_callback=None)  # fmt: skip
     assert called == ["parse", "1", "fit ['ckpt_path', 'model']"]
+    assert ran == ["fit"]
 
 
 def test_the_attention_implementation_is_looked_up_at_every_call() -> None:
@@ -139,6 +148,80 @@ def test_the_attention_implementation_is_looked_up_at_every_call() -> None:
     model.set_attn_implementation("eager")
     assert compat.attention_of(model) == "eager"
     assert model(ids, output_attentions=True, use_cache=False).attentions[0].shape == (1, 4, 6, 6)
+
+
+def test_a_models_file_is_found_in_its_directory(tiny_llama_dir: Path) -> None:
+    folder, name = str(tiny_llama_dir), "model.safetensors"
+    assert compat.has_model_file(folder, name)
+    assert compat.model_file(folder, name) == str(tiny_llama_dir / name)
+    assert not compat.has_model_file(folder, "model.safetensors.index.json")
+    with pytest.raises(OSError, match=r"does not appear to have a file named nothing\.bin"):
+        compat.model_file(folder, "nothing.bin")
+
+
+def test_a_hub_models_file_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--me--mine" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--me--mine" / "refs").mkdir()
+    (tmp_path / "models--me--mine" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    assert compat.has_model_file("me/mine", "config.json")
+    assert compat.model_file("me/mine", "config.json") == str(snapshot / "config.json")
+    assert not compat.has_model_file("me/mine", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_the_weights_of_a_file_are_described_without_their_values(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    weights = {"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.ones(4, dtype=torch.int8)}
+    save_file(weights, file, {"format": "pt"}) if file.suffix == ".safetensors" else torch.save(weights, file)
+    found = compat.tensors_of_file(str(file))
+    assert {key: (tensor.shape, tensor.dtype, tensor.device.type) for key, tensor in found.items()} == {
+        key: (tensor.shape, tensor.dtype, "meta") for key, tensor in weights.items()
+    }
+
+
+def test_a_datasets_fingerprint_follows_its_rows_and_its_steps(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+
+    def rows() -> Dataset:
+        return Dataset.from_text(str(file), cache_dir=str(tmp_path / "cache"))
+
+    file.write_text("a\nb")
+    first, again = rows(), rows()
+    file.write_text("a\nlonger")
+    prints = [compat.dataset_fingerprint(each) for each in (first, again, first.select([0]), rows())]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def a_parser() -> ArgumentParser:
+    command = ArgumentParser(prog="run fit")
+    command.add_argument("--epochs", type=int)
+    parser = ArgumentParser(prog="run", exit_on_error=False)
+    parser.add_argument("--seed", type=int)
+    parser.add_subcommands().add_subcommand("fit", command)
+    return parser
+
+
+def test_a_parser_tells_its_options_and_those_of_its_subcommands() -> None:
+    assert compat.options_of(a_parser()) == ["help", "seed", "epochs"]
+
+
+def test_an_error_tells_the_subcommand_that_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+
+    def error(self: ArgumentParser, message: str, ex: Exception | None = None) -> NoReturn:
+        refused.append(compat.refusing_parser(self, ex).prog)
+        raise SystemExit(2)
+
+    monkeypatch.setattr(ArgumentParser, "error", error)
+    for arguments in (["fit", "--wrong=1"], ["--wrong=1"]):
+        with pytest.raises(SystemExit):
+            a_parser().parse_args(arguments)
+    assert refused == ["run [options] fit", "run"]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from lightning.pytorch import Callback
 from tiny_models import tiny_model
 from torch import Tensor
 
-from callbacks import BlockDrop, PlanLogger, SpanMerge
+from callbacks import BlockDrop, ExportPair, PlanLogger, SpanMerge
 from pdtrim_pl.cli import main as cli
 from pdtrim_pl.cli.dry_run import load_of, model_config, run
 from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.sizing.memory import GIB, HOST_BYTES, Layout, Load, Shape, block_elements, memory_per_process
+from pdtrim_pl.sizing.memory import GIB, HOST_BYTES, Layout, Load, Memory, Shape, block_elements, memory_per_process
 from pdtrim_pl.staged import StagedCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +201,42 @@ def test_a_dry_run_counts_the_largest_merges_of_all_callbacks(tiny_llama_dir: Pa
     span = SpanMerge(1, merging=Merging(pairs_at_once=1), behind=3)
     asked = ([], drops[:1], drops, [span], [*drops, span], [SpanMerge(1, merging=large, behind=1)])
     assert [load_of(module, data, callbacks).fitted_at_once for callbacks in asked] == [0, 0, 6, 8, 8, 6]
+
+
+def test_an_export_that_measures_loads_the_untrained_student_beside_another_teacher(
+    tiny_llama_dir: Path, tmp_path: Path, eight: Shape
+) -> None:
+    module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
+    measures, only_exports = ExportPair(tmp_path), ExportPair(tmp_path, measure=False)
+    asked = ([measures], [only_exports], [PlanLogger()])
+    assert [load_of(module, data, callbacks, 2).untrained_bytes for callbacks in asked] == [2, 0, 0]
+    assert load_of(module, data, [measures]).untrained_bytes == 0, "the teacher's weights are the untrained ones"
+    load = replace(LOAD, search_cache_bytes=0, search_teacher_bytes=0)
+    layout = Layout(student_bytes=2, teacher_bytes=2, compute_bytes=2)
+    needed = [
+        memory_per_process(eight, eight, layout, replace(load, untrained_bytes=width)).device["activations or search"]
+        for width in (2, 4)
+    ]
+    assert needed[1] - needed[0] == 2 * eight.parameters
+
+
+def test_a_dry_run_counts_the_untrained_student_where_the_teacher_is_another_model(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama_dir, other)
+    names = [f"--model.model={tiny_llama_dir}", f"--data.tokenizer={tiny_llama_dir}", "--trainer.accelerator=cpu"]
+    asked: list[Load] = []
+
+    def kept(student: Shape, teacher: Shape, layout: Layout, load: Load) -> Memory:
+        asked.append(load)
+        return memory_per_process(student, teacher, layout, load)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pdtrim_pl.cli.dry_run.memory_per_process", kept)
+        for teacher in (tiny_llama_dir, other):
+            dry_run(ROOT / "configs" / "quickstart.yaml", *names, f"--model.loading.teacher={teacher}")
+    assert [load.untrained_bytes for load in asked] == [0, 4]
 
 
 def test_more_tokens_need_more_memory_and_checkpointing_less(eight: Shape) -> None:

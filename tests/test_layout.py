@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pdtrim_pl"
+HOUSE = ROOT / "docs" / "architecture.md"
 LOOSE = {"__init__", "__main__", "compat", "errors", "module", "parallel"}
 """Files that may lie at the top of the package."""
 FLOORS = (
@@ -118,6 +120,23 @@ def test_no_file_is_long(path: Path) -> None:
 def test_what_other_tools_read_imports_no_torch(module: str) -> None:
     code = f"import sys, pdtrim_pl.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_map_of_the_house_has_every_room_on_its_floor() -> None:
+    found: list[set[str]] = []
+    for line in HOUSE.read_text(encoding="utf-8").splitlines():
+        if row := re.match(r"\| *(\d*) \| \[`(\w+)`\]", line):
+            if row[1]:
+                found.append(set())
+                assert int(row[1]) == len(found) - 1
+            found[-1].add(row[2])
+    assert tuple(found) == FLOORS
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_no_test_folder_shadows_the_callbacks_package() -> None:

@@ -1,4 +1,4 @@
-"""`pdtrim compare`: settings from YAML and overrides, then every row, tables and pictures."""
+"""`pdtrim compare`: reads settings from YAML and overrides, makes every row, and writes tables and pictures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pdtrim_pl.plan.json_files import write_whole
 
 
 def run(args: Sequence[str]) -> int:
-    """Run the comparison that `args` describe; prints the table at the end."""
+    """Run the comparison that `args` describe, and print the table."""
     comparison, settings = parse(args)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it tells the same of every training
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it repeats the same lines for every training
     folder, name = comparison.output.folder, comparison.output.name
 
     facts = facts_of(settings, shlex.join(["pdtrim", "compare", *args]), comparison.model.device)
@@ -40,7 +40,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def parse(args: Sequence[str]) -> tuple[Comparison, dict[str, Any]]:
-    """The comparison, and the resolved settings it was built from; unknown keys end the program with a message."""
+    """The comparison and its resolved settings. Unknown keys end the program with a message."""
     parser = _parser()
     options = parser.parse_args(list(args))
     if options.quick:

@@ -1,4 +1,4 @@
-"""`pdtrim fit --dry_run`: would this configuration fit? Builds all but trainer and weights, and counts memory."""
+"""`pdtrim fit --dry_run`: counts the memory of a run. Builds neither the trainer nor any weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import Any, TextIO
 
 import torch
 from jsonargparse import Namespace
@@ -22,20 +22,20 @@ from pdtrim_pl.cli.lightning_cli import PDTrimCLI
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import Memory as SearchMemory
-from pdtrim_pl.merging import Merging
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import DType, dtype_of
 from pdtrim_pl.models.pretrained import usable_config
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.sizing.callback_load import TellsLoad
 from pdtrim_pl.sizing.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
 from pdtrim_pl.strategies import Sharding, check_freezing, check_masters, check_strategy
 
 ASSUMED_GPU = 79 * GIB
-"""What a card sold as 80 GB has, where there is no GPU to ask."""
+"""Bytes of a card sold as 80 GB; used if there is no GPU to ask."""
 
 
 class _Parsed(PDTrimCLI):
-    """The command line up to the trainer, which may want GPUs that are elsewhere."""
+    """The command line up to the trainer, which may need GPUs that this machine does not have."""
 
     @override
     def instantiate_classes(self) -> None:
@@ -51,10 +51,10 @@ class _Parsed(PDTrimCLI):
 
 
 def run(args: Sequence[str], out: TextIO | None = None) -> int:
-    """Print memory per process of `fit` with these arguments.
+    """Print the memory per process of `pdtrim fit` with these arguments.
 
     Raises:
-        UserError: it cannot fit, or the strategy is refused.
+        UserError: the run does not fit, or its strategy or precision is refused.
     """
     own = argparse.ArgumentParser(prog="pdtrim fit --dry_run", add_help=False)
     own.add_argument("--dry_run", action="store_true")
@@ -74,7 +74,9 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     adapter_of_teacher = adapter if teacher_config.model_type == config.model_type else None
     layout = layout_of(parsed.model, parsed.trainer_settings, config, teacher_config)
     shape = Shape.of(config, adapter)
-    load = load_of(parsed.model, parsed.datamodule, parsed.trainer_settings.callbacks)
+    same = teacher in (None, parsed.model.model_name)
+    untrained = 0 if same else _dtype("auto", config).itemsize
+    load = load_of(parsed.model, parsed.datamodule, parsed.trainer_settings.callbacks, untrained)
     memory = memory_per_process(shape, Shape.of(teacher_config, adapter_of_teacher), layout, load)
     limit = _limit(parsed.trainer_settings, layout, options.device_memory)
     on_a_node = _devices(parsed.trainer_settings.devices)
@@ -92,7 +94,7 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
 
 
 def model_config(name: str, folders: Sequence[Path], architecture: Architecture | None = None) -> PreTrainedConfig:
-    """The published shape from a file in one of the folders, else the model's own `config.json`."""
+    """The configuration of a model: from a file of published shapes in one of the folders, else its `config.json`."""
     for file in sorted(file for folder in folders for file in folder.glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
         if name in facts.pop("published_as"):
@@ -137,24 +139,23 @@ def layout_of(module: PDTrimModule, trainer: Namespace, model: PreTrainedConfig,
     )  # fmt: skip
 
 
-@runtime_checkable
-class Removes(Protocol):
-    """A callback that searches for what to remove, and may merge blocks."""
+def load_of(
+    module: PDTrimModule, data: PromptResponseDataModule, callbacks: Sequence[Callback] | None = None,
+    untrained_bytes: int = 0,
+) -> Load:  # fmt: skip
+    """What one process works on at a time under these settings.
 
-    merging: Merging | None
-    memory: SearchMemory
-    fitted_at_once: int
+    Callbacks take turns, so the largest value of each kind counts.
 
-
-def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Sequence[Callback] | None = None) -> Load:
-    """What one process has in hand under these settings.
-
-    Of callbacks that merge, the one that fits most at once counts, and of those that search the one that keeps most:
-    they take turns.
+    Args:
+        module: settings of the models.
+        data: lengths, batches and calibration set.
+        callbacks: those of the run.
+        untrained_bytes: one weight of the student as its checkpoint stores it, where the teacher is another model.
     """
-    removing = [callback for callback in callbacks or () if isinstance(callback, Removes)]
-    kept = [callback.memory for callback in removing] or [SearchMemory()]
-    merges = [callback.merging for callback in removing if callback.merging]
+    loads = [callback.load() for callback in callbacks or () if isinstance(callback, TellsLoad)]
+    searches = [load.search for load in loads if load.search] or [SearchMemory()]
+    merges = [load.merging for load in loads if load.merging]
     calibration = data.parts.calibration
     examples = calibration if isinstance(calibration, int) else 256
     return Load(
@@ -162,9 +163,10 @@ def load_of(module: PDTrimModule, data: PromptResponseDataModule, callbacks: Seq
         chunk_tokens=module.chunk_tokens, gradient_checkpointing=module.loading.gradient_checkpointing,
         calibration=examples,
         merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
-        fitted_at_once=max((callback.fitted_at_once for callback in removing), default=0),
-        search_cache_bytes=max(memory.base for memory in kept),
-        search_teacher_bytes=max(memory.teacher for memory in kept),
+        fitted_at_once=max((load.fitted_at_once for load in loads), default=0),
+        search_cache_bytes=max(search.base for search in searches),
+        search_teacher_bytes=max(search.teacher for search in searches),
+        untrained_bytes=untrained_bytes if any(load.untrained_student for load in loads) else 0,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How a command ends that fails: in one line where a user can help it, with a traceback where not. Imports no torch."""
+"""How a failing command ends: in one line if the user can put it right, else with a traceback. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import traceback
 from pdtrim_pl.errors import RankLost, UserError, is_out_of_memory
 
 INTERRUPTED = 130
-"""Status after Ctrl-C: 128 and the number of SIGINT."""
+"""Status after Ctrl-C: 128 plus the number of SIGINT."""
 OUTPUT_CLOSED = 141
-"""Status where nobody reads the output any more: 128 and the number of SIGPIPE."""
+"""Status if nobody reads the output any more: 128 plus the number of SIGPIPE."""
 OUT_OF_MEMORY = (
     "Lower `data.batch_size`, `data.lengths.max_length` or `model.chunk_tokens`, or set "
     "`model.loading.gradient_checkpointing: true`; `pdtrim fit --dry_run` counts what a run needs before it starts."
@@ -21,10 +21,10 @@ OUT_OF_MEMORY = (
 
 
 def open_streams() -> None:
-    """Make sure that there are standard streams, and that they can say everything.
+    """Make sure that the standard streams exist and can write every character.
 
-    Where the caller has closed one, the next file that is opened would take its number. An ASCII locale gets UTF-8, as
-    Python does by itself in most such cases; in other encodings `?` stands for what they lack.
+    If the caller has closed one, the next opened file would take its number. An ASCII locale gets UTF-8, as Python
+    itself chooses in most such cases. Other encodings write `?` for characters that they lack.
     """
     for number in range(3):
         try:
@@ -40,7 +40,7 @@ def open_streams() -> None:
 
 
 def flush_output() -> bool:
-    """Write what is left of the output; False where its reader has left, as in `| head`."""
+    """Write the rest of the output; False if its reader has left, as in `| head`."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -49,7 +49,7 @@ def flush_output() -> bool:
 
 
 def output_is_closed() -> bool:
-    """Whether a broken pipe is that of the output; what is still to be written is dropped then."""
+    """Whether the broken pipe is that of the output. If so, the rest of the output is dropped."""
     pipe = select.poll()
     pipe.register(1, select.POLLERR)
     if not pipe.poll(0):
@@ -59,7 +59,7 @@ def output_is_closed() -> bool:
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
-    """Classes that `tell` has something to say of. Lightning's own is known only once Lightning is imported."""
+    """Classes of errors that `tell` can explain. Lightning's own is included if Lightning has been imported."""
     kinds: list[type[Exception]] = [ValueError, OSError, RuntimeError]
     if "lightning" in sys.modules:
         from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -71,8 +71,8 @@ def expected_errors() -> tuple[type[Exception], ...]:
 def is_users(error: Exception) -> bool:
     """Whether the error tells a user what to change.
 
-    A UserError does, and what jsonargparse says of a configuration. Any other ValueError is a fault whose place
-    somebody must see.
+    A UserError does, and so does an error of jsonargparse. Any other ValueError is a fault of the code and needs its
+    traceback.
     """
     if isinstance(error, ValueError):
         return isinstance(error, UserError) or _is_jsonargparse(error)
@@ -80,7 +80,7 @@ def is_users(error: Exception) -> bool:
 
 
 def tell(error: Exception) -> int:
-    """Print one line of an error, after the traceback where a user cannot help it; returns the exit status."""
+    """Print an error in one line, after a traceback if the user cannot put it right. Returns the exit status."""
     text, users = str(error), True
     if is_out_of_memory(error):
         text = f"Memory ran out ({text.splitlines()[0]}). {OUT_OF_MEMORY}"
@@ -106,13 +106,13 @@ def tell(error: Exception) -> int:
 
 
 def lost_process(error: RuntimeError) -> bool:
-    """Whether it says that another process of the run has died: ours, or that of gloo or NCCL, which has no class."""
+    """Whether another process of the run has died. Errors of gloo and NCCL are recognised by their text."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "NCCL communicator")
     return isinstance(error, RankLost) or any(sign in str(error) for sign in signs)
 
 
 def _is_jsonargparse(error: Exception) -> bool:
-    """Whether jsonargparse found something wrong with a configuration; it has no class of its own for it."""
+    """Whether jsonargparse raised the error; it has no class of its own for a wrong configuration."""
     frames = traceback.walk_tb(error.__traceback__)
     *_, (last, _) = frames
     return str(last.f_globals.get("__name__", "")).partition(".")[0] == "jsonargparse"

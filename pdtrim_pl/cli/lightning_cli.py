@@ -24,7 +24,7 @@ from pdtrim_pl.strategies import directory_stage
 
 
 class OneLineParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, whose errors are one line."""
+    """LightningCLI's parser with errors in one line."""
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -57,7 +57,7 @@ class PDTrimCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """The base class reads the whole checkpoint here, for hyperparameters that ours do not hold."""
+        """Do nothing. The base class would read the whole checkpoint for hyperparameters, which ours do not have."""
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -102,9 +102,9 @@ def run_cli(args: Sequence[str]) -> int:
 
 
 def _furthest_checkpoint(trainer: Trainer, module: PDTrimModule, config: str) -> str | Path | None:
-    """What `--ckpt_path last` continues from: the furthest checkpoint that is whole; None starts a new run.
+    """What `--ckpt_path last` continues from: the furthest checkpoint that is whole. None starts a new run.
 
-    Lightning looks at `last*.ckpt` alone and takes the newest one, damaged or not.
+    Lightning would look at `last*.ckpt` alone and take the newest, damaged or not.
     """
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     folders = sorted({str(saver.dirpath) for saver in savers if saver.dirpath})
@@ -126,6 +126,6 @@ def _is_srun_task() -> bool:
 
 
 def _uses_checkpoint_io(strategy: str) -> bool:
-    """DeepSpeed and Lightning's own FSDP write checkpoint directories of their own."""
+    """False for DeepSpeed and Lightning's own FSDP, which write their own checkpoint directories."""
     name = strategy.lower()
     return "pdtrimfsdp" in name or not any(sharded in name for sharded in ("deepspeed", "fsdp"))

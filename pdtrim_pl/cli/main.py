@@ -1,4 +1,4 @@
-"""The command line: `pdtrim COMMAND`, see `USAGE`. Heavy imports wait until they are needed."""
+"""The command line: `pdtrim COMMAND`, see `USAGE`. Heavy imports happen when a command needs them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError as error:
         return _unread() if output_is_closed() else tell(error)
     except SystemExit as leaving:
-        if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning has ended the run in order
+        if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning has ended the run properly
             return _interrupted()
         if flush_output():
             raise
@@ -74,7 +74,7 @@ def _main(args: list[str]) -> int:
         check_versions()
         return _run(command, args)
     except BrokenPipeError:
-        raise  # what it means depends on whose pipe it was
+        raise  # `main` looks whose pipe it was
     except expected_errors() as error:
         return tell(error)
 
@@ -128,7 +128,7 @@ def _generate(args: list[str]) -> int:
 
     try:
         generate_text(**options.as_dict(), out=sys.stdout, err=sys.stderr)
-    except BrokenPipeError:  # the reader of our output has had enough, as in `| head`
+    except BrokenPipeError:  # the reader of our output has left, as in `| head`
         if not output_is_closed():
             raise
     except RuntimeError as error:  # a worker died; the message says which and of what
@@ -154,7 +154,7 @@ def _export(args: list[str]) -> int:
 
 
 def _is_first_process() -> bool:
-    """Of the processes that Lightning, torchrun or srun start, one tells how the run goes."""
+    """True in one of the processes that Lightning, torchrun or srun start: that one logs how the run goes."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 

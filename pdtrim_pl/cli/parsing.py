@@ -1,4 +1,4 @@
-"""What is wrong with a command line or its YAML, in one line, with the nearest key that exists."""
+"""Errors of a command line and its YAML in one line, with the nearest key that exists."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from jsonargparse import ArgumentParser, Namespace
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
+from pdtrim_pl.compat import options_of, refusing_parser
 from pdtrim_pl.errors import UserError
 
 _LONGEST = 300
-"""Characters of an error: the value that it repeats may be a whole configuration."""
+"""Most characters of an error, which may quote a whole configuration."""
 _GENERAL = re.compile(
     r"(Does not validate against any|Subtypes: |Errors:$|- Not a valid subclass of|Subclass types expect|"
     r"- a (class path|dict) |- Expected a <class 'NoneType'>|Given value)"
 )
-"""Lines that jsonargparse says of every alternative that a type has."""
+"""Lines that jsonargparse prints for every alternative of a type."""
 _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 
 
 class OneLineErrors(ArgumentParser):
-    """A parser that tells an error in one line, where jsonargparse prints the usage of every option first."""
+    """A parser that prints an error in one line; jsonargparse prints the usage of every option first."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # jsonargparse tries something, and catches what comes
+        if not self.exit_on_error:  # jsonargparse only tries whether it parses
             super().error(message, ex)
-        # That of the subcommand that was asked for, which jsonargparse notes in the exception.
-        parser = vars(ex).get("subcommand_parser", self) if ex is not None else self
+        parser = refusing_parser(self, ex)
         prog = parser.prog.replace(" [options]", "")
-        self.exit(2, f"pdtrim: error: {told(message, known_keys(parser))} (`{prog} --help` shows all options.)\n")
+        self.exit(2, f"pdtrim: error: {told(message, options_of(parser))} (`{prog} --help` shows all options.)\n")
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -45,25 +45,15 @@ class OneLineErrors(ArgumentParser):
         except OmegaConfBaseException as error:
             line = str(error).splitlines()[0]
             raise UserError(
-                f"The configuration cannot be resolved: {line}.{_nearest(line, known_keys(self))}"
+                f"The configuration cannot be resolved: {line}.{_nearest(line, options_of(self))}"
             ) from error
 
 
-def known_keys(parser: ArgumentParser) -> list[str]:
-    """The keys of a parser, and of its subcommands without their names."""
-    keys: list[str] = []
-    for action in parser._actions:
-        if isinstance(action.choices, dict):  # subcommands
-            keys += [key for each in action.choices.values() for key in known_keys(each)]
-        keys += [option.removeprefix("--") for option in action.option_strings if option.startswith("--")]
-    return list(dict.fromkeys(keys))
-
-
 def told(message: str, known: Sequence[str] = ()) -> str:
-    """One line of what jsonargparse says in many, with the nearest key that exists.
+    """The message of jsonargparse in one line, with the nearest key that exists.
 
     Args:
-        message: of jsonargparse.
+        message: what jsonargparse says, in many lines.
         known: keys of the parser.
     """
     lines = [line.strip() for line in message.splitlines() if line.strip()]
@@ -77,14 +67,14 @@ def told(message: str, known: Sequence[str] = ()) -> str:
 
 
 def _nearest(message: str, known: Sequence[str]) -> str:
-    """` Did you mean ...?` where something is close to the name that is wrong."""
+    """` Did you mean ...?` if an existing name is close to the wrong one, else nothing."""
     wrong, candidates = _wrong_name(message, known)
     close = get_close_matches(wrong, candidates, n=1, cutoff=0.6)
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def _wrong_name(message: str, known: Sequence[str]) -> tuple[str, Iterable[str]]:
-    """The name that does not exist, and those that do in its place."""
+    """The name that does not exist, and the names that exist in its place."""
     if match := re.search(r"unrecognized arguments: .*?--([\w.]+)", message):
         return match[1], known
     if match := re.search(r"(?:Subcommand '\w+' does not accept option|Interpolation key) '([\w.]+)'", message):
@@ -101,7 +91,7 @@ def _wrong_name(message: str, known: Sequence[str]) -> tuple[str, Iterable[str]]
 
 
 def _class_before(message: str, end: int) -> Any:
-    """The class whose path stands last before a place in a message, which jsonargparse has imported."""
+    """The class named last before position `end` of a message; jsonargparse has imported it."""
     paths = _CLASS.findall(message[:end])
     if not paths:
         return None

@@ -1,6 +1,6 @@
-"""Which releases of the dependencies this package knows: older ones are refused, newer ones get a warning.
+"""Checks the releases of dependencies: too old ones are refused, untested newer ones get a warning.
 
-Reads metadata only, so that the command line can look before it imports anything heavy.
+Reads metadata only, before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TESTED: Mapping[str, str] = json.loads((Path(__file__).parent / "tested_versions
 
 
 def check_versions() -> None:
-    """Warn once of releases that are newer than any tested, and refuse those below the ranges of this package.
+    """Warn of releases that are newer than the tested ones, and refuse those that are too old.
 
     Raises:
-        UserError: a dependency is older than its range; names all of them and how to mend it.
+        UserError: a dependency is too old; the message names all such and the command that updates them.
     """
     try:
         required = [Requirement(line) for line in requires("pdtrim_pl") or []]
@@ -53,7 +53,7 @@ def check_versions() -> None:
 
 
 def _installed(names: list[str]) -> dict[str, str]:
-    """Versions by normalised name, without a local part such as +cpu. A missing package is left to its own import."""
+    """Versions by normalised name, without a local part such as +cpu. Missing packages are left out."""
     found: dict[str, str] = {}
     for name in names:
         try:

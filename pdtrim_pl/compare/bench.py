@@ -21,7 +21,7 @@ from pdtrim_pl.compare.training import distil
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import Batch
 from pdtrim_pl.merging import FittedRuns, Merging, fit_runs
-from pdtrim_pl.models.loading import TORCH_DTYPES, DType, dtype_of
+from pdtrim_pl.models.loading import TORCH_DTYPES, DType, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import Boundary, Relation, StagePlan
 from pdtrim_pl.search.guards import Guards
@@ -57,6 +57,7 @@ class Bench:
         self._keep: KeepSpent = lambda spent: None
         self._fitted: dict[Merging, FittedRuns] = {}
         self._original = self._load(subject.dtype)
+        warn_of_slow_bf16(self.device, self._original.dtype)
         self.model = reference_to(self._original, subject.name)
         self.teacher = self._fresh(subject.dtype).to(self.device).eval().requires_grad_(False)
         self.model = self.teacher.plan.model  # which names the adapter too

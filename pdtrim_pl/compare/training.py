@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from pdtrim_pl.compare.settings import Subject, Training
 from pdtrim_pl.data import Batch
+from pdtrim_pl.models.loading import warn_of_slow_bf16
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -56,6 +57,7 @@ def distil(
     module = PDTrimModule(
         subject.name, training.losses, training.optimizer, lambda optimizer: training.schedule(optimizer, steps, rate)
     )
+    warn_of_slow_bf16(subject.device, training.precision)
     if training.freeze_embeddings:
         student.freeze_embeddings()
     # `configure_model` leaves alone what is there.

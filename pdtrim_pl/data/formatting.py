@@ -10,6 +10,7 @@ from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from pdtrim_pl.compat import dataset_fingerprint
 from pdtrim_pl.data.chats import split_chat
 from pdtrim_pl.data.examples import TokenExamples
 from pdtrim_pl.data.malformed import check_value, skipped_rows
@@ -64,8 +65,8 @@ def _tokenize(
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(vocabulary)
-    key = [_FORMAT, rows.dataset._fingerprint, function.__name__, rows.columns, backend, tokenizer.special_tokens_map]
-    key += [tokenizer.chat_template, leading_ids(tokenizer), rows.on_bad_row]
+    key = [_FORMAT, dataset_fingerprint(rows.dataset), function.__name__, rows.columns, backend]
+    key += [tokenizer.special_tokens_map, tokenizer.chat_template, leading_ids(tokenizer), rows.on_bad_row]
     tokenized = rows.dataset.map(
         function,
         batched=True,

@@ -1,4 +1,4 @@
-"""What the final step writes and how it is read back: a prefill/decode pair of checkpoints, the plan and the policy."""
+"""Writes and reads an export: a prefill/decode pair of checkpoints, the plan and the policy."""
 
 from pdtrim_pl.export.checkpoints import stage_config, stage_tensors, write_checkpoint
 from pdtrim_pl.export.kv_only import kv_only_tensors, write_kv_only

@@ -16,15 +16,15 @@ from pdtrim_pl.plan import Stage
 from pdtrim_pl.staged import StagedCausalLM
 
 PER_BLOCK_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Settings of a config that hold one entry a block. Named, for a list may have this length by chance."""
+"""Settings of a config with one entry per block, by name: other lists may have this length by chance."""
 
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 CODE_SETTINGS = frozenset({"auto_map", "custom_pipelines"})
-"""Settings of these files that name Python files beside them."""
+"""Settings in these files that name Python files of the model's folder."""
 
 
 def per_block_settings(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    """The settings of `config` that hold one entry a block."""
+    """The settings of `config` with one entry per block."""
     settings = config.to_dict()
     return {name: list(settings[name]) for name in PER_BLOCK_SETTINGS if settings.get(name) is not None}
 
@@ -50,7 +50,7 @@ def stage_tensors(staged: StagedCausalLM, stage: Stage, dtype: torch.dtype | Non
 
     Args:
         staged: the student.
-        stage: where a block has weights of its own in this stage, they are taken.
+        stage: which stage; a block that is untied there gives that stage's weights.
         dtype: element type of the floating tensors; None keeps each as it is.
     """
     blocks = [staged.gates[index].weights(stage, staged.plan) for index in staged.plan.blocks(stage)]
@@ -61,7 +61,7 @@ def stock_tensors(
     staged: StagedCausalLM, blocks: Sequence[nn.Module], tensors_of: Callable[[nn.Module], Mapping[str, Tensor]],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Tensors of the student's model under the names they have where `blocks` are its block list, without gates."""
+    """Tensors of the student's model under their stock names, with `blocks` as its block list and without gates."""
     block_list = staged.architecture.blocks(staged.model)
     prefix = next(name for name, module in staged.model.named_modules() if module is block_list) + "."
     outer = {name: x for name, x in tensors_of(staged.model).items() if not name.startswith(prefix)}
@@ -72,7 +72,7 @@ def stock_tensors(
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The same tensors in host memory, the floating ones as `dtype`; None changes no type.
 
-    They are cast there, one by one: a GPU on which the run still has its optimizer has no room for copies.
+    They are cast in host memory, one by one: the GPU still holds the optimizer and has no room for copies.
     """
     return {name: x.detach().cpu().to(dtype if x.is_floating_point() else None) for name, x in tensors.items()}
 
@@ -80,7 +80,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
 def assembled(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """A model of the stock class that holds `tensors` themselves, not copies. Non-persistent buffers stay on meta."""
+    """A model of the stock class over `tensors`, without copying them. Non-persistent buffers stay on meta."""
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
     model.load_state_dict(tensors, assign=True)
@@ -97,7 +97,7 @@ def write_checkpoint(
     Args:
         staged: the student; it is not changed.
         stage: which stage.
-        directory: where to; made if it is missing.
+        directory: where to write; it is created if it is missing.
         tokenizer: saved beside the weights.
         dtype: element type of the floating tensors; None means the model's own.
     """
@@ -114,7 +114,7 @@ def write_checkpoint(
 
 
 def _name_no_code(directory: Path) -> None:
-    """Drop the settings that name Python files beside the original model: stock classes hold these weights."""
+    """Remove the settings that name Python files of the original model: these checkpoints use stock classes."""
     for file in filter(Path.is_file, (directory / name for name in CONFIG_FILES)):
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings.keys() & CODE_SETTINGS:
@@ -123,7 +123,7 @@ def _name_no_code(directory: Path) -> None:
 
 
 def _savable(config: GenerationConfig) -> GenerationConfig:
-    """A copy that passes transformers' own check: sampling settings without `do_sample`, as in Llama 2, do not."""
+    """A copy that transformers agrees to save: it refuses sampling settings without `do_sample`, as in Llama 2."""
     config = copy.deepcopy(config)
     if not config.do_sample:
         config.temperature = config.top_p = config.top_k = None

@@ -1,4 +1,4 @@
-"""What people read in an export: the report and the model card."""
+"""The two documents of an export: the report and the model card."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def write_documents(
     folder: Path, staged: StagedCausalLM, record: RunRecord, summary: Summary | None, *, target: Path,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Write `report.html` and `README.md` into an export that is being made.
+    """Write `report.html` and `README.md` into an unfinished export.
 
     Args:
         folder: where to write.
         staged: the exported student.
-        record: what its run saw.
+        record: what its run measured.
         summary: the measured table, if there is one.
         target: where the export will lie.
         dtype: element type of the exported weights and KV.

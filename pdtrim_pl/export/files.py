@@ -1,4 +1,4 @@
-"""The files of an export: their names, and one clear error for a damaged one."""
+"""Reads the files of an export; a damaged one gives one clear error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextlib.contextmanager
 def blaming(path: Path) -> Iterator[None]:
-    """Turn what loaders raise on a damaged or foreign file into one ValueError that names the file."""
+    """Turn the many errors of loaders on a damaged or foreign file into one UserError that names the file."""
     try:
         yield
     except torch.OutOfMemoryError:

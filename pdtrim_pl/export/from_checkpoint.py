@@ -1,4 +1,4 @@
-"""Export the pair of a training checkpoint, without data or trainer."""
+"""`pdtrim export`: the pair of a training checkpoint, without data or trainer."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def export_checkpoint(
 
     Args:
         ckpt_path: the checkpoint.
-        output: the directory to make.
+        output: the directory to create.
         dtype: element type of the exported weights and of the KV on the wire.
         overwrite: replace an earlier export there.
-        model: name, path or Hub id of the model that was trimmed; the one that the checkpoint names by default.
+        model: name, path or Hub id of the original model; by default the one that the checkpoint names.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of another format or model, or the target is taken.

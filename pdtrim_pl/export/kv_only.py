@@ -1,6 +1,6 @@
 """The extra file of a prefill checkpoint: key and value projections of blocks that prefill does not run.
 
-They are named by original index, for stock classes know nothing of them.
+Stock classes do not know these blocks, so the file names them by original index.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KV_ONLY_FORMAT = "pdtrim.kv_only/1"
 
 
 def kv_only_tensors(staged: StagedCausalLM, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """What the prefill stage needs of its KV-only blocks, as `blocks.<original index>.<name in the block>`."""
+    """Tensors of the KV-only blocks that prefill needs, named `blocks.<original index>.<name in the block>`."""
     found: dict[str, Tensor] = {}
     for index in staged.plan.kv_only:
         block = staged.gates[index].weights("prefill", staged.plan)
@@ -50,16 +50,16 @@ def write_kv_only(staged: StagedCausalLM, directory: Path, dtype: torch.dtype) -
 
 
 def insert_kv_only(model: PreTrainedModel, plan: StagePlan, path: Path, architecture: Architecture) -> None:
-    """Put blocks that hold nothing but their key and value projections at their places among the model's blocks.
+    """Insert the KV-only blocks among the model's blocks. They hold their key and value projections alone.
 
     Args:
-        model: the loaded prefill checkpoint; changed in place, its config too.
+        model: the loaded prefill checkpoint; it and its config are changed in place.
         plan: the export's plan.
         path: the export's `kv_only.safetensors`.
         architecture: adapter of the model's family.
 
     Raises:
-        UserError: naming the file, if it is missing, damaged, or not of this plan and model.
+        UserError: the file is missing, damaged, or does not fit this plan and model.
     """
     tensors, metadata = read_tensors(path)
     with blaming(path):
@@ -107,7 +107,7 @@ def _split_by_block(tensors: Mapping[str, Tensor], plan: StagePlan) -> dict[int,
 def _keep_only(
     block: nn.Module, index: int, tensors: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype
 ) -> None:
-    """Give a block on the meta device `tensors`, and take every other parameter and buffer from it."""
+    """Load `tensors` into a block on the meta device, and remove its other parameters and buffers."""
     needed = {
         f"{module}.{name}": x.shape
         for module in architecture.kv_modules
@@ -128,7 +128,7 @@ def _keep_only(
 
 
 def _add_missing_rope(model: PreTrainedModel, skeleton: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Build the RoPE module anew where it has one table a kind of layer (Gemma 3), and KV-only blocks bring a kind."""
+    """Rebuild the RoPE module if it lacks the table of a KV-only block. Gemma 3 has one table per kind of layer."""
     for name, module in model.base_model.named_children():
         wanted = skeleton.base_model.get_submodule(name)
         tables = dict(module.named_buffers(recurse=False)).keys()

@@ -1,4 +1,4 @@
-"""Load one stage of an export as the worker of that stage: its own weights, the plan and the policy."""
+"""Loads one stage of an export: that stage's weights, the plan and the policy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_plan_and_policy(export: Path) -> tuple[StagePlan, KVRetentionPolicy]:
     """The stage plan and the KV retention policy of an export.
 
     Raises:
-        UserError: naming the file that is missing, of another format, or at odds with the other one.
+        UserError: a file is missing, has another format, or contradicts the other one; the message names it.
     """
     plan_file, policy_file = export / PLAN_FILE, export / POLICY_FILE
     validate_file(plan_file, PLAN_FORMAT)
@@ -56,22 +56,22 @@ def load_stage(
     export: Path, stage: Stage, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
     attn_implementation: Literal["sdpa", "eager"] | None = None, architecture: Architecture | None = None,
 ) -> StagedCausalLM:  # fmt: skip
-    """Load one stage of an export; of the weights, only that stage's are read.
+    """Load one stage of an export; reads the weights of that stage alone.
 
     Args:
         export: the directory that `export_pair` wrote.
         stage: `prefill` or `decode`.
         device: where the weights go.
         dtype: element type of the weights; None keeps the checkpoint's.
-        attn_implementation: None takes `sdpa`, or `eager` where the model needs it.
+        attn_implementation: None means `sdpa`, or `eager` if the model needs it.
         architecture: adapter of the model's family; by default the one that the plan names, else the package's own.
 
     Returns:
-        A staged model that holds this stage's blocks under their original indices, with plan and policy applied. Its
-        plan names no untied weights, for the checkpoint holds those of its stage.
+        A staged model of this stage's blocks under their original indices, with plan and policy applied. Its plan names
+        no untied weights: the checkpoint holds one set, that of its stage.
 
     Raises:
-        UserError: naming the file that is missing, damaged, or at odds with the plan.
+        UserError: a file is missing, damaged, or contradicts the plan; the message names it.
     """
     if stage not in STAGES:
         raise UserError(f"Unknown `stage` {stage!r}: choose one of {', '.join(STAGES)}.")
@@ -122,7 +122,7 @@ def _load_model(directory: Path, dtype: torch.dtype | None, attention: str) -> P
             output_loading_info=True,
         )
         model, info = loaded
-        # transformers only warns of these, and makes up what is missing.
+        # transformers only warns of these, and fills what is missing with random numbers.
         wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(wrong.values()):
             raise UserError(f"its tensors are not the model's: {wrong}.")

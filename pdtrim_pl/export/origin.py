@@ -1,4 +1,4 @@
-"""The run that wrote an export, so that the run itself, continued after a kill, may write it again and no other may."""
+"""Which run wrote an export. That run, continued after a kill, may write it again; no other run may."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORIGIN_FORMAT = "pdtrim.export_origin/1"
 
 @dataclass(frozen=True)
 class Origin:
-    """A run, and where it was to end: the same run continued to a later end makes another export."""
+    """A run and its planned end. The same run continued to a later end makes another export."""
 
     run: str
     """Name that the run gave itself; its checkpoints have it too."""
@@ -32,7 +32,7 @@ class Origin:
 
     @classmethod
     def of(cls, export: Path) -> Origin | None:
-        """That of an export; None where it has none that this version can read."""
+        """Read it from an export; None if there is none that this version can read."""
         try:
             origin = json.loads((export / ORIGIN_FILE).read_text(encoding="utf-8"))
             return cls(**origin) if origin.pop("format") == ORIGIN_FORMAT else None

@@ -1,4 +1,4 @@
-"""Write the prefill/decode pair: into a temporary directory, reloaded and compared, then renamed."""
+"""Writes the prefill/decode pair into a temporary directory, reloads it, compares it, and renames it into place."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def export_pair(
     dtype: torch.dtype | None = None, overwrite: bool = False, extras: Callable[[Path], None] | None = None,
     origin: Origin | None = None,
 ) -> Path:  # fmt: skip
-    """Write `prefill/`, `decode/`, `stage_plan.json` and `kv_policy.json`, all of it or nothing.
+    """Write `prefill/`, `decode/`, `stage_plan.json` and `kv_policy.json`: all of them or none.
 
-    The pair appears at `target` only after it has been reloaded and has given the student's tensors and logits; on any
-    failure an earlier export stays as it was.
+    The pair appears at `target` only when the reloaded pair has the student's tensors and logits. After any failure an
+    earlier export is unchanged.
 
     Args:
         staged: the student with its plan and policy; it is not changed.
-        target: the directory to make.
+        target: the directory to create.
         tokenizer: saved with both checkpoints.
         dtype: element type of the weights and of the KV on the wire; None means the student's own.
         overwrite: replace an earlier export at `target`.
-        extras: writes further files (report, model card) into the directory it is given, before the check.
-        origin: the run that exports, written into the export. One that it wrote before it was killed is replaced, and
-            what a kill left of an unfinished one goes.
+        extras: writes further files (report, model card) into the directory it gets, before the pair is compared.
+        origin: the run that exports; it is written into the export. An export that this run wrote before it was killed
+            is replaced, and the remains of an unfinished one are deleted.
 
     Returns:
         The absolute path of the export.
@@ -84,15 +84,15 @@ def export_pair(
 
 
 def check_target(target: Path, overwrite: bool, origin: Origin | None = None) -> None:
-    """Refuse a target that is taken. Worth calling before a run that exports at its end.
+    """Refuse a target that is taken. A run that exports at its end calls this before its first step.
 
     Args:
-        target: where an export is to be made.
-        overwrite: whether any export there may be replaced.
-        origin: a run whose own export there may be.
+        target: where the export will lie.
+        overwrite: whether an export there may be replaced.
+        origin: this run, whose own earlier export may always be replaced.
 
     Raises:
-        UserError: it exists and may not be replaced, or it is not an export, which is never deleted.
+        UserError: the target exists and may not be replaced. What is not an export is never deleted.
     """
     if not target.exists():
         return
@@ -110,7 +110,7 @@ def check_target(target: Path, overwrite: bool, origin: Origin | None = None) ->
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """One kind of error for a full disk: safetensors has its own."""
+    """Turn every failure to write into an OSError: safetensors has its own kind for a full disk."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -122,7 +122,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _complete_policy(staged: StagedCausalLM, dtype: torch.dtype) -> KVRetentionPolicy:
-    """The student's policy with KV in `dtype`; without one, everything is sent."""
+    """The student's policy with KV in `dtype`; a student without a policy sends everything."""
     shape = kv_shape_of(staged.model, dtype)
     if staged.policy is None:
         return KVRetentionPolicy(staged.plan.boundary, shape)
@@ -139,13 +139,13 @@ def _check_blocks(staged: StagedCausalLM) -> None:
 
 
 def _make_readable(export: Path) -> None:
-    """Give weights the mode of the other files: safetensors lets only the owner read, and nodes may run as others."""
+    """Give weights the mode of the other files. safetensors lets only the owner read, but nodes may run as others."""
     for file in export.rglob("*.safetensors"):
         file.chmod((export / PLAN_FILE).stat().st_mode)
 
 
 def _put_in_place(fresh: Path, target: Path, aside: Path) -> None:
-    """Rename; an earlier export is moved aside first, and back again if that fails."""
+    """Rename the new export into place. An earlier one is moved aside first, and back if renaming fails."""
     if target.exists():
         target.rename(aside)
     try:

@@ -1,4 +1,4 @@
-"""The pictures of the report, as PNG bytes. Uses matplotlib's Figure alone, so no display and no global state."""
+"""The pictures of the report, as PNG bytes. Uses matplotlib's Figure directly: no display, no global state."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Stage, StagePlan, handled_positions
 
-# Okabe and Ito's palette, which stays apart under the common kinds of colour blindness; shapes and hatches repeat
-# what colour says.
+# Okabe and Ito's palette: its colours differ under the common kinds of colour blindness. Shapes and hatches repeat what
+# a colour says.
 BLUE, ORANGE, GREEN, PURPLE, INK, PALE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#333333", "#EDEDED"
 Dash = tuple[float, tuple[float, float]]
-# Dashes of the two stages fill each other's gaps, so that two lines at one step are both seen.
+# The dashes of one stage fill the gaps of the other, so that two lines at one step are both visible.
 STAGE_STYLE: Mapping[Stage, tuple[str, str, Dash]] = {
     "prefill": (BLUE, "o", (0.0, (4.0, 4.0))),
     "decode": (ORANGE, "s", (6.0, (4.0, 4.0))),
@@ -45,7 +45,7 @@ SMALLEST_CHANGE = 1e-6
 
 
 def fates(plan: StagePlan, stage: Stage) -> list[str]:
-    """What became of every original block in one stage: a key of `FATES` each."""
+    """What became of each original block in one stage: a key of `FATES` per block."""
     absorbed = {block for into, run in plan.merged[stage].items() for block in run if block != into}
     out = []
     for block in range(plan.model.num_blocks):
@@ -59,7 +59,7 @@ def fates(plan: StagePlan, stage: Stage) -> list[str]:
 
 
 def stage_map(plan: StagePlan) -> bytes:
-    """One row a stage, one cell a block."""
+    """One row per stage, one cell per block."""
     figure = Figure(figsize=(10, 2.1), layout="constrained")
     axes = figure.add_subplot()
     used: set[str] = set()
@@ -83,9 +83,9 @@ def stage_map(plan: StagePlan) -> bytes:
 
 
 def redundancy(plan: StagePlan, values: Mapping[Stage, Mapping[int, float]]) -> bytes:
-    """How far every block is from a mean cosine of 1, in both stages; hollow where the stage lost the block.
+    """One minus the mean cosine of each block, in both stages; the marker is hollow if the stage lost the block.
 
-    On a log scale, for the first and last blocks change the hidden state far more than the many near 1 between them.
+    The scale is logarithmic: the first and last blocks change the hidden state far more than those between them.
     """
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes = figure.add_subplot(yscale="log")
@@ -111,20 +111,14 @@ def redundancy(plan: StagePlan, values: Mapping[Stage, Mapping[int, float]]) -> 
 
 
 def loss_panels(record: RunRecord) -> list[tuple[str, str]]:
-    """Name and axis label of every curve there is data for."""
+    """Name and axis label of every curve that has data."""
     shown = [name for name in METRICS if any(name in values for _, values in record.validations)]
     return ([("loss", "training loss")] if record.losses else []) + [(name, METRICS[name]) for name in shown]
 
 
 def loss_curve(record: RunRecord) -> bytes:
-    """Training loss, and each validation metric in a panel of its own, with a line where blocks left a stage."""
-    wanted = {
-        "kl": "validation KL\n(nats)",
-        "ppl": "validation\nperplexity",
-        "agreement": "validation\ntop-1 agreement",
-    }
-    shown = [name for name in wanted if any(name in values for _, values in record.validations)]
-    panels = ([("loss", "training loss")] if record.losses else []) + [(name, wanted[name]) for name in shown]
+    """Training loss and validation metrics, one panel each, with a line where blocks left a stage."""
+    panels = loss_panels(record)
     heights = [1.6 if name == "loss" else 1.0 for name, _ in panels]
     figure = Figure(figsize=(10, 1.2 + 1.5 * sum(heights)), layout="constrained")
     grid = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
@@ -149,7 +143,7 @@ def loss_curve(record: RunRecord) -> bytes:
 def attention(
     plan: StagePlan, policy: KVRetentionPolicy, mass: Mapping[int, float], prompt_tokens: int = 1024
 ) -> bytes:
-    """Attention mass of every block of D above, where it was measured; below, the share of a prompt that it sends."""
+    """Above, attention mass of each block of D, if it was measured; below, the share of a prompt that it sends."""
     figure = Figure(figsize=(10, 4.4 if mass else 2.4), layout="constrained")
     grid = list(figure.subplots(2 if mass else 1, 1, sharex=True, squeeze=False)[:, 0])
     positions = handled_positions(prompt_tokens, plan.boundary)
@@ -177,7 +171,7 @@ def attention(
 
 
 def _draw_losses(axes: Axes, record: RunRecord) -> None:
-    """Every loss in grey, and a running mean that starts anew where blocks left."""
+    """Every loss in grey, and a running mean that starts again where blocks left."""
     steps, values = _columns(record.losses)
     axes.plot(steps, values, color="#9A9A9A", lw=0.8, alpha=0.7)
     width = max(len(values) // 40, 1)
@@ -193,7 +187,7 @@ def _draw_losses(axes: Axes, record: RunRecord) -> None:
 
 
 def _mark_drops(grid: Sequence[Axes], record: RunRecord) -> list[Line2D]:
-    """A vertical line in every panel where blocks left a stage, counted above the top one; returns legend entries."""
+    """Draw a vertical line in every panel where blocks left a stage, with counts at the top; returns legend entries."""
     counts = Counter((step, removal.stage) for step, removal in record.removals)
     steps = sorted({step for step, _ in counts})
     for (step, stage), _ in counts.items():
@@ -214,7 +208,7 @@ def _mark_drops(grid: Sequence[Axes], record: RunRecord) -> list[Line2D]:
 
 
 def _block_axis(axes: Axes, blocks: int) -> None:
-    """Every block's number where there is room, else every fifth or tenth."""
+    """Label every block if there is room, else every fifth or tenth."""
     step = 1 if blocks <= 40 else 5 if blocks <= 100 else 10
     axes.set(xlim=(-0.7, blocks - 0.3), xticks=range(0, blocks, step))
     axes.tick_params(axis="x", labelsize=8)

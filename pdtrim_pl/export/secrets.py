@@ -1,4 +1,4 @@
-"""What must not leave with an export: its report shows the configuration of the run, and exports are handed on."""
+"""Removes secrets from what a report shows: it has the configuration of the run, and exports are passed on."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ _IN_TEXT = (
 
 
 def redacted(value: Any, key: str = "") -> Any:
-    """A note of a run without what looks like a secret: by the names of keys, and by what strings hold.
+    """A note of a run without what looks like a secret, by the names of keys and the contents of strings.
 
     Args:
-        value: plain JSON values; a string that is a YAML mapping is looked into, and stays as it is where nothing is to
-            hide.
-        key: under which it stands.
+        value: plain JSON values. A string that is a YAML mapping is searched too; it is unchanged if it has no secret.
+        key: the key of this value.
     """
     if isinstance(value, Mapping):
         hidden = key.lower() in _ENVIRONMENT

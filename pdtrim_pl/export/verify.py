@@ -1,4 +1,4 @@
-"""Does an exported pair compute what the student computes? Every tensor, and the logits of one request.
+"""Compares an exported pair with the student: every tensor, and the logits of one request.
 
 Shapes: B batch, P prompt tokens, R response tokens, V vocabulary.
 """
@@ -20,18 +20,19 @@ from pdtrim_pl.export.checkpoints import assembled, cast, stage_tensors, stock_t
 from pdtrim_pl.export.kv_only import kv_only_tensors
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
 from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.models.loading import warn_of_slow_bf16
 from pdtrim_pl.plan import PLAN_FILE, Stage
 from pdtrim_pl.staged import KVCache, StagedCausalLM
 
 TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 )
-"""Largest difference of logits, relative to the largest logit where that is above 1. Weights and device are the same
-on both sides, so only the order of additions may differ; a wrong block or mask differs by far more."""
+"""Largest allowed difference of logits, relative to the largest logit if that is above 1. Weights and device are the
+same on both sides, so only the order of additions differs. A wrong block or mask gives a far larger difference."""
 
 
 StateOf = Callable[[nn.Module], Mapping[str, Tensor]]
-"""From a module to its weights and persistent buffers by name."""
+"""Maps a module to its weights and persistent buffers by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class Probe:
 
     @classmethod
     def of(cls, vocabulary: int, context: int) -> Probe:
-        """A request that fits the model: 12 + 4 tokens, or fewer where its context is shorter."""
+        """A request that fits the model: 12 + 4 tokens, or fewer if the context is shorter."""
         prompt, response = min(12, max(2, context - 4)), min(4, max(1, context - 2))
         ids = (torch.arange(2 * (prompt + response)).view(2, -1) * 7919 + 5) % vocabulary
         mask = torch.ones(2, prompt, dtype=torch.bool)
@@ -56,7 +57,7 @@ class Probe:
 
 
 def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | None = None) -> float:
-    """Reload an export stage by stage, on the CPU, and compare it with the student rounded to the export's dtype.
+    """Reload an export stage by stage on the CPU, and compare it with the student rounded to the export's dtype.
 
     Args:
         export: a directory that `export_pair` wrote.
@@ -67,11 +68,12 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
         The largest absolute difference between the pair's and the student's teacher-forced logits on a `Probe`.
 
     Raises:
-        UserError: naming what differs: the plan, a tensor, or the logits by more than `TOLERANCE`.
+        UserError: the plan or a tensor differs, or the logits by more than `TOLERANCE`; the message names it.
     """
     dtype = dtype or staged.model.dtype
     if load_plan_and_policy(export)[0] != staged.plan:
         raise UserError(f"{export / PLAN_FILE} is not the student's plan. Export again.")
+    warn_of_slow_bf16("cpu", dtype)
     config = staged.model.config
     probe = Probe.of(config.vocab_size, usable_context(config.to_dict()))
     with torch.no_grad():
@@ -88,14 +90,14 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
 
 
 def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype, state_of: StateOf | None = None) -> StagedCausalLM:
-    """The student on the CPU, in eval mode and with floating weights as `dtype`.
+    """A copy of the student on the CPU, in eval mode, with floating weights as `dtype`.
 
-    It shares the tensors that are so already, and none of the student's modules, so hooks and modes stay there.
+    It shares tensors that already have this form, but no modules: the student keeps its hooks and modes.
 
     Args:
         staged: the student.
         dtype: element type of the floating weights.
-        state_of: the weights of one of its modules by name, where `state_dict` does not hold them whole.
+        state_of: gives the whole weights of a module by name, if `state_dict` does not hold them.
     """
     state_of = state_of or nn.Module.state_dict
     gates = staged.gates
@@ -126,7 +128,7 @@ def _student_logits(staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) ->
 
 
 def _pair_logits(export: Path, staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) -> Tensor:
-    """Teacher-forced logits [B, R, V] of the two checkpoints; one is in memory at a time."""
+    """Teacher-forced logits [B, R, V] of the two checkpoints; only one is in memory at a time."""
     first, cache = _prefill_part(export, staged, probe, dtype)
     decode = _worker(export, "decode", staged, dtype)
     fed, parts = probe.response_ids[:, :-1], [first]
@@ -145,7 +147,7 @@ def _prefill_part(export: Path, staged: StagedCausalLM, probe: Probe, dtype: tor
 
 
 def _worker(export: Path, stage: Stage, staged: StagedCausalLM, dtype: torch.dtype) -> StagedCausalLM:
-    """One stage of the export, its tensors compared with the student's."""
+    """Load one stage of the export and compare its tensors with the student's."""
     attention = attention_of(staged.model)
     worker = load_stage(export, stage, attn_implementation=attention, architecture=staged.architecture)
     _compare(export / stage, stage_tensors(worker, stage), stage_tensors(staged, stage, dtype))

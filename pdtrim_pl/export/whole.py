@@ -1,4 +1,4 @@
-"""A student whose weights are cut up between ranks, made whole on one of them."""
+"""Gathers a sharded student on one rank."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pdtrim_pl.staged import StagedCausalLM
 
 
 def whole_copy(staged: StagedCausalLM, gather: Gather, *, keep: bool) -> StagedCausalLM | None:
-    """Collect a student's weights on the CPU, one parameter at a time; every rank must call it.
+    """Gather a student's weights on the CPU, one parameter at a time. Collective.
 
     Args:
         staged: the sharded student; it is not changed.
-        gather: from the strategy.
+        gather: the strategy's context in which weights are whole.
         keep: whether this rank keeps them.
 
     Returns:
-        An ordinary student in eval mode where `keep`, else None.
+        An ordinary student in eval mode if `keep`, else None.
     """
     whole: dict[int, Tensor] = {}
     for parameter in staged.parameters():  # tied weights come once
         with gather([parameter]):
             tensor = parameter.detach()
-            if isinstance(tensor, DTensor):  # FSDP's, which are gathered one by one
+            if isinstance(tensor, DTensor):  # of FSDP
                 tensor = tensor.full_tensor()
             if keep:
                 whole[id(parameter)] = tensor.cpu().clone()

@@ -9,6 +9,7 @@ import json
 import pickle
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
-from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import has_file
 
+from pdtrim_pl.compat import has_model_file, model_file, tensors_of_file
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture, check_model_type
 
@@ -33,7 +32,10 @@ of these, and a format that needs a package that is not there as an ImportError.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Names under which a `config.json` says that its weights are packed; the last is that of MLX."""
 PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FILES = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 
 def check_description(name: str, description: Mapping[str, Any], architecture: Architecture | None = None) -> None:
@@ -67,7 +69,7 @@ def stored_tensors(path: str) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(path):
-        tensors |= load_state_dict(file, map_location="meta")
+        tensors |= tensors_of_file(file)
     return tensors
 
 
@@ -157,16 +159,9 @@ def _silent() -> Iterator[None]:
 def _weight_files(path: str) -> list[str]:
     """The files that transformers reads, in its order of preference; a Hub model's are downloaded as it would."""
     for whole, index in _FILES:
-        if has_file(path, whole):
-            return [_located(path, whole)]
-        if has_file(path, index):
-            with open(_located(path, index), encoding="utf-8") as file:
-                shards = set(json.load(file)["weight_map"].values())
-            return [_located(path, shard) for shard in sorted(shards)]
+        if has_model_file(path, whole):
+            return [model_file(path, whole)]
+        if has_model_file(path, index):
+            shards = set(json.loads(Path(model_file(path, index)).read_text(encoding="utf-8"))["weight_map"].values())
+            return [model_file(path, shard) for shard in sorted(shards)]
     return []
-
-
-def _located(path: str, name: str) -> str:
-    file = cached_file(path, name)
-    assert file is not None, "transformers raises for a file that is not there"
-    return file

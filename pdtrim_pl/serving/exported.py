@@ -1,4 +1,4 @@
-"""What an exported pair says about itself, read without torch, so that a wrong directory is refused at once."""
+"""Reads the JSON files of an exported pair without torch, so that a wrong directory is refused at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ExportedPair:
     plan: StagePlan
     policy: KVRetentionPolicy
     context: int
-    """Most tokens of prompt and response together."""
+    """Largest number of tokens of prompt and response together."""
     vocabulary: int
     """Number of token ids."""
 
@@ -28,7 +28,7 @@ class ExportedPair:
         """Read an export's JSON files.
 
         Raises:
-            UserError: the directory is not an export, or its files do not fit each other.
+            UserError: the directory is not an export, or its files contradict each other.
         """
         wanted = [PLAN_FILE, POLICY_FILE, *(f"{stage}/config.json" for stage in STAGES)]
         missing = [name for name in wanted if not (path / name).is_file()]
@@ -46,7 +46,7 @@ class ExportedPair:
         """Refuse a request that the model's context cannot hold.
 
         Raises:
-            UserError: naming the lengths and the way out.
+            UserError: the request is too long or empty; the message says what would fit.
         """
         if tokens < 1:
             raise UserError("`prompt` is empty: give at least one token.")

@@ -1,4 +1,4 @@
-"""`pdtrim generate`: text from an exported pair, printed as it comes."""
+"""`pdtrim generate`: prints text from an exported pair while it is generated."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from pdtrim_pl.serving.requests import RequestStats
 
 UNFINISHED = "\ufffd"
-"""What tokenizers write for the first bytes of a character whose last bytes are still to come."""
+"""What tokenizers write for the first bytes of a character while its last bytes are missing."""
 
 
 def generate_text(
     export: Path, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, temperature: float = 0.0,
     top_k: int | None = None, seed: int = 0, device: str = "auto", out: TextIO, err: TextIO,
 ) -> None:  # fmt: skip
-    """Generate from an exported pair in two processes: the text alone to `out`, figures to `err`.
+    """Generate from an exported pair in two processes. Writes the text to `out` and figures to `err`.
 
     Args:
         export: the exported pair's directory.
-        prompt: raw text, or a user's message where `chat`.
-        max_new_tokens: tokens to generate at most; an end-of-sequence token ends earlier.
+        prompt: raw text, or a user's message with `chat`.
+        max_new_tokens: most tokens to generate; an end-of-sequence token ends the text earlier.
         chat: put the prompt into the tokenizer's chat template.
         temperature: 0 for greedy.
-        top_k: draw among this many most likely tokens; None for all.
-        seed: of the draws.
+        top_k: sample among this many most likely tokens; None for all.
+        seed: of the sampling.
         device: see `pdtrim_pl.serving.runtime.devices_of`.
         out: receives the text and a final newline.
         err: receives the figures.
 
     Raises:
-        UserError: a setting that cannot be served, named.
+        UserError: a setting cannot be served; the message names it.
         RuntimeError: a worker failed.
     """
     pair = ExportedPair.read(Path(export))
@@ -55,11 +55,15 @@ def generate_text(
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     pair.check_prompt(len(ids), max_new_tokens)
 
+    from pdtrim_pl.models.loading import warn_of_slow_bf16
     from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
     from pdtrim_pl.serving.sampling import Sampling
 
     Sampling(temperature, top_k, seed)  # refuses a wrong setting before the workers start
-    with DisaggregatedRuntime(pair.path, devices=devices_of(device)) as runtime:
+    devices = devices_of(device)
+    for each in devices:
+        warn_of_slow_bf16(each, pair.policy.kv.dtype)  # that of both checkpoints
+    with DisaggregatedRuntime(pair.path, devices=devices) as runtime:
         stream = runtime.stream(
             ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids_of(pair.path, tokenizer),
             temperature=temperature, top_k=top_k, seed=seed,
@@ -74,10 +78,10 @@ def generate_text(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
-    """The prompt's token ids as in training: raw text as the tokenizer starts a text, or one user message of a chat.
+    """The prompt's token ids, as in training: of raw text, or of a chat with one user message.
 
     Raises:
-        UserError: the tokenizer has no chat template, or the prompt does not fit it.
+        UserError: the tokenizer has no chat template, or the template refuses the prompt.
     """
     if not chat:
         return prompt_ids(tokenizer, prompt)
@@ -86,12 +90,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     try:
         text = chat_text(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     except ValueError as error:
-        raise UserError(f"`chat`: the prompt {error}. Leave out `--chat`, or mend the template.") from error
+        raise UserError(f"`chat`: the prompt {error}. Leave out `--chat`, or correct the template.") from error
     return plain_ids(tokenizer, [text])[0]
 
 
 def stop_ids_of(export: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """End-of-sequence ids that the export's generation config (else its `config.json`) or its tokenizer knows."""
+    """End-of-sequence ids of the export: from its generation config (else its `config.json`) and its tokenizer."""
     from pdtrim_pl.staged.decoding import joined_stop_ids
 
     files = [export / "decode" / name for name in ("generation_config.json", "config.json")]
@@ -101,14 +105,13 @@ def stop_ids_of(export: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
 
 
 def text_pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """Text of token ids as they come; joined, exactly `decode` of all of them.
+    """The text of token ids, piece by piece. The joined pieces are exactly `decode` of all ids.
 
-    Bytes of an unfinished character are held back until the rest has come.
+    The bytes of an unfinished character wait until the character is complete.
 
     Args:
         ids: token ids.
-        decode: from all ids so far to their text. It sees all of them, for the text of a token depends on those
-            before it.
+        decode: from all ids so far to their text. It needs all: the text of a token depends on those before it.
     """
     seen: list[int] = []
     text, printed = "", ""
@@ -124,7 +127,7 @@ def text_pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Itera
 
 
 def figures(stats: RequestStats) -> str:
-    """A request's figures, one a line."""
+    """A request's figures, one per line."""
     sent = f"{stats.kv_bytes:,} of {stats.full_bytes:,} bytes unpruned"
     ratio = "" if stats.ratio is None else f" ({stats.ratio:.2f}x less)"
     step = stats.decode_seconds_per_token
@@ -139,10 +142,10 @@ def figures(stats: RequestStats) -> str:
 
 
 def _as_typed(prompt: str) -> str:
-    """Text from a command line whose bytes the locale could not read, and which are UTF-8 all the same.
+    """The prompt as text. Bytes of the command line that the locale could not read are taken as UTF-8.
 
     Raises:
-        UserError: they are not.
+        UserError: they are not UTF-8.
     """
     if prompt.isascii() or not any("\ud800" <= character <= "\udfff" for character in prompt):
         return prompt

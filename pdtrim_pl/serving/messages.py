@@ -1,4 +1,4 @@
-"""What the parent and its workers say to each other: plain data. Tensors would travel as shared memory."""
+"""Messages between the parent and its workers. They are plain data: tensors would travel as shared memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pdtrim_pl.serving.sampling import Sampling
 
 Attention = Literal["sdpa", "eager"]
 Rows = list[list[int]]
-"""Token ids or a mask, one list a row, all of one length."""
+"""Token ids or a mask, one list per row, all of one length."""
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """All a worker needs to start."""
+    """What a worker needs to start."""
 
     stage: Stage
     export: Path
@@ -26,7 +26,7 @@ class WorkerSpec:
     meeting_point: Path
     """File in which the two workers find each other."""
     attn_implementation: Attention | None
-    """None takes what the model needs."""
+    """None means what the model needs."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Force:
 
 @dataclass(frozen=True)
 class Cancel:
-    """To decode: the reader wants no more tokens."""
+    """To decode: stop, nobody reads more tokens."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """From both: the checkpoint is loaded and the other worker found."""
+    """From both: the checkpoint is loaded and the workers are connected."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,15 @@ class Decoded:
     seconds: float
     """Time in decode passes."""
     steps: int
-    """Tokens that the passes took in."""
+    """Tokens of a row that were fed to decode."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """From both, and the worker's last words."""
+    """From both: the worker fails and exits."""
 
     kind: Literal["setting", "link", "fault"]
-    """A user's mistake; the other worker gone; anything else."""
+    """`setting`: a user's mistake; `link`: the other worker is gone; `fault`: anything else."""
     message: str
 
 

@@ -1,4 +1,4 @@
-"""What one request is, and what it took.
+"""One request to the workers, and its figures.
 
 Shapes: B batch, T tokens.
 """
@@ -18,14 +18,14 @@ from pdtrim_pl.serving.messages import Decoded, Encoded, Rows
 
 @dataclass(frozen=True)
 class Padded:
-    """Token rows of one length, as they travel to a worker."""
+    """Token rows of one length, as they are sent to a worker."""
 
     ids: Rows
     mask: Rows
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None, name: str, pair: ExportedPair) -> Self:
-        """Check token ids [B, T] and their mask, all real by default, and make them plain.
+        """Check token ids [B, T] and their mask (all real by default), and make lists of them.
 
         Raises:
             UserError: the ids are not a batch of tokens of this model, or the mask does not fit them.
@@ -58,14 +58,14 @@ class Padded:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What one request took. Counts are sums over the rows of its batch."""
+    """Figures of one request. Counts are sums over the rows of its batch."""
 
     prompt_tokens: int
     new_tokens: int
     kv_bytes: int
-    """Bytes of keys and values sent, counted where they were sent."""
+    """Bytes of keys and values, counted while they were sent."""
     full_bytes: int
-    """Bytes that the unpruned model would have sent."""
+    """Bytes that the unpruned model would send."""
     header_bytes: int
     """Other bytes of the handover: lengths, first tokens and, for forced responses, logits."""
     prefill_seconds: float
@@ -73,11 +73,11 @@ class RequestStats:
     """From the handover's first byte to its last."""
     decode_seconds: float
     decode_steps: int
-    """Tokens of a row that decode took in."""
+    """Tokens of a row that were fed to decode."""
 
     @classmethod
     def of(cls, pair: ExportedPair, prompts: Padded, new_tokens: int, encoded: Encoded, decoded: Decoded) -> Self:
-        """From what the two workers report."""
+        """From the reports of the two workers."""
         return cls(
             prompt_tokens=sum(prompts.lengths),
             new_tokens=new_tokens,
@@ -92,7 +92,7 @@ class RequestStats:
 
     @property
     def ratio(self) -> float | None:
-        """How many times fewer bytes than the unpruned model's; None where nothing was sent."""
+        """Bytes of the unpruned model over bytes sent; None if nothing was sent."""
         return self.full_bytes / self.kv_bytes if self.kv_bytes else None
 
     @property
@@ -102,5 +102,5 @@ class RequestStats:
 
     @property
     def decode_seconds_per_token(self) -> float | None:
-        """Time of decode over the tokens of a row that it took in; None where it had nothing to run."""
+        """Decode time per token fed to decode; None if decode had nothing to run."""
         return self.decode_seconds / self.decode_steps if self.decode_steps else None

@@ -1,4 +1,4 @@
-"""Prefill and decode in two processes on one host, each with its exported checkpoint only.
+"""Runs prefill and decode in two processes on one host, each with its own exported checkpoint.
 
 Shapes: B batch, P prompt tokens, R response tokens, V vocabulary.
 """
@@ -23,16 +23,16 @@ from pdtrim_pl.serving.workers import WorkerPair
 
 
 class DisaggregatedRuntime:
-    """Serves an exported pair from a prefill worker and a decode worker; a context manager.
+    """Serves an exported pair from a prefill worker and a decode worker. It is a context manager.
 
     The workers are spawned: in a script, use it below `if __name__ == "__main__":`.
 
     Args:
         export: directory with `prefill/`, `decode/`, `stage_plan.json` and `kv_policy.json`.
-        devices: of the prefill and of the decode worker. By default a GPU each where there are two, one GPU for both
-            where there is one, else the CPU.
-        attn_implementation: `sdpa` or `eager`; None takes what the model needs.
-        start_timeout: seconds the workers may take to load and to meet.
+        devices: of the prefill and of the decode worker. By default one GPU each if there are two, one GPU for both if
+            there is one, else the CPU.
+        attn_implementation: `sdpa` or `eager`; None means what the model needs.
+        start_timeout: seconds for the workers to load and to connect.
 
     Raises:
         UserError: the directory is not an export, or (on entering) a worker cannot load its checkpoint.
@@ -80,18 +80,17 @@ class DisaggregatedRuntime:
         self, prompt_ids: list[int] | Tensor, *, max_new_tokens: int, stop_ids: Collection[int] = (),
         temperature: float = 0.0, top_k: int | None = None, seed: int = 0,
     ) -> Generator[int, None, None]:  # fmt: skip
-        """Generate from one prompt; yields token ids as they come, the stop token too.
+        """Generate from one prompt. Yields each token id when it is generated, the stop token too.
 
-        Closing the iterator ends the request. Greedy unless `temperature` is above 0; then drawn among the `top_k`
-        most likely tokens, reproducibly for a `seed`.
+        Closing the iterator ends the request.
 
         Args:
             prompt_ids: token ids, [P].
-            max_new_tokens: number of tokens to yield at most.
+            max_new_tokens: most tokens to yield.
             stop_ids: tokens that end the response.
-            temperature: 0 for greedy.
-            top_k: None for all.
-            seed: of the draws.
+            temperature: 0 for greedy; above 0 tokens are sampled.
+            top_k: sample among this many most likely tokens; None for all.
+            seed: of the sampling; equal seeds give equal tokens.
         """
         prompts = self._prompts(torch.as_tensor(prompt_ids)[None], None)
         for ids in self._generate(prompts, max_new_tokens, stop_ids, Sampling(temperature, top_k, seed)):
@@ -101,16 +100,16 @@ class DisaggregatedRuntime:
         self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, max_new_tokens: int,
         stop_ids: Collection[int] = (), temperature: float = 0.0, top_k: int | None = None, seed: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Generate a batch of responses, [B, up to max_new_tokens]; arguments as in `stream`.
+        """Generate a batch of responses, [B, up to max_new_tokens].
 
         Args:
             prompt_ids: token ids, [B, P], padded on the left.
             prompt_mask: True on real tokens, [B, P]; all real by default.
-            max_new_tokens: number of tokens of a row at most.
-            stop_ids: tokens that end a row, which then repeats its own until all rows are done.
-            temperature: 0 for greedy.
-            top_k: None for all.
-            seed: of the draws.
+            max_new_tokens: most tokens of a row.
+            stop_ids: tokens that end a row; the row then repeats its stop token until all rows are done.
+            temperature: see `stream`.
+            top_k: see `stream`.
+            seed: see `stream`.
         """
         prompts = self._prompts(prompt_ids, prompt_mask)
         steps = self._generate(prompts, max_new_tokens, stop_ids, Sampling(temperature, top_k, seed))
@@ -120,7 +119,7 @@ class DisaggregatedRuntime:
         self, prompt_ids: Tensor, response_ids: Tensor, prompt_mask: Tensor | None = None,
         response_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Logits [B, R, V], fp32, that predict each token of given responses; a check of the pair, and an evaluation.
+        """Logits [B, R, V], fp32, that predict each token of given responses. For checks and evaluation of a pair.
 
         Args:
             prompt_ids: [B, P], padded on the left.
@@ -153,7 +152,7 @@ class DisaggregatedRuntime:
     def _request(
         self, prompts: Padded, encode: say.Encode, request: say.Continue | say.Force, forced_tokens: int = 0
     ) -> Iterator[say.Report]:
-        """Give one request to both workers; yields what decode produces, and sets `stats` at the end."""
+        """Send one request to both workers. Yields what decode reports, and sets `stats` at the end."""
         workers = self._workers
         if workers is None or not workers.alive:
             raise RuntimeError(
@@ -170,7 +169,7 @@ class DisaggregatedRuntime:
             for report in _until_done(workers, done):
                 produced += len(report.ids) if isinstance(report, say.Tokens) else forced_tokens
                 yield report
-        except GeneratorExit:  # the reader has had enough: end the request, for the next one needs idle workers
+        except GeneratorExit:  # the caller reads no more: end the request, because the next one needs idle workers
             if workers.alive:
                 workers.tell("decode", say.Cancel())
                 list(_until_done(workers, done))
@@ -192,10 +191,10 @@ def devices_of(device: str) -> tuple[str, str]:
     """Devices of the prefill and the decode worker for one setting.
 
     Args:
-        device: `auto` (GPUs if there are any), `cuda` (a GPU each where there are two), or one device for both.
+        device: `auto` (GPUs if there are any), `cuda` (one GPU each if there are two), or one device for both.
 
     Raises:
-        UserError: no such device here.
+        UserError: this machine has no such device.
     """
     gpus = torch.cuda.device_count()
     if device == "auto":
@@ -214,7 +213,7 @@ def devices_of(device: str) -> tuple[str, str]:
 
 
 def _until_done(workers: WorkerPair, done: dict[Stage, say.Encoded | say.Decoded]) -> Iterator[say.Report]:
-    """What decode produces until both workers are through; their last reports go to `done`."""
+    """What decode reports until both workers are done; their last reports go to `done`."""
     for stage, report in workers.reports():
         if not isinstance(report, say.Encoded | say.Decoded):
             yield report

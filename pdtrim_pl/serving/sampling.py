@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedily, or drawn with a temperature.
+"""How the next token is chosen: greedily, or sampled with a temperature.
 
 Shapes: B batch, V vocabulary.
 """
@@ -15,7 +15,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.staged.model import PickToken, greedy
 
 _LEAST = torch.finfo(torch.float32).tiny
-"""A lower temperature chooses as this one does: greedily."""
+"""Temperatures below this one act like it, which is greedy."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """0 takes the most likely token; higher values draw more freely."""
+    """0 takes the most likely token; higher values sample more freely."""
     top_k: int | None = None
-    """Draw among this many most likely tokens only; None for all."""
+    """Sample among this many most likely tokens; None for all."""
     seed: int = 0
-    """Equal seeds give equal draws, on every device."""
+    """Equal seeds give equal tokens, on every device."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -42,11 +42,11 @@ class Sampling:
             raise UserError(f"`seed` is {self.seed}: give an integer of at least 0.")
 
     def picker(self, start: int = 0) -> PickToken:
-        """A function from logits [B, V] to token ids [B], to be called once a response token.
+        """A function from logits [B, V] to token ids [B]. Call it once per response token.
 
         Args:
-            start: index of the response token that the first call chooses. Each draw has a generator of its own, so
-                a decode worker that starts at token 1 continues what the prefill worker began with token 0.
+            start: index of the response token that the first call chooses. Every index has its own generator, so a
+                decode worker that starts at token 1 continues what the prefill worker began with token 0.
         """
         if self.temperature == 0.0:
             return greedy
@@ -57,7 +57,7 @@ class Sampling:
         # The noise is drawn on the CPU: generators of different devices give different numbers.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
-        # Below the largest one, and not by less than a number: else a tiny temperature makes infinities of several.
+        # Relative to the largest logit: else a tiny temperature turns several logits into infinities.
         scores = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / max(self.temperature, _LEAST)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             lowest = scores.topk(self.top_k, dim=-1).values[..., -1:]

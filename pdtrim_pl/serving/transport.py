@@ -1,7 +1,7 @@
 """The handover of a prompt from the prefill worker to the decode worker, over torch.distributed.
 
-Only entries that count cross: padding does not, and where they stand follows from the rows' lengths, the policy and
-the plan, which both workers have.
+Only real entries cross, no padding. Their positions follow from the rows' lengths, the policy and the plan, which both
+workers have.
 
 Shapes: B batch, E entries of all rows together, N entries of the longest row, K key/value heads, D head dimension,
 V vocabulary.
@@ -27,19 +27,19 @@ RANKS: dict[Stage, int] = {"prefill": 0, "decode": 1}
 
 
 class LinkError(RuntimeError):
-    """The other worker cannot be reached (any more)."""
+    """The other worker cannot be reached."""
 
 
 @dataclass(frozen=True, eq=False)
 class Handover:
-    """All that decode learns of a prompt."""
+    """Everything that decode gets of a prompt."""
 
     cache: KVCache
     """On its way out the prompt's whole cache, as prefill made it; at decode what crossed."""
     tokens: Tensor
     """Decode's first input, [B]: the response's first token, or the prompt's last one under `boundary: decode`."""
     logits: Tensor | None = None
-    """Logits of the response's first token [B, V], where they were asked for (`boundary: prefill`)."""
+    """Logits of the response's first token [B, V], if they were asked for (`boundary: prefill`)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Traffic:
 
     kv_bytes: int
     header_bytes: int
-    """Lengths, first tokens and, where asked for, logits."""
+    """Lengths, first tokens and, if asked for, logits."""
     seconds: float
     """From the first byte to the last."""
 
@@ -89,17 +89,17 @@ class Link:
 
 
 def open_link(stage: Stage, device: torch.device, backend: str, meeting_point: Path, timeout: timedelta) -> Link:
-    """Meet the other worker; returns when both are there.
+    """Connect to the other worker; returns when both are ready.
 
     Args:
         stage: which end of the wire this is.
         device: the worker's device.
-        backend: `gloo`, or `nccl` where each worker has a GPU of its own.
+        backend: `gloo`, or `nccl` if each worker has its own GPU.
         meeting_point: a file that does not exist yet, the same for both workers.
-        timeout: how long to wait for the other, then and in every transfer.
+        timeout: how long to wait for the other worker, now and in every transfer.
 
     Raises:
-        LinkError: the other worker did not come.
+        LinkError: the other worker did not connect.
     """
     try:
         dist.init_process_group(
@@ -130,8 +130,7 @@ def send_handover(link: Link, handover: Handover, plan: StagePlan, policy: KVRet
     header = link.send(torch.tensor([len(handover.tokens), vocabulary]))
     header += link.send(torch.stack([handover.cache.lengths, handover.tokens]).to(torch.int64))
     kv_bytes = 0
-    # One message a block: as few as that cost nothing beside the bytes, and the copy that packing makes is one block's,
-    # not the whole cache's.
+    # One message per block: so few cost nothing beside the bytes, and packing copies one block at a time.
     for index in plan.decode:
         block, rule = handover.cache.blocks[index], policy.rule(index)
         assert block.keys.dtype == wire_dtype(policy)
@@ -182,13 +181,13 @@ def wire_dtype(policy: KVRetentionPolicy) -> torch.dtype:
 
 
 def settle(device: torch.device) -> None:
-    """Wait for a GPU's queue, so that clocks mean something."""
+    """Wait until a GPU has finished its queue, so that times are right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _slots(rule: Retention, lengths: list[int], device: torch.device) -> Slots:
-    """Where the entries that `rule` keeps of each row stand, left-justified, [B, N]."""
+    """Positions of the entries that `rule` keeps of each row, left-justified, [B, N]."""
     first, last = torch.tensor([rule.counts(length) for length in lengths], device=device).unsqueeze(-1).unbind(dim=1)
     place = torch.arange(int((first + last).max()), device=device)[None]
     ends = torch.tensor(lengths, device=device)[:, None]

@@ -1,4 +1,4 @@
-"""What runs in a worker process: load one stage's checkpoint, meet the other worker, serve until the parent is gone.
+"""A worker process: loads one stage's checkpoint, connects to the other worker, serves until the parent is gone.
 
 Shapes: B batch, P prompt tokens, R response tokens, T new tokens, V vocabulary.
 """
@@ -34,22 +34,22 @@ from pdtrim_pl.serving.transport import (
 from pdtrim_pl.staged.decoding import decode_stream, until_stopped
 from pdtrim_pl.staged.model import StagedCausalLM
 
-# The parent kills a worker whose partner is gone, long before this; it only bounds what nobody watches.
+# The parent kills a worker long before this if the other one is gone. This only limits workers without a parent.
 LINK_TIMEOUT = timedelta(hours=1)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-"""The network interface that nobody outside this host reaches."""
+"""The network interface that is closed to other hosts."""
 
 
 def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
-    """A worker process's whole life.
+    """The main function of a worker process.
 
     Args:
         spec: which stage to serve, and where.
-        parent: receives commands and sends reports; the worker leaves when it closes.
+        parent: gives commands and takes reports; the worker exits when it closes.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair, which then stops its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops its workers
     os.dup2(sys.stderr.fileno(), 1)  # standard output is for the generated text alone
-    # Both workers are on this host, whatever a cluster has set for processes that are not.
+    # Both workers are on this host; a cluster may have set another interface.
     os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
     try:
         staged, policy = _load(spec)
@@ -58,14 +58,14 @@ def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
         parent.send(say.Ready())
         worker(staged, policy, link, torch.device(spec.device), parent).serve()
         dist.destroy_process_group()
-    except Exception as error:  # the end of the process: whatever it was, the parent must hear of it
+    except Exception as error:  # the process ends here: the parent must hear of every error
         with contextlib.suppress(ConnectionError):  # the parent may be gone itself
             parent.send(_last_words(error))
         sys.exit(1)
 
 
 class StageWorker(ABC):
-    """What both workers are: a stage, its end of the wire, and a parent that asks."""
+    """Base of both workers: a stage, its end of the wire, and the parent that gives commands."""
 
     def __init__(
         self, staged: StagedCausalLM, policy: KVRetentionPolicy, link: Link, device: torch.device, parent: Connection
@@ -75,7 +75,7 @@ class StageWorker(ABC):
 
     @torch.inference_mode()
     def serve(self) -> None:
-        """Obey the parent until it is gone."""
+        """Do what the parent asks until it is gone."""
         while True:
             try:
                 command: say.Command = self.parent.recv()
@@ -85,7 +85,7 @@ class StageWorker(ABC):
 
     @abstractmethod
     def obey(self, command: say.Command) -> None:
-        """Do what one command says."""
+        """Carry out one command."""
 
     def ids(self, rows: say.Rows) -> Tensor:
         """Token ids or a mask on the worker's device, [rows, T]."""
@@ -93,7 +93,7 @@ class StageWorker(ABC):
 
 
 class PrefillWorker(StageWorker):
-    """Encodes prompts and hands them over."""
+    """Encodes prompts and sends their KV to the decode worker."""
 
     def obey(self, command: say.Command) -> None:
         assert isinstance(command, say.Encode)
@@ -113,11 +113,11 @@ class PrefillWorker(StageWorker):
 
 
 class DecodeWorker(StageWorker):
-    """Generates, or runs given responses, from what prefill hands over."""
+    """Generates responses, or runs given ones, from what prefill sends."""
 
     def obey(self, command: say.Command) -> None:
         if isinstance(command, say.Cancel):
-            return  # it crossed the last token of the request it meant
+            return  # it arrived after the last token of its request
         handover, traffic = receive_handover(self.link, self.plan, self.policy, self.device)
         started = time.perf_counter()
         if isinstance(command, say.Continue):
@@ -142,7 +142,7 @@ class DecodeWorker(StageWorker):
             produced += 1
             self.parent.send(say.Tokens(token.tolist()))
             if self.parent.poll():
-                break  # the parent says nothing during a request but Cancel
+                break  # during a request the parent sends nothing but Cancel
         return produced - chosen
 
     def _force(self, handover: Handover, command: say.Force) -> int:
@@ -172,7 +172,7 @@ def _last_words(error: Exception) -> say.Failed:
 
 
 def _load(spec: say.WorkerSpec) -> tuple[StagedCausalLM, KVRetentionPolicy]:
-    # Imported here: the process has already put its output and signals in order by then.
+    # Imported here, after the process has set up its output and signals.
     from transformers.utils.logging import disable_progress_bar
 
     from pdtrim_pl.export.load import load_stage

@@ -1,4 +1,4 @@
-"""The two worker processes as their parent sees them: started, watched, and gone at the end, however it ends."""
+"""The two worker processes from the parent's side: it starts them, watches them, and always ends them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRACE_SECONDS = 5.0
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal: a worker that starts here must not end in a traceback of its own."""
+    """Block SIGINT, which Ctrl-C sends to every process of a terminal. Workers that start here inherit the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -36,16 +36,16 @@ class WorkerPair:
     Args:
         export: the exported pair.
         devices: of the prefill and of the decode worker.
-        attn_implementation: None takes what the model needs.
+        attn_implementation: None means what the model needs.
     """
 
     def __init__(self, export: Path, devices: tuple[str, str], attn_implementation: say.Attention | None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pdtrim-serving-")
         self._processes: dict[Stage, SpawnProcess] = {}
         self._connections: dict[Stage, Connection] = {}
-        # NCCL wants a GPU for each process; two workers on one GPU, or on none, send through the CPU.
+        # NCCL needs one GPU per process; two workers on one GPU, or on none, send through the CPU.
         nccl = all(device.startswith("cuda") for device in devices) and devices[0] != devices[1]
-        spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads and CUDA in pieces
+        spawn = multiprocessing.get_context("spawn")  # a forked child would inherit broken threads and CUDA state
         for stage, device in zip(STAGES, devices, strict=True):
             spec = say.WorkerSpec(
                 stage, export, device, "nccl" if nccl else "gloo", Path(self._folder.name) / "meet", attn_implementation
@@ -54,7 +54,7 @@ class WorkerPair:
             process = spawn.Process(target=run_worker, args=(spec, theirs), name=f"pdtrim {stage}", daemon=True)
             with _interrupts_held_back():
                 process.start()
-            theirs.close()  # so that a worker's end closes with the worker
+            theirs.close()  # else it would stay open after the worker has died
             self._processes[stage], self._connections[stage] = process, ours
 
     @property
@@ -70,14 +70,14 @@ class WorkerPair:
             self._give_up(stage, None)
 
     def reports(self, timeout: float | None = None) -> Iterator[tuple[Stage, say.Report]]:
-        """What the workers report, as it comes, for as long as the caller asks.
+        """Reports of the workers in the order of their arrival, until the caller stops asking.
 
         Args:
-            timeout: seconds the workers may take to start; None waits for ever, but never for the dead.
+            timeout: seconds for the workers to start; None waits without limit, but not for a dead worker.
 
         Raises:
-            UserError: a worker met a user's mistake.
-            RuntimeError: a worker failed or died, or the time is over. Both workers are gone then.
+            UserError: a worker found a user's mistake.
+            RuntimeError: a worker failed or died, or the time is over. Both workers have been ended.
         """
         end = None if timeout is None else time.monotonic() + timeout
         stages = {self._connections[stage]: stage for stage in STAGES}
@@ -99,7 +99,7 @@ class WorkerPair:
                     yield stage, report
 
     def kill(self) -> None:
-        """End both workers. They hold nothing that a farewell would save, and ending can be asked for again."""
+        """End both workers at once: they have nothing to save. May be called again."""
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():
@@ -109,7 +109,7 @@ class WorkerPair:
         self._folder.cleanup()
 
     def _read(self, stage: Stage) -> say.Report | None:
-        """The worker's next report; None where it has died."""
+        """The worker's next report; None if it has died."""
         try:
             report: say.Report = self._connections[stage].recv()
         except (EOFError, ConnectionError):
@@ -119,7 +119,7 @@ class WorkerPair:
     def _give_up(self, stage: Stage, failure: say.Failed | None) -> None:
         """End both workers and raise one error that names the cause.
 
-        When one worker goes, the other soon reports a broken link: that is a consequence, so look for the cause.
+        If one worker dies, the other soon reports a broken link. That is a consequence, so look at the first one.
         """
         if failure is not None and failure.kind == "link":
             other: Stage = "decode" if stage == "prefill" else "prefill"
@@ -141,7 +141,7 @@ class WorkerPair:
         raise RuntimeError(f"The {stage} worker failed: {failure.message}")
 
     def _last_words(self, stage: Stage) -> say.Failed | None:
-        """The failure a worker reports within the time of grace, past whatever else it still had to say."""
+        """The failure that a worker reports within the grace time; its other reports are skipped."""
         end = time.monotonic() + GRACE_SECONDS
         while self._connections[stage].poll(max(end - time.monotonic(), 0.0)):
             report = self._read(stage)

@@ -115,6 +115,8 @@ class Load:
     """Blocks that local fits train at a time."""
     search_cache_bytes: int = 4 * GIB
     search_teacher_bytes: int = 2 * GIB
+    untrained_bytes: int = 0
+    """One weight of the student before training, where the export loads it again; 0 where it does not."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,9 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
         _activations(student, layout, load) + _activations(teacher, layout, load, kept=False) + _logits(student, load),
         _search(student, layout, load) + _logits(student, load) + _offers(student, layout, load),
         _fits(student, layout, load) + _offers(student, layout, load),
+        _activations(student, layout, load, kept=False)
+        + _logits(student, load)
+        + student.parameters * load.untrained_bytes,
     )
     device["reserve"] = CONTEXT_BYTES
     # FSDP cuts up what is loaded already; all others load to the device, ZeRO-3 a layer at a time.

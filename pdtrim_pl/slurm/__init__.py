@@ -1,4 +1,4 @@
-"""SLURM from the command line: describe a job, render its script, check it, submit it. Imports no torch."""
+"""SLURM: describes a job, renders its script, checks it and submits it. Imports no torch."""
 
 from pdtrim_pl.slurm.commands import SlurmError
 from pdtrim_pl.slurm.job import JobRequest

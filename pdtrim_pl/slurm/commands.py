@@ -1,4 +1,4 @@
-"""Calls of SLURM's own programs."""
+"""Calls SLURM's programs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ TIMEOUT_SECONDS = 60
 
 
 class SlurmError(UserError):
-    """SLURM is not there, or said no."""
+    """SLURM is missing, or refused."""
 
 
 def call(command: Sequence[str], extra_environment: Mapping[str, str] | None = None) -> str:
-    """Run one of SLURM's programs; returns what it wrote to standard output.
+    """Run one of SLURM's programs and return its standard output.
 
     Raises:
-        SlurmError: the program is not there, does not answer, or fails; with its own words.
+        SlurmError: the program is missing, does not answer, or fails; the message quotes it.
     """
     environment = {**os.environ, **(extra_environment or {})}
     try:

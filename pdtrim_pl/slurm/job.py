@@ -1,4 +1,4 @@
-"""What a user asks of a cluster, and what is wrong with it."""
+"""What a job asks for, and the faults in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIME = re.compile(r"^(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::
 
 @dataclass(frozen=True)
 class JobRequest:
-    """One job: so many nodes with so many processes each, one process per GPU."""
+    """One job: nodes, and processes on each of them, one per GPU."""
 
     nodes: int = 1
     gpus: int = 8
@@ -32,9 +32,9 @@ class JobRequest:
     cpus: int = 8
     """CPU cores per process."""
     mem: str = "0"
-    """Memory per node as SLURM writes it, such as `120G`; 0 asks for all of the node's."""
+    """Memory per node as SLURM writes it, such as `120G`; 0 asks for all of the node's memory."""
     notice: int = 300
-    """Seconds before the time limit at which the run saves, requeues itself and leaves; 0 lets the limit end it."""
+    """Seconds before the time limit at which the run saves, requeues itself and exits; 0 lets the limit end the run."""
     array: str | None = None
     """Tasks of a job array, such as `0-3`."""
 
@@ -44,7 +44,7 @@ class JobRequest:
         return self.gpus if self.tasks is None else self.tasks
 
     def faults(self) -> list[str]:
-        """What SLURM or Lightning would trip over, one line each."""
+        """What SLURM or Lightning would refuse, one line each."""
         return list(self._faults())
 
     def _faults(self) -> Iterator[str]:
@@ -78,7 +78,7 @@ def seconds_of(time: str) -> int:
     """Seconds of a time limit as SLURM reads it: `90` and `90:00` are 90 minutes, `1-12` is a day and a half.
 
     Raises:
-        UserError: not such a time.
+        UserError: the text is not a time limit.
     """
     match = TIME.match(time)
     if match is None:
@@ -92,7 +92,7 @@ def seconds_of(time: str) -> int:
 
 
 def config_faults(config: Path, job: JobRequest) -> list[str]:
-    """What in a run's YAML does not go with the job, one line each; read without torch."""
+    """What in a run's YAML does not fit the job, one line each. Imports no torch."""
     try:
         settings: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A job as a batch script. The scripts in `jobs/` are what this writes; a test compares them."""
+"""Renders a job as a batch script. The scripts in `jobs/` are its output; a test compares them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ HEADERS: dict[Kind, str] = {
 #   sbatch jobs/fit_preemptible.sbatch configs/llama3_8b_deepspeed.yaml [overrides]
 """,
     "compare_array": """\
-# One plan per task of the array: trains under every *.json of a folder, in file name order, each in a folder of its
-# own below runs/compare/, which becomes the working directory: let the paths that the YAML writes to be relative, and
-# those that it reads absolute.
+# One plan per task of the array: trains under every *.json of a folder, in the order of their names. Each task works in
+# its own folder below runs/compare/: paths that the YAML writes to must be relative, and paths that it reads absolute.
 #
 #   sbatch --array=0-3 jobs/compare_array.sbatch configs/mine.yaml plans/ [overrides]
 """,
@@ -63,8 +62,8 @@ cd "$folder"
 RUN = """\
 read -ra pdtrim <<<"${PDTRIM:-pdtrim}" # where it is not on the PATH: PDTRIM=/path/to/.venv/bin/pdtrim sbatch ...
 
-# Holds the two signals of a notice back until the run asks for them, at the end of a batch: during the seconds of
-# Python's start they would kill it.
+# Blocks the two signals of a notice until the run asks for them at the end of a batch. While Python starts they would
+# kill it.
 guard=(env --block-signal=USR1 --block-signal=TERM)
 if ! "${guard[@]}" true 2>/dev/null; then
     echo "GNU env before 8.31 cannot block signals: a notice within the first seconds ends the job." >&2
@@ -83,12 +82,12 @@ srun --kill-on-bad-exit=1 "${guard[@]}" "${pdtrim[@]}" fit --config "$config" --
 
 
 def render(job: JobRequest, kind: Kind = "fit", header: str | None = None) -> str:
-    """The batch script of a job. Its arguments are the configuration and overrides, so one script serves any run.
+    """The batch script of a job. It takes the configuration and overrides as arguments, so one script serves any run.
 
     Args:
         job: what to ask for.
-        kind: which of the shipped scripts.
-        header: comment on top instead of the shipped one.
+        kind: which of the shipped scripts to follow.
+        header: comment at the top; None means the shipped one.
     """
     body = PLANS if kind == "compare_array" else CONFIG
     run = RUN.replace("@PLAN@", '--model.structure.plan "$plan" ' if kind == "compare_array" else "")

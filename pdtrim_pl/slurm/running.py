@@ -14,9 +14,9 @@ class RunningJob:
     """A job, seen from inside."""
 
     id: str
-    """What `scontrol` and `squeue` call it; also of one task of an array."""
+    """Its name for `scontrol` and `squeue`; a task of an array has its own."""
     restarts: int
-    """How often SLURM has started it again, for whatever reason."""
+    """How often SLURM has started it again, for any reason."""
 
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> RunningJob | None:
@@ -27,7 +27,7 @@ class RunningJob:
         return cls(environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0")))
 
     def state(self) -> str:
-        """SLURM's name for its state, such as RUNNING or COMPLETING.
+        """SLURM's name for the job's state, such as RUNNING or COMPLETING.
 
         Raises:
             SlurmError: SLURM does not answer.
@@ -37,11 +37,11 @@ class RunningJob:
     def requeue(self) -> None:
         """Put the job back into the queue. SLURM ends its processes soon after.
 
-        A job that is not running any more is left alone: after `scancel`, `scontrol requeue` would bring it back, and a
-        job that SLURM itself preempts is in the queue already.
+        A job that does not run any more is not requeued: after `scancel`, `scontrol requeue` would bring it back, and a
+        job that SLURM itself preempts is already in the queue.
 
         Raises:
-            SlurmError: the job is not running any more, or SLURM refuses (`--no-requeue`, or not a batch job).
+            SlurmError: the job does not run any more, or SLURM refuses (`--no-requeue`, or not a batch job).
         """
         state = self.state()
         if state != "RUNNING":

@@ -1,4 +1,4 @@
-"""`pdtrim submit`: render the script of a job, check it, submit it, and tell how to follow it."""
+"""`pdtrim submit`: renders the script of a job, checks it, submits it, and prints how to follow it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdtrim_pl.slurm.render import log_name, render
 FOLLOW = """\
 Submitted batch job {id}. {end}
   squeue -j {id} -o '%i %T %r %M'        state, reason, time used
-  tail -F {log}        what it says, over all restarts
+  tail -F {log}        its log, over all restarts
   scancel --signal=USR1 {id}        save, go back into the queue, continue later
   scancel {id}        end it; what was saved stays
 """
@@ -27,10 +27,10 @@ BY_HAND = "The same command continues the run if it ends before it is done."
 
 
 def run(args: Sequence[str]) -> int:
-    """The command; what follows `--` goes to `pdtrim fit` as overrides.
+    """Run the command. Arguments after `--` go to `pdtrim fit` as overrides.
 
     Raises:
-        UserError: faults of the job or its configuration, all at once.
+        UserError: the job or its configuration has faults; the message lists all of them.
         SlurmError: SLURM is missing or refuses the job.
     """
     own, overrides = _split(args)
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pdtrim submit",
         description="Submit a run to SLURM. It continues from its last checkpoint if there is one.",
-        epilog="What follows -- goes to `pdtrim fit`: pdtrim submit --config X --gpus 4 -- --trainer.max_epochs 3",
+        epilog="Arguments after -- go to `pdtrim fit`: pdtrim submit --config X --gpus 4 -- --trainer.max_epochs 3",
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, help="configuration of the run")
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mem", default=default.mem, help="memory per node, 0 for all of it (%(default)s)")
     parser.add_argument(
         "--notice", type=int, default=default.notice,
-        help="seconds before the time limit at which the run saves, requeues itself and leaves; 0 for never "
+        help="seconds before the time limit at which the run saves, requeues itself and exits; 0 for never "
         "(%(default)s)",
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the script and stop; needs no SLURM")
@@ -98,7 +98,7 @@ def _check_partition(partition: str | None) -> None:
 
 
 def _submit(script: str, arguments: Sequence[str]) -> str:
-    """SLURM's own check of the script, then the real thing; returns the job's id."""
+    """Let SLURM test the script, then submit it. Returns the job's id."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pdtrim.sbatch"
         path.write_text(script, encoding="utf-8")
@@ -108,7 +108,7 @@ def _submit(script: str, arguments: Sequence[str]) -> str:
 
 
 def _command_for_the_job() -> dict[str, str]:
-    """The job runs the `pdtrim` of this environment, on its PATH or not."""
+    """The variable with which the job runs the `pdtrim` of this environment, even if it is not on the PATH."""
     script = Path(sys.executable).with_name("pdtrim")
     if "PDTRIM" in os.environ:
         return {}

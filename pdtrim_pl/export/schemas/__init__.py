@@ -1,4 +1,4 @@
-"""JSON Schemas (2020-12) of the files that another engine reads, and a check of such files against them."""
+"""JSON Schemas (2020-12) of the files that other engines read, and a check of files against them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def validate(data: Any, format: str) -> None:
     """Check a parsed file against the schema of `format`.
 
     Raises:
-        UserError: another format or version, or the most telling fault and where it is.
+        UserError: another format or version, or the most relevant fault with its place.
     """
     check_format(data, format, "file")
     fault = best_match(Draft202012Validator(schema_of(format)).iter_errors(data))
@@ -56,7 +56,7 @@ def validate_file(path: Path, format: str | None = None, earlier: str | None = N
         earlier: an earlier version that is taken too.
 
     Raises:
-        UserError: naming the file and what is wrong with it.
+        UserError: the file does not fit; the message names the file and the fault.
     """
     data = read_json(path, "stage plan or KV policy" if format is None else TITLES[format])
     named = data.get("format") if isinstance(data, dict) else None
