@@ -2,8 +2,8 @@
 
 `tests/test_compat.py` tests each of these alone, so that a release that changes one fails there, by name. What our
 classes override cannot stand here: `torch.nn.Module._apply`, through which `to`, `half` and `cuda` move a module's
-tensors (`staged/gate.py`, `staged/model.py`), and in `lightning_cli.py` `LightningCLI._parse_ckpt_path`, called before
-anything is built, `_prepare_subcommand_kwargs`, whose result the trainer's command gets, and `_get`.
+tensors (`staged/gate.py`, `staged/structure.py`), and in `lightning_cli.py` `LightningCLI._parse_ckpt_path`, called
+before anything is built, `_prepare_subcommand_kwargs`, whose result the trainer's command gets, and `_get`.
 
 Lightning and DeepSpeed are not imported, so that a serving process starts without them; hence `Any`.
 """

@@ -42,8 +42,8 @@ from pdtrim_pl.models.loading import Loading, dtype_of
 from pdtrim_pl.models.pretrained import check_model, load_causal_lm, model_type_of
 from pdtrim_pl.plan import KVRetentionPolicy, Stage, StagePlan, Structure
 from pdtrim_pl.staged import Request, StagedCausalLM
-from pdtrim_pl.staged.decoding import stop_ids_of
-from pdtrim_pl.staged.model import reference_to
+from pdtrim_pl.staged.decoding import generate, stop_ids_of
+from pdtrim_pl.staged.description import reference_to
 from pdtrim_pl.staged.observed import BlockOutputs, run_observed
 from pdtrim_pl.strategies import (
     check_freezing,
@@ -366,8 +366,8 @@ class PDTrimModule(LightningModule):
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Greedy responses, [B, at most R]; a row that has ended repeats its stop token."""
-        return self.student.generate(
-            batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1],
+        return generate(
+            self.student, batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1],
             stop_ids=self._stop_ids(),
         )  # fmt: skip
 
