@@ -15,6 +15,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -45,12 +46,13 @@ class Clock(StoppingCriteria):
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
-    sides = both_sides(options)
+    ours, theirs = models(options)
+    sides = (partial(staged_times, ours, options.new), partial(own_times, theirs, options.new))
     report: dict[str, Any] = {}
     for batch in options.batch_sizes:
         ratios = []
         for prompt in options.prompts:
-            pairs = paired(sides, random_prompt(options.vocabulary, batch, prompt), options.pairs)
+            pairs = paired(sides, random_prompt(theirs.config.vocab_size, batch, prompt), options.pairs)
             found = {"ratio": median(a / b for a, b in pairs)}
             found |= {
                 name: 1000 * median(side) for name, side in zip(("ms", "hf_ms"), zip(*pairs, strict=True), strict=True)
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "new_tokens": options.new,
         "pairs": options.pairs,
         "dtype": options.dtype,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
     print(json.dumps(report) if options.json else "\n".join(f"{key}: {value}" for key, value in report.items()))
@@ -74,7 +77,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="embedded name, directory or Hub id")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--vocabulary", type=int, default=49152, help="token ids below this one are drawn")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024], help="tokens of every prompt")
     parser.add_argument("--new", type=int, default=24, help="tokens of every response, the first of them prefill's")
@@ -83,15 +85,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def both_sides(options: argparse.Namespace) -> tuple[Side, Side]:
+def models(options: argparse.Namespace) -> tuple[StagedCausalLM, PreTrainedModel]:
     """Ours and theirs, each with weights of its own: a model whose blocks have gates runs in no other way."""
     ours, theirs = (load_causal_lm(options.model, dtype=getattr(torch, options.dtype)).eval() for _ in range(2))
     assert theirs.generation_config is not None
     theirs.generation_config.eos_token_id = None
-    staged = StagedCausalLM(ours)
-    return lambda prompt: staged_times(staged, prompt, options.new), lambda prompt: own_times(
-        theirs, prompt, options.new
-    )
+    return StagedCausalLM(ours), theirs
 
 
 def random_prompt(vocabulary: int, batch: int, tokens: int) -> Tensor:
@@ -109,11 +108,11 @@ def paired(sides: tuple[Side, Side], prompt: Tensor, pairs: int) -> list[tuple[f
     return found
 
 
-def staged_times(model: StagedCausalLM, prompt: Tensor, new: int) -> list[float]:
+def staged_times(model: StagedCausalLM, new: int, prompt: Tensor) -> list[float]:
     return [time.perf_counter() for _ in stream(model, prompt, max_new_tokens=new)]
 
 
-def own_times(model: PreTrainedModel, prompt: Tensor, new: int) -> list[float]:
+def own_times(model: PreTrainedModel, new: int, prompt: Tensor) -> list[float]:
     clock = Clock()
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=0,

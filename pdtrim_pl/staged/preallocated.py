@@ -23,6 +23,7 @@ class PreallocatedSlots:
     def extended(self, new: Slots) -> Slots:
         """Write the slots of new tokens [B, T] behind the others; returns all of them, [B, N + T]."""
         start, self._filled = self._filled, self._filled + new.valid.shape[1]
+        assert self._filled <= self._valid.shape[1], "no room: a slice past the end takes anything and keeps nothing"
         self._positions[:, start : self._filled] = new.positions
         self._valid[:, start : self._filled] = new.valid
         return Slots(self._positions[:, : self._filled], self._valid[:, : self._filled])
