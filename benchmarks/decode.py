@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py [--json]
 
-Both sides take the same random prompts without padding, choose greedily, and stop at no token. A step is the time
-between two tokens, prefill not counted; a run of a side is the median of its steps. The sides take turns, and the one
-that begins changes from pair to pair, for machines are shared: a ratio is ours over theirs, the median over pairs.
-`ratio_b1` and `ratio_b8` are each the worst over the prompts of that batch size.
+Both sides take the same random prompts without padding, choose greedily, and stop at no token. They take turns step by
+step, for machines are shared: after every token of `generate`, the decode loop makes one. A ratio is ours over theirs,
+the median over such pairs; prefill is not counted. `ratio_b1` and `ratio_b8` are each the worst over the prompts of
+that batch size. `cpu_ratio` is the same by the clock of this process, into which the turns of others do not enter.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -27,44 +26,55 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.decoding import stream
+from pdtrim_pl.staged.decoding import DecodeLoop, stream
 
-Side = Callable[[Tensor], list[float]]
-"""Generates from a prompt [B, P]; says when each token was there, in seconds."""
+Clocks = tuple[float, float]
+"""Seconds: of the wall, and of this process on its CPUs."""
 
 
-class Clock(StoppingCriteria):
-    """Stops nothing; `generate` asks it once a token."""
+@dataclass(frozen=True)
+class Step:
+    """Time of one step of either side."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    ours: Clocks
+    theirs: Clocks
+
+
+class Turns(StoppingCriteria):
+    """Stops nothing. `generate` asks it after every token: it notes the time, then lets the other side take a step."""
+
+    def __init__(self, loop: DecodeLoop) -> None:
+        self.loop = loop
+        self.steps: list[Step] = []
+        self._since: Clocks | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.times.append(time.perf_counter())
+        since, between = self._since, clocks()
+        next(self.loop)
+        self._since = clocks()
+        if since is not None:  # else the first token, prefill's
+            self.steps.append(Step(passed(between, self._since), passed(since, between)))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def clocks() -> Clocks:
+    return time.perf_counter(), time.process_time()
+
+
+def passed(since: Clocks, now: Clocks) -> Clocks:
+    return now[0] - since[0], now[1] - since[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
     ours, theirs = models(options)
-    sides = (partial(staged_times, ours, options.new), partial(own_times, theirs, options.new))
     report: dict[str, Any] = {}
     for batch in options.batch_sizes:
-        ratios = []
-        for prompt in options.prompts:
-            pairs = paired(sides, random_prompt(theirs.config.vocab_size, batch, prompt), options.pairs)
-            found = {"ratio": median(a / b for a, b in pairs)}
-            found |= {
-                name: 1000 * median(side) for name, side in zip(("ms", "hf_ms"), zip(*pairs, strict=True), strict=True)
-            }
-            ratios.append(found["ratio"])
-            report[f"b{batch}_p{prompt}"] = {name: round(value, 3) for name, value in found.items()}
-            if not options.json:
-                print(f"batch {batch}, prompt {prompt}: {report[f'b{batch}_p{prompt}']}", flush=True)
-        report[f"ratio_b{batch}"] = round(max(ratios), 3)
+        cells = {f"b{batch}_p{prompt}": measured(ours, theirs, batch, prompt, options) for prompt in options.prompts}
+        report |= cells
+        report[f"ratio_b{batch}"] = max(cell["ratio"] for cell in cells.values())
     report |= {
-        "new_tokens": options.new,
-        "pairs": options.pairs,
+        "steps": options.steps,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
@@ -79,8 +89,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024], help="tokens of every prompt")
-    parser.add_argument("--new", type=int, default=24, help="tokens of every response, the first of them prefill's")
-    parser.add_argument("--pairs", type=int, default=7, help="timed runs of each side; one more warms up")
+    parser.add_argument("--steps", type=int, default=64, help="timed steps of each side")
+    parser.add_argument("--warmup", type=int, default=4, help="steps of each side before them")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser.parse_args(argv)
 
@@ -93,32 +103,28 @@ def models(options: argparse.Namespace) -> tuple[StagedCausalLM, PreTrainedModel
     return StagedCausalLM(ours), theirs
 
 
-def random_prompt(vocabulary: int, batch: int, tokens: int) -> Tensor:
-    return torch.randint(3, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def paired(sides: tuple[Side, Side], prompt: Tensor, pairs: int) -> list[tuple[float, float]]:
-    """Seconds of one step of either side, pair by pair."""
-    found: list[tuple[float, float]] = []
-    for pair in range(pairs + 1):
-        order = (0, 1) if pair % 2 else (1, 0)
-        seconds = {side: median(b - a for a, b in pairwise(sides[side](prompt))) for side in order}
-        if pair:
-            found.append((seconds[0], seconds[1]))
-    return found
-
-
-def staged_times(model: StagedCausalLM, new: int, prompt: Tensor) -> list[float]:
-    return [time.perf_counter() for _ in stream(model, prompt, max_new_tokens=new)]
-
-
-def own_times(model: PreTrainedModel, new: int, prompt: Tensor) -> list[float]:
-    clock = Clock()
-    model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([clock]),
+def measured(
+    ours: StagedCausalLM, theirs: PreTrainedModel, batch: int, prompt: int, options: argparse.Namespace
+) -> dict[str, float]:
+    """Medians over steps that the two sides take by turns."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, theirs.config.vocab_size, (batch, prompt), generator=draw)
+    new = 1 + options.warmup + options.steps
+    turns = Turns(stream(ours, ids, max_new_tokens=new))
+    theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([turns]),
     )  # fmt: skip
-    return clock.times
+    steps = turns.steps[options.warmup :]
+    found = {
+        "ratio": round(median(step.ours[0] / step.theirs[0] for step in steps), 3),
+        "cpu_ratio": round(median(step.ours[1] / step.theirs[1] for step in steps), 3),
+        "ms": round(1000 * median(step.ours[0] for step in steps), 2),
+        "hf_ms": round(1000 * median(step.theirs[0] for step in steps), 2),
+    }
+    if not options.json:
+        print(f"batch {batch}, prompt {prompt}: {found}", flush=True)
+    return found
 
 
 if __name__ == "__main__":
