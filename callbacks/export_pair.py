@@ -29,7 +29,7 @@ from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.parallel import on_first_rank
 from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.model import kv_shape_of
+from pdtrim_pl.staged.description import kv_shape_of
 from pdtrim_pl.strategies import parallel_of
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 `tests/test_compat.py` tests each of these alone, so that a release that changes one fails there, by name. What our
 classes override cannot stand here: `torch.nn.Module._apply`, through which `to`, `half` and `cuda` move a module's
-tensors (`staged/gate.py`, `staged/model.py`), and in `cli/lightning_cli.py` `LightningCLI._parse_ckpt_path`, called
+tensors (`staged/gate.py`, `staged/structure.py`), and in `cli/lightning_cli.py` `LightningCLI._parse_ckpt_path`, called
 before anything is built, `_run_subcommand`, which runs the trainer's command, `_prepare_subcommand_kwargs`, whose
 result that command gets, and `_get`.
 

@@ -34,7 +34,7 @@ from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Structure
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.decoding import stop_ids_of
+from pdtrim_pl.staged.decoding import generate, stop_ids_of
 from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, parallel_of
 
@@ -225,9 +225,10 @@ class PDTrimModule(ResumableModule):
         # The model may not know the end of a chat's turn; the tokenizer does.
         data = self._data()
         stop_ids = stop_ids_of(self.student.model, None if data is None else data.tokenizer)
-        return self.student.generate(
-            batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1], stop_ids=stop_ids
-        )
+        return generate(
+            self.student, batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1],
+            stop_ids=stop_ids,
+        )  # fmt: skip
 
     def _measure(self, batch: Batch) -> None:
         batch, min_chunks = self._shared_step(batch)

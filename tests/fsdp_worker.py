@@ -21,6 +21,7 @@ from pdtrim_pl.data import Batch
 from pdtrim_pl.export.whole import whole_copy
 from pdtrim_pl.plan import Boundary, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.decoding import generate
 from pdtrim_pl.strategies.fsdp import shard
 
 PROCESSES = 2
@@ -43,6 +44,7 @@ def compare(rank: int, meeting_point: Path, told: Path) -> None:
     dist.init_process_group("gloo", init_method=meeting_point.as_uri(), rank=rank, world_size=PROCESSES)
     found = {" ".join(map(str, case)): list(_differences(rank, *case)) for case in CASES}
     found["bf16"] = [_small_step()]
+    found["generated"] = [{"32-true": _generated("32-true"), "bf16-mixed": _generated("bf16-mixed")}]
     if rank == 0:
         told.write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
@@ -92,6 +94,20 @@ def _small_step() -> dict[str, float]:
         "moved": moved / count, "moved in bf16": rounded / count, "logits": logits.element_size(),
         "shards": max(old.element_size() for old, _ in pairs),
     }  # fmt: skip
+
+
+def _generated(precision: str) -> float:
+    """Share of tokens that a sharded student generates as a whole one does; the teacher-forced pass judges in bf16."""
+    sharded = _student("llama", "decode", False).eval()
+    prompt = torch.randint(3, 60, (4, PROMPT), generator=torch.Generator().manual_seed(1))
+    whole = generate(_student("llama", "decode", False).eval(), prompt, max_new_tokens=7)
+    shard(sharded, init_device_mesh("cpu", (PROCESSES,)), precision)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+        found = generate(sharded, prompt, max_new_tokens=7)
+        if precision != "32-true":
+            with torch.no_grad():
+                whole = sharded.logits(sharded(prompt, found).hidden).argmax(dim=-1)
+    return float((found == whole).float().mean())
 
 
 def _trained(sharded: StagedCausalLM) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, Relation, Retention, StagePlan, handled_positions
 from pdtrim_pl.staged import StagedCausalLM, StagedOutput
-from pdtrim_pl.staged.model import reference_to
+from pdtrim_pl.staged.description import reference_to
 
 BLOCKS = 4
 WITHOUT_WINDOWS = ("llama", "qwen3", "gpt_neox", "olmo2", "granite")

@@ -36,7 +36,7 @@ from pdtrim_pl.export.checkpoints import cast
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.plan import STAGES, Boundary, KVRetentionPolicy, Retention, Stage, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.model import kv_shape_of, reference_to
+from pdtrim_pl.staged.description import kv_shape_of, reference_to
 
 BLOCKS = 4
 MODEL, KV_ONLY = "prefill/model.safetensors", "prefill/kv_only.safetensors"

@@ -26,8 +26,8 @@ from pdtrim_pl.merging.recording import record
 from pdtrim_pl.merging.trial import Start, Trial
 from pdtrim_pl.plan import STAGES, Boundary, KVRetentionPolicy, Move, Relation, Retention, Stage, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.description import reference_to
 from pdtrim_pl.staged.gate import Observer
-from pdtrim_pl.staged.model import reference_to
 
 TARGETS: tuple[Target, ...] = ("prefill", "decode", "both")
 QUICK = Merging(min_cosine=-1, steps=3)

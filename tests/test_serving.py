@@ -33,8 +33,8 @@ from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
 from pdtrim_pl.serving.transport import Handover, Link, receive_handover, send_handover, wire_dtype
 from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
-from pdtrim_pl.staged.decoding import joined_stop_ids
-from pdtrim_pl.staged.model import reference_to
+from pdtrim_pl.staged.decoding import generate, joined_stop_ids
+from pdtrim_pl.staged.description import reference_to
 
 CPU = torch.device("cpu")
 ON_CPU = ("cpu", "cpu")
@@ -174,19 +174,19 @@ def test_two_processes_compute_what_one_does(
             torch.testing.assert_close(found[response_mask], expected[response_mask], atol=TOLERANCE, rtol=0.0)
             assert_counts(runtime, staged, prompts, sum(responses))
 
-            once = staged.generate(prompt_ids, prompt_mask, max_new_tokens=8)
+            once = generate(staged, prompt_ids, prompt_mask, max_new_tokens=8)
             assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8).equal(once)
             stops = [int(once[0, 2])]
-            expected_ids = staged.generate(prompt_ids, prompt_mask, max_new_tokens=8, stop_ids=stops)
+            expected_ids = generate(staged, prompt_ids, prompt_mask, max_new_tokens=8, stop_ids=stops)
             assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8, stop_ids=stops).equal(expected_ids)
             assert_counts(runtime, staged, prompts, expected_ids.numel())
 
-            drawn = staged.generate(prompt_ids, prompt_mask, max_new_tokens=8, pick=Sampling(1.5, 20, seed=4).picker())
+            drawn = generate(staged, prompt_ids, prompt_mask, max_new_tokens=8, pick=Sampling(1.5, 20, seed=4).picker())
             sampling: dict[str, Any] = {"temperature": 1.5, "top_k": 20, "seed": 4}
             assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8, **sampling).equal(drawn)
 
             alone = prompt_ids[0][prompt_mask[0]]
-            row = staged.generate(alone[None], max_new_tokens=30)[0].tolist()
+            row = generate(staged, alone[None], max_new_tokens=30)[0].tolist()
             stream = runtime.stream(alone, max_new_tokens=30)
             assert [next(stream), next(stream)] == row[:2]
             with pytest.raises(RuntimeError, match="one request at a time"):
@@ -222,7 +222,7 @@ def test_generate_prints_the_text_alone_and_figures_apart(
     export, staged = text_pair
     tokenizer: Any = AutoTokenizer.from_pretrained(export / "decode")
     prompt_ids = tokenizer("Grüße", return_tensors="pt").input_ids
-    ids = staged.generate(prompt_ids, max_new_tokens=40, stop_ids=(2, 7))[0].tolist()
+    ids = generate(staged, prompt_ids, max_new_tokens=40, stop_ids=(2, 7))[0].tolist()
     out, err = io.StringIO(), io.StringIO()
     generate_text(export, "Grüße", max_new_tokens=40, device="cpu", out=out, err=err)
     assert out.getvalue() == tokenizer.decode(ids, skip_special_tokens=True) + "\n"

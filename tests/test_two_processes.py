@@ -22,7 +22,7 @@ from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.serving import messages as say
 from pdtrim_pl.serving.sampling import Sampling
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.model import reference_to
+from pdtrim_pl.staged.description import reference_to
 
 Workers = dict[Stage, Connection]
 

@@ -28,7 +28,7 @@ from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.merges import neighbours
 from pdtrim_pl.sizing.cost import CostModel
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.model import reference_to
+from pdtrim_pl.staged.description import reference_to
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.decoding import DecodeLoop
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,12 @@ def _time_once(
     prefill = clock() - start
     cache = encoded.cache.retained(policy)
     start = clock()
-    for token in response.split(1, dim=1):
-        out = model.decode(token, cache, plan=plan)
-        cache = out.cache
-        model.logits(out.hidden[:, -1])
+    known = iter([*response.unbind(dim=1), response[:, 0]])  # what is picked last is fed to no pass
+    loop = DecodeLoop(
+        model, cache, room=response.shape[1], first=None, last_prompt=next(known), pick=lambda _: next(known), plan=plan
+    )
+    for _ in loop:
+        pass
     decode = clock() - start
     return StageTimes(1000 * prefill / prompt.shape[1], 1000 * decode / response.shape[1])
 

@@ -13,7 +13,7 @@ from pdtrim_pl.export.card import write_card
 from pdtrim_pl.export.report import write_report
 from pdtrim_pl.plan import KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.model import kv_shape_of
+from pdtrim_pl.staged.description import kv_shape_of
 
 
 def write_documents(

@@ -22,7 +22,7 @@ from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.verify import verify_pair
 from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.model import kv_shape_of
+from pdtrim_pl.staged.description import kv_shape_of
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.staged.model import PickToken, greedy
+from pdtrim_pl.staged.decoding import PickToken, greedy
 
 _LEAST = torch.finfo(torch.float32).tiny
 """Temperatures below this one act like it, which is greedy."""

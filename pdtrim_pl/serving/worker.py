@@ -31,7 +31,7 @@ from pdtrim_pl.serving.transport import (
     settle,
     wire_dtype,
 )
-from pdtrim_pl.staged.decoding import decode_stream, until_stopped
+from pdtrim_pl.staged.decoding import DecodeLoop
 from pdtrim_pl.staged.model import StagedCausalLM
 
 # The parent kills a worker long before this if the other one is gone. This only limits workers without a parent.
@@ -129,16 +129,17 @@ class DecodeWorker(StageWorker):
 
     def _generate(self, handover: Handover, command: say.Continue) -> int:
         chosen = self.plan.boundary == "prefill"
-        stream = decode_stream(
+        loop = DecodeLoop(
             self.staged,
             handover.cache,
+            room=command.max_new_tokens,
             first=handover.tokens if chosen else None,
             last_prompt=handover.tokens,
-            max_new_tokens=command.max_new_tokens,
             pick=command.sampling.picker(start=int(chosen)),
+            stop_ids=command.stop_ids,
         )
         produced = 0
-        for token in until_stopped(stream, command.stop_ids):
+        for token in loop:
             produced += 1
             self.parent.send(say.Tokens(token.tolist()))
             if self.parent.poll():

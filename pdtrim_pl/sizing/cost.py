@@ -27,7 +27,7 @@ from pdtrim_pl.plan import (
 )
 from pdtrim_pl.sizing.memory import meta_model
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.model import kv_shape_of
+from pdtrim_pl.staged.description import kv_shape_of
 
 ROUNDING = 1e-9
 """Relative slack of a comparison with a target: 24 of 30 blocks meet 0.8."""

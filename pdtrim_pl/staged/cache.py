@@ -50,6 +50,10 @@ class BlockKV:
     values: Tensor
     slots: Slots
 
+    def opened(self) -> OneBlockCache:
+        """What attention appends to; these entries stay as they are."""
+        return OneBlockCache(self.keys, self.values)
+
     def at(self, order: Tensor, slots: Slots) -> BlockKV:
         """The entries at `order` [B, kept]."""
         index = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
@@ -103,7 +107,7 @@ class OneBlockCache:
     The module's `layer_idx` is ignored, so blocks may be missing, renumbered or of unequal length.
     """
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         self.keys, self.values = keys, values
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:

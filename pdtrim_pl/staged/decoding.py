@@ -1,21 +1,22 @@
 """Token by token: the decode node's loop, and when it stops.
 
-Shapes: B batch, V vocabulary.
+Shapes: B batch, P prompt tokens, R response tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.staged.cache import KVCache
-
-if TYPE_CHECKING:
-    from pdtrim_pl.staged.model import StagedCausalLM
+from pdtrim_pl.staged.model import StagedCausalLM
+from pdtrim_pl.staged.preallocated import PreallocatedCache
+from pdtrim_pl.staged.request import as_bool
 
 PickToken = Callable[[Tensor], Tensor]
 """From logits [B, V] to token ids [B]."""
@@ -26,41 +27,94 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def decode_stream(
-    staged: StagedCausalLM, cache: KVCache, *, first: Tensor | None, last_prompt: Tensor, max_new_tokens: int,
-    pick: PickToken = greedy,
-) -> Iterator[Tensor]:  # fmt: skip
-    """The decode node's loop: yields ids [B] until `max_new_tokens` are out.
+class DecodeLoop(Iterator[Tensor]):
+    """The decode node's loop: an iterator over token ids, [B] each.
+
+    It ends when `room` tokens are out or every row has produced a stop token; a row that has repeats it until then.
 
     Args:
         staged: the decode stage.
-        cache: what prefill sent.
+        sent: what prefill sent. The loop copies it into a cache with room for the response, and lets go of it.
+        room: number of tokens to yield at most.
         first: the response's first token where prefill predicted it (`boundary: prefill`), [B]; else None.
         last_prompt: the prompt's last token, decode's first input under `boundary: decode`, [B].
-        max_new_tokens: number of tokens to yield.
         pick: from logits to a token.
+        stop_ids: stop tokens.
+        plan: decode under another plan than the stage's own.
     """
-    token, produced = last_prompt, 0
-    if first is not None and max_new_tokens > 0:
-        token, produced = first, 1
-        yield token
-    while produced < max_new_tokens:
+
+    def __init__(
+        self, staged: StagedCausalLM, sent: KVCache, *, room: int, first: Tensor | None, last_prompt: Tensor,
+        pick: PickToken = greedy, stop_ids: Collection[int] = (), plan: StagePlan | None = None,
+    ) -> None:  # fmt: skip
+        self.staged, self.pick, self.plan = staged, pick, plan
+        self.left = room
+        """Tokens that may still come."""
+        self._first, self._fed = first, last_prompt
+        self._stops = torch.tensor(sorted(stop_ids), device=last_prompt.device, dtype=last_prompt.dtype)
+        self._done = torch.zeros_like(last_prompt, dtype=torch.bool)
         with torch.no_grad():
-            out = staged.decode(token[:, None], cache)
-            cache, token = out.cache, pick(staged.logits(out.hidden[:, -1]))
-        produced += 1
-        yield token
+            self._cache = PreallocatedCache(sent, max(room - (first is not None), 0))
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        if self.left < 1:
+            raise StopIteration
+        self.left -= 1
+        if self._first is not None:
+            token, self._first = self._first, None
+        else:
+            token = self.pick(self.staged.logits(self.staged.step(self._fed, self._cache, plan=self.plan)))
+        if len(self._stops):
+            token = torch.where(self._done, self._fed, token)
+            self._done = torch.isin(token, self._stops)
+            if bool(self._done.all()):
+                self.left = 0
+        self._fed = token
+        return token
 
 
-def until_stopped(stream: Iterator[Tensor], stop_ids: Collection[int]) -> Iterator[Tensor]:
-    """Tokens [B] of a stream until every row has produced one of `stop_ids`; a row that has repeats it."""
-    last: Tensor | None = None
-    for token in stream:
-        stops = torch.tensor(sorted(stop_ids), device=token.device, dtype=token.dtype)
-        last = token if last is None else torch.where(torch.isin(last, stops), last, token)
-        yield last
-        if bool(torch.isin(last, stops).all()):
-            return
+@torch.no_grad()
+def stream(
+    staged: StagedCausalLM, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, max_new_tokens: int,
+    stop_ids: Collection[int] = (), pick: PickToken = greedy,
+) -> DecodeLoop:  # fmt: skip
+    """Encode prompts under the model's plan and policy; the loop then yields ids [B] as they come. Greedy by default.
+
+    Args:
+        staged: both stages.
+        prompt_ids: token ids, [B, P], padded on the left.
+        prompt_mask: True on real tokens, [B, P]; all real by default.
+        max_new_tokens: tokens of a response at most.
+        stop_ids: a response ends at one of these.
+        pick: from logits to a token.
+
+    Raises:
+        UserError: no token is asked for, or more than the model's context holds.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"`max_new_tokens` is {max_new_tokens}: give at least 1.")
+    staged.check_length(prompt_ids, prompt_mask, max_new_tokens)
+    valid = as_bool(prompt_ids, prompt_mask)
+    handed = prompt_ids.shape[1] - (staged.plan.boundary == "decode")
+    encoded = staged.prefill(prompt_ids[:, :handed], valid[:, :handed])
+    first = pick(staged.logits(encoded.hidden[:, -1])) if staged.plan.boundary == "prefill" else None
+    return DecodeLoop(
+        staged, encoded.cache.retained(staged.policy), room=max_new_tokens, first=first, last_prompt=prompt_ids[:, -1],
+        pick=pick, stop_ids=stop_ids,
+    )  # fmt: skip
+
+
+def generate(
+    staged: StagedCausalLM, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, max_new_tokens: int,
+    stop_ids: Collection[int] = (), pick: PickToken = greedy,
+) -> Tensor:  # fmt: skip
+    """Generate a batch of responses, [B, up to max_new_tokens]; arguments as for `stream`.
+
+    A row that has produced one of `stop_ids` repeats it until every row is done.
+    """
+    loop = stream(staged, prompt_ids, prompt_mask, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pick=pick)
+    return torch.stack(list(loop), dim=1)
 
 
 def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from pdtrim_pl.models.architectures import Architecture, RoPE
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
 from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, attention_mask
+from pdtrim_pl.staged.preallocated import PreallocatedCache, PreallocatedKV
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a block's original index, its input and its output, each [B, T, H]."""
@@ -47,7 +48,7 @@ class StagePass:
     plan: StagePlan
     tokens: Slots
     """Positions and validity of the new tokens, [B, T]."""
-    past: KVCache | None
+    past: KVCache | PreallocatedCache | None
     """Entries of earlier passes; None for prefill."""
     additive_masks: bool
     """Eager attention adds its mask; fused attention takes a boolean one, or none."""
@@ -84,7 +85,7 @@ class StagePass:
         finally:
             _CURRENT.reset(token)
 
-    def slots(self, past: BlockKV | None) -> Slots:
+    def slots(self, past: BlockKV | PreallocatedKV | None) -> Slots:
         """Slots of a block's entries after this pass, shared between blocks that share a past."""
         key = None if past is None else id(past.slots)
         if key not in self._slots:
@@ -231,12 +232,12 @@ class Gate(nn.Module):
         past = current.past.blocks[self.index] if current.past is not None else None
         slots = current.slots(past)
         mask = current.mask(slots, self.window, hidden.dtype)
-        call = partial(self._run, block, kwargs, current.placeholder, mask)
-        old = (past.keys, past.values) if past is not None else (None, None)
+        opened = OneBlockCache if past is None else past.opened
+        call = partial(self._run, block, kwargs, current.placeholder, mask, opened)
         if current.recompute and torch.is_grad_enabled():
-            out, keys, values = checkpoint(call, hidden, *old, use_reentrant=False)
+            out, keys, values = checkpoint(call, hidden, use_reentrant=False)
         else:
-            out, keys, values = call(hidden, *old)
+            out, keys, values = call(hidden)
         if current.observer is not None:
             current.observer(self.index, hidden, out)
         if current.keep and self.index in current.sends:
@@ -245,10 +246,10 @@ class Gate(nn.Module):
         return out.to(current.dtype) if self.index == current.last and current.dtype is not None else out
 
     def _run(
-        self, block: nn.Module, given: dict[str, Any], placeholder: Tensor, mask: Tensor | None, hidden: Tensor,
-        keys: Tensor | None, values: Tensor | None,
+        self, block: nn.Module, given: dict[str, Any], placeholder: Tensor, mask: Tensor | None,
+        opened: Callable[[], OneBlockCache], hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        cache = OneBlockCache(keys, values)
+        cache = opened()
         out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
         if cache.keys is None or cache.values is None:
             raise UserError(

@@ -11,7 +11,8 @@ from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import DType, Loading, dtype_of
 from pdtrim_pl.models.pretrained import check_model, load_causal_lm, model_type_of
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, StagePlan, Structure
-from pdtrim_pl.staged.model import StagedCausalLM, reference_to
+from pdtrim_pl.staged.description import reference_to
+from pdtrim_pl.staged.model import StagedCausalLM
 
 
 @dataclass(frozen=True)

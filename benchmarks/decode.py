@@ -1,0 +1,131 @@
+"""Time of one decode step of the full plan, against Hugging Face's own `generate` on the same weights.
+
+    OMP_NUM_THREADS=1 python benchmarks/decode.py [--json]
+
+Both sides take the same random prompts without padding, choose greedily, and stop at no token. They take turns step by
+step, for machines are shared: after every token of `generate`, the decode loop makes one. A ratio is ours over theirs,
+the median over such pairs; prefill is not counted. `ratio_b1` and `ratio_b8` are each the worst over the prompts of
+that batch size. `cpu_ratio` is the same by the clock of this process, into which the turns of others do not enter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from pdtrim_pl.models.pretrained import load_causal_lm
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.decoding import DecodeLoop, stream
+
+Clocks = tuple[float, float]
+"""Seconds: of the wall, and of this process on its CPUs."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Time of one step of either side."""
+
+    ours: Clocks
+    theirs: Clocks
+
+
+class Turns(StoppingCriteria):
+    """Stops nothing. `generate` asks it after every token: it notes the time, then lets the other side take a step."""
+
+    def __init__(self, loop: DecodeLoop) -> None:
+        self.loop = loop
+        self.steps: list[Step] = []
+        self._since: Clocks | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        since, between = self._since, clocks()
+        next(self.loop)
+        self._since = clocks()
+        if since is not None:  # else the first token, prefill's
+            self.steps.append(Step(passed(between, self._since), passed(since, between)))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def clocks() -> Clocks:
+    return time.perf_counter(), time.process_time()
+
+
+def passed(since: Clocks, now: Clocks) -> Clocks:
+    return now[0] - since[0], now[1] - since[1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = arguments(argv)
+    ours, theirs = models(options)
+    report: dict[str, Any] = {}
+    for batch in options.batch_sizes:
+        cells = {f"b{batch}_p{prompt}": measured(ours, theirs, batch, prompt, options) for prompt in options.prompts}
+        report |= cells
+        report[f"ratio_b{batch}"] = max(cell["ratio"] for cell in cells.values())
+    report |= {
+        "steps": options.steps,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    print(json.dumps(report) if options.json else "\n".join(f"{key}: {value}" for key, value in report.items()))
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="embedded name, directory or Hub id")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024], help="tokens of every prompt")
+    parser.add_argument("--steps", type=int, default=64, help="timed steps of each side")
+    parser.add_argument("--warmup", type=int, default=4, help="steps of each side before them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser.parse_args(argv)
+
+
+def models(options: argparse.Namespace) -> tuple[StagedCausalLM, PreTrainedModel]:
+    """Ours and theirs, each with weights of its own: a model whose blocks have gates runs in no other way."""
+    ours, theirs = (load_causal_lm(options.model, dtype=getattr(torch, options.dtype)).eval() for _ in range(2))
+    assert theirs.generation_config is not None
+    theirs.generation_config.eos_token_id = None
+    return StagedCausalLM(ours), theirs
+
+
+def measured(
+    ours: StagedCausalLM, theirs: PreTrainedModel, batch: int, prompt: int, options: argparse.Namespace
+) -> dict[str, float]:
+    """Medians over steps that the two sides take by turns."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, theirs.config.vocab_size, (batch, prompt), generator=draw)
+    new = 1 + options.warmup + options.steps
+    turns = Turns(stream(ours, ids, max_new_tokens=new))
+    theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([turns]),
+    )  # fmt: skip
+    steps = turns.steps[options.warmup :]
+    found = {
+        "ratio": round(median(step.ours[0] / step.theirs[0] for step in steps), 3),
+        "cpu_ratio": round(median(step.ours[1] / step.theirs[1] for step in steps), 3),
+        "ms": round(1000 * median(step.ours[0] for step in steps), 2),
+        "hf_ms": round(1000 * median(step.theirs[0] for step in steps), 2),
+    }
+    if not options.json:
+        print(f"batch {batch}, prompt {prompt}: {found}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

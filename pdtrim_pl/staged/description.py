@@ -1,0 +1,23 @@
+"""What plans and policies say of a model: its name, its size and the shape of its KV cache."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from pdtrim_pl.plan import KVShape, ModelRef
+
+
+def reference_to(model: PreTrainedModel, name_or_path: str | None = None) -> ModelRef:
+    """How plans name this model."""
+    config = model.config
+    return ModelRef(name_or_path or str(model.name_or_path), config.model_type, config.num_hidden_layers)
+
+
+def kv_shape_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> KVShape:
+    """Heads, head size and element type of a model's KV cache."""
+    config = model.config.to_dict()
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    return KVShape(kv_heads, size, str(dtype or model.dtype).removeprefix("torch."))

@@ -1,0 +1,200 @@
+"""A Hugging Face causal language model whose blocks stand behind gates, with the plan and the policy they obey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pdtrim_pl.compat import attention_of
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.adapters import class_path_of
+from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, Stage, StagePlan
+from pdtrim_pl.staged.description import kv_shape_of, reference_to
+from pdtrim_pl.staged.fitted import FittedRun
+from pdtrim_pl.staged.gate import Gate
+
+WriteWeight = Callable[[nn.Parameter, Tensor], None]
+"""Puts a value into a parameter that trains."""
+
+
+class GatedCausalLM(nn.Module):
+    """One set of weights. The plan says which blocks each stage runs, the policy what crosses between the stages.
+
+    Blocks are never deleted here: every block sits behind a gate that runs it, skips it or projects its KV.
+
+    Args:
+        model: a decoder-only Hugging Face model; its block list is replaced by gates, in place.
+        plan: what each stage runs. The full plan by default.
+        policy: what crosses the boundary. Everything by default.
+        originals: original indices of the blocks that `model` holds, where it holds only some of them.
+        architecture: adapter of the model's family, where the package has none.
+
+    Raises:
+        UserError: no adapter for the family, or an attention implementation that cannot take the contract's masks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: StagePlan | None = None,
+        policy: KVRetentionPolicy | None = None,
+        *,
+        originals: Sequence[int] | None = None,
+        architecture: Architecture | None = None,
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture or architecture_of(model.config)
+        blocks = self.architecture.blocks(model)
+        self.originals = tuple(originals if originals is not None else range(len(blocks)))
+        assert len(self.originals) == len(blocks)
+        _check_attention(model, self.architecture)
+        for position, (index, block) in enumerate(zip(self.originals, blocks, strict=True)):
+            blocks[position] = Gate(block, index, self.architecture.window(model.config, position), self.architecture)
+        self.model = model
+        self.gradient_checkpointing = False
+        self.plan = StagePlan.full(reference_to(model)) if originals is None or plan is None else plan
+        self.policy: KVRetentionPolicy | None = None
+        self.apply_plan(plan or self.plan)
+        self.apply_policy(policy)
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        """Original block index -> its gate."""
+        gates = self.architecture.blocks(self.model)
+        return {index: gate for index, gate in zip(self.originals, gates, strict=True) if isinstance(gate, Gate)}
+
+    @property
+    def untied(self) -> dict[Stage, tuple[int, ...]]:
+        """Per stage, blocks with weights of their own here, also those that have left the plan since."""
+        return {stage: tuple(i for i, gate in self.gates.items() if stage in gate.untied) for stage in STAGES}
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """Shape of one block's KV per position, in the model's own element type."""
+        return kv_shape_of(self.model)
+
+    def apply_plan(self, plan: StagePlan, write: WriteWeight | None = None) -> None:
+        """Run under `plan` from now on; creates the untied weights it names and narrows the policy to its D.
+
+        Fitted weights on offer for the merges of `plan` become those of their stages, and all offers end.
+
+        Args:
+            plan: what each stage runs.
+            write: how fitted weights get into parameters, where an engine keeps copies of them.
+
+        Raises:
+            UserError: the plan is for a model of another type or with another number of blocks, or it merges into
+                shared weights that a stage without that merge uses too.
+        """
+        if plan.model.model_type != self.model.config.model_type:
+            raise UserError(
+                f"The stage plan is for a model of type {plan.model.model_type!r} ({plan.model.name_or_path}), and "
+                f"`model` is of type {self.model.config.model_type!r}. Use the plan of this model."
+            )
+        whole = self.originals == tuple(range(len(self.originals)))
+        known = self.plan.model.num_blocks
+        if plan.model.num_blocks != known or (whole and known < len(self.originals)):
+            raise UserError(
+                f"The stage plan is for a model of {plan.model.num_blocks} blocks, and `model` has "
+                f"{len(self.originals)}. Use the plan of this model, or name the plan's model in `model`."
+            )
+        for gate in self.gates.values():
+            gate.check_offers(plan)
+        adapter = class_path_of(self.architecture, plan.model.model_type)
+        self.plan = plan = replace(plan, model=replace(plan.model, architecture=adapter))
+        for gate in self.gates.values():
+            gate.take_up(plan, write or _overwrite)
+        if self.policy is not None:
+            self.apply_policy(self.policy.restricted_to(plan))
+
+    def apply_policy(self, policy: KVRetentionPolicy | None) -> None:
+        """Send what `policy` says from now on; None sends everything.
+
+        Raises:
+            UserError: the policy is for another plan, or its KV has another shape than this model's.
+        """
+        if policy is not None:
+            policy.check(self.plan)
+            ours, theirs = self.kv_shape, policy.kv
+            if (ours.num_key_value_heads, ours.head_dim) != (theirs.num_key_value_heads, theirs.head_dim):
+                raise UserError(
+                    f"`kv` of the policy is {theirs.num_key_value_heads} heads of {theirs.head_dim}, and `model` has "
+                    f"{ours.num_key_value_heads} of {ours.head_dim}. Use the policy of this model."
+                )
+        self.policy = policy
+
+    def offer(self, fitted: Iterable[FittedRun]) -> None:
+        """Let plans that make these merges run with the fitted weights, until a plan is applied or they are withdrawn.
+
+        They are no parameters of this model: not saved, not trained, but moved with it.
+        """
+        gates = self.gates
+        for run in fitted:
+            assert run.move.into is not None
+            for index, block in run.blocks.items():
+                weights = block.to(self.model.device).eval().requires_grad_(False)
+                for stage, merged in run.stands_for.items():
+                    gates[index].offers[stage, run.move.into, merged] = weights
+
+    def withdraw(self) -> None:
+        """End all offers."""
+        for gate in self.gates.values():
+            gate.offers.clear()
+
+    def freeze_unused(self) -> None:
+        """Let only weights that some stage of the plan uses take gradients."""
+        for index, gate in self.gates.items():
+            users = [gate.weights(stage, self.plan) for stage in STAGES if index in self.plan.blocks(stage)]
+            if index in self.plan.kv_only:
+                block = gate.weights("prefill", self.plan)
+                users += [block.get_submodule(name) for name in self.architecture.kv_modules]
+            used = {id(parameter) for user in users for parameter in user.parameters()}
+            for parameter in gate.parameters():
+                parameter.requires_grad_(id(parameter) in used)
+
+    def freeze_embeddings(self) -> None:
+        """Let token embeddings and head take no gradients, whatever the plan."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            module.requires_grad_(False)
+
+    def rebuild_rope(self) -> None:
+        """Make the RoPE tables anew, in fp32, where a loader made them in the weights' element type."""
+        base = self.model.base_model
+        for name, child in list(base.named_children()):
+            table = next(child.buffers(recurse=False), None)
+            if table is not None and next(child.parameters(), None) is None:
+                setattr(base, name, type(child)(base.config).to(table.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedCausalLM:
+        """Move and cast weights, but never cast buffers: RoPE frequencies in bf16 are wrong at far positions."""
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in list(self.named_buffers()):
+            if buffer.dtype != exact[name].dtype:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(owner), leaf, exact[name].to(buffer.device))
+        return self
+
+
+def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def _check_attention(model: PreTrainedModel, architecture: Architecture) -> None:
+    chosen = attention_of(model)
+    if chosen not in ("sdpa", "eager"):
+        raise UserError(
+            f"`attn_implementation` is {chosen!r}, which takes no mask of the contract's kind (cached entries at "
+            "chosen positions). Load the model with `attn_implementation: sdpa` or `eager`."
+        )
+    if chosen == "sdpa" and not architecture.supports_sdpa(model.config):
+        raise UserError(
+            f"`attn_implementation: sdpa` cannot compute {model.config.model_type} with soft-capped attention scores. "
+            "Load the model with `attn_implementation: eager`."
+        )
