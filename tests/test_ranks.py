@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from ranks_worker import BLOCKS, DATA, FAILING, GAVE_UP, PROCESSES, WORK, both, scores
 
-from pdtrim_pl.errors import AnotherRankFailed, Ranks, on_first_rank
+from pdtrim_pl.errors import AnotherRankFailed
 from pdtrim_pl.merging import share_of
+from pdtrim_pl.parallel import Ranks, on_first_rank
 
 TIMEOUT = 240
 
