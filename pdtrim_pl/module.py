@@ -32,7 +32,8 @@ from pdtrim_pl.checkpoints.trial import save_nothing_in_a_trial
 from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check_vocabulary
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
+from pdtrim_pl.evaluation.teacher import teacher_states
+from pdtrim_pl.evaluation.tokens import final_hidden, score_tokens
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, token_weights, weighted_sum
 from pdtrim_pl.merging.training import WeightChange
 from pdtrim_pl.models.adapters import check_adapter
@@ -381,7 +382,7 @@ class PDTrimModule(LightningModule):
         batch = self._in_step(batch)
         targets = batch.response_ids[batch.response_mask]
         scores = score_tokens(
-            final_hidden(self.student, batch), final_hidden(self.teacher, batch), targets,
+            final_hidden(self.student, batch), teacher_states(self.teacher, batch), targets,
             self.student.logits, self.teacher.logits, self.chunk_tokens, self._min_chunks(batch),
         )  # fmt: skip
         for name, column in vars(scores).items():
