@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from callbacks.removal_rounds import RemovalRounds, calibration_batches, is_due, lasts_until, removals_of
+from callbacks.preemption import leave_search
+from callbacks.removal_rounds import (
+    RemovalRounds,
+    calibration_batches,
+    is_due,
+    journal_file,
+    lasts_until,
+    removals_of,
+)
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import KVRetentionPolicy
 from pdtrim_pl.selectors import KVSelector, selection_context
@@ -77,11 +87,12 @@ class KVRetention(Callback):
         module.apply_policy(None)
         shape = module.student.kv_shape
         with evaluating(module) as (student, teacher):
-            batches = calibration_batches(trainer)
+            ranks = parallel_of(trainer.strategy, leave_if_asked=partial(leave_search, trainer))
             context = selection_context(
-                student, teacher, batches, shape, module.device, self.selector.first, self.selector.last
-            )
-            rules, *_ = parallel_of(trainer.strategy).together(lambda: self.selector.select(context))  # rank 0's
+                student, teacher, calibration_batches(trainer), shape, module.device, self.selector.first,
+                self.selector.last, memory=_memory(trainer), ranks=ranks, journal=journal_file(trainer),
+            )  # fmt: skip
+            rules = ranks.agree(self.selector.select(context))
             module.record.attention_mass = dict(context.mass)
         policy = KVRetentionPolicy(module.plan.boundary, shape, rules)
         module.apply_policy(policy)
@@ -97,6 +108,11 @@ class KVRetention(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = bool(state_dict["done"])
+
+
+def _memory(trainer: Trainer) -> Memory:
+    """How much may be kept of the prompts: what the run's searches for removals may."""
+    return max((rounds.memory for rounds in removals_of(trainer)), key=lambda memory: memory.base, default=Memory())
 
 
 def _last_round(trainer: Trainer) -> int:

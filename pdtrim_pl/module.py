@@ -24,7 +24,8 @@ from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.metrics import QualityMeans
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.quality import final_hidden, score_tokens
+from pdtrim_pl.evaluation.teacher import teacher_states
+from pdtrim_pl.evaluation.tokens import final_hidden, score_tokens
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, weighted_sum
 from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
@@ -233,7 +234,7 @@ class PDTrimModule(ResumableModule):
     def _measure(self, batch: Batch) -> None:
         batch, min_chunks = self._shared_step(batch)
         scores = score_tokens(
-            final_hidden(self.student, batch), final_hidden(self.teacher, batch),
+            final_hidden(self.student, batch), teacher_states(self.teacher, batch),
             batch.response_ids[batch.response_mask], self.student.logits, self.teacher.logits, self.chunk_tokens,
             min_chunks,
         )  # fmt: skip

@@ -16,13 +16,14 @@ from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, sidec
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.export import load_stage
 from pdtrim_pl.losses import KL
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import Retention, StagePlan, Structure
+from pdtrim_pl.plan import KVRetentionPolicy, Retention, StagePlan, Structure
 from pdtrim_pl.search import Annealing, Guards, choose_drops
-from pdtrim_pl.selectors import MassSelector
+from pdtrim_pl.selectors import BudgetSelector, MassSelector
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 
@@ -260,6 +261,28 @@ def test_a_run_that_ends_before_its_rounds_says_so(
     exporter = ExportPair(tmp_path / "export", measure=False)
     fit(tmp_path, tiny_llama_dir, [BlockDrop("decode", FirstCandidate(), {2: 1}), exporter], max_steps=2)
     assert "ended before these rounds (what, epoch): [('decode drops', 2)]" in caplog.text
+
+
+def test_retention_by_damage_trims_the_blocks_that_hurt_least(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    selector = BudgetSelector(1.5, first=1, last=0.2, order="damage", prompt_tokens=16)
+    trainer, module = fit(tmp_path, tiny_llama_dir, [KVRetention(selector)], max_epochs=1)
+    policies = {
+        block: KVRetentionPolicy("prefill", module.student.kv_shape, {block: selector.rule}) for block in range(4)
+    }
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    damages = {  # the student had the teacher's weights when the rules were chosen
+        block: measure_quality(
+            module.teacher, module.teacher, data.calibration_dataloader(), plan=module.plan, policy=policy
+        ).kl
+        for block, policy in policies.items()
+    }  # fmt: skip
+    assert module.policy is not None
+    chosen = list(module.policy.rules)
+    assert 0 < len(chosen) < 4
+    assert chosen == sorted(sorted(damages, key=lambda block: damages[block])[: len(chosen)])
+    assert module.record.attention_mass.keys() == damages.keys()
+    journal = (tmp_path / "checkpoints" / "search_journal.jsonl").read_text().splitlines()
+    assert len(journal) == 4 * len(data.calibration_dataloader()), "one line a block and batch"
 
 
 def test_retention_before_a_drop_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from tiny_models import tiny_model
 
 from pdtrim_pl.criteria import CosineRedundancy, GreedyKL, LastN, Random, ResponsePerplexity, ScoringContext, Taylor
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator, Memory, _total
+from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.evaluation.fingerprint import _total
 from pdtrim_pl.evaluation.neighbours import WIDEST
-from pdtrim_pl.evaluation.quality import CHUNK_TOKENS, measure_quality
+from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.evaluation.tokens import CHUNK_TOKENS
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import Guards, choose_drops
 from pdtrim_pl.staged import StagedCausalLM
@@ -64,7 +66,7 @@ def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
     bare = Evaluator(student, teacher, batches(), memory=little)
     assert fast.neighbours.kept == (1 if cache_bytes == 25_000 else 2)
     assert bare.neighbours.kept == 0
-    assert bare.references == [None, None]
+    assert [bare.reference.distributions(index) for index in range(2)] == [None, None]
     fast.rebase(base)
     bare.rebase(base)
     for plan in (base, *asked):

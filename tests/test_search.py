@@ -29,7 +29,8 @@ from pdtrim_pl.data import Batch
 from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
 from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
-from pdtrim_pl.evaluation.quality import final_hidden, measure_quality
+from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.evaluation.tokens import final_hidden
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import KVRetentionPolicy, Relation, Retention, StagePlan, Target

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import get_ident
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from test_criteria import batches as calibration
+from test_search import Threads
+from test_teacher import counted
 from tiny_models import tiny_model
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
+from pdtrim_pl.evaluation.evaluator import Memory
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.plan import KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan
+from pdtrim_pl.parallel import Parallel
+from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan
 from pdtrim_pl.selectors import (
     BudgetSelector,
     KVSelector,
@@ -141,3 +147,74 @@ def test_the_context_measures_the_student_lazily_and_once(monkeypatch: pytest.Mo
     assert (context.mass[0] <= 1, context.damage(3, rule)) == (True, expected)
     assert len(passes) == done
     assert (student.policy, student.plan.decode) == (None, (0, 3))
+
+
+SHORT = Retention("first_last", 1, 0.2)
+
+
+def a_pair(boundary: Boundary = "prefill") -> tuple[StagedCausalLM, StagedCausalLM]:
+    """A student without some blocks, and another model as its teacher."""
+    student, teacher = (StagedCausalLM(tiny_model("llama", blocks=BLOCKS, seed=seed)).eval() for seed in (0, 1))
+    student.apply_plan(StagePlan(student.plan.model, (0, 1, 2, 3, 5), (0, 2, 3, 5), boundary=boundary))
+    return student, teacher
+
+
+def naive_damage(student: StagedCausalLM, teacher: StagedCausalLM, block: int, rule: Retention) -> float:
+    policy = KVRetentionPolicy(student.plan.boundary, student.kv_shape, {block: rule})
+    return measure_quality(student, teacher, calibration(), plan=student.plan, policy=policy).kl
+
+
+@pytest.mark.parametrize("boundary", ["prefill", "decode"])
+@pytest.mark.parametrize("room", [0, 25_000, 10**9])
+def test_a_damage_is_the_kl_with_that_block_alone_trimmed_whatever_was_kept(boundary: Boundary, room: int) -> None:
+    student, teacher = a_pair(boundary)
+    student.apply_policy(KVRetentionPolicy(boundary, student.kv_shape, {2: SHORT}))  # counts for nothing here
+    context = selection_context(
+        student, teacher, calibration(), student.kv_shape, "cpu", 1, 0.2, memory=Memory(room, room)
+    )
+    for rule in (SHORT, Retention("first_last", 2, 2)):
+        damages = {block: context.damage(block, rule) for block in student.plan.decode}
+        assert damages == {block: naive_damage(student, teacher, block, rule) for block in student.plan.decode}
+        assert len(set(damages.values())) == len(damages)
+
+
+def test_prompts_run_once_however_many_blocks_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = a_pair()
+    ours, theirs = counted(student, monkeypatch), counted(teacher, monkeypatch)
+    passes = []
+    for tried in (1, 4):
+        ours.clear()
+        theirs.clear()
+        context = selection_context(student, teacher, calibration(), student.kv_shape, "cpu", 1, 0.2)
+        assert not ours + theirs
+        for block in student.plan.decode[:tried]:
+            context.damage(block, SHORT)
+        passes.append((ours.count("prefill"), ours.count("decode"), theirs.count("prefill")))
+    batches = len(calibration())
+    assert passes == [(batches, 2 * batches, batches), (batches, 5 * batches, batches)], "one decode is the base's"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_ranks_split_the_tries_and_choose_the_same(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = a_pair()
+    selector, work = BudgetSelector(2.0, first=1, last=0.2, order="damage"), dict[int, int]()
+    decode = student.decode
+
+    def counting(*args: object, **kwargs: object) -> object:
+        work[get_ident()] = work.get(get_ident(), 0) + 1
+        return decode(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(student, "decode", counting)
+
+    def choose(ranks: Parallel) -> tuple[dict[int, float], dict[int, Retention], int]:
+        context = selection_context(student, teacher, calibration(), student.kv_shape, "cpu", 1, 0.2, ranks=ranks)
+        rules = selector.select(context)
+        return {block: context.damage(block, SHORT) for block in student.plan.decode}, rules, work.pop(get_ident())
+
+    damages, rules, alone = choose(Parallel())
+    assert 0 < len(rules) < len(damages)
+    least = sorted(damages, key=lambda block: damages[block])[: len(rules)]
+    assert list(rules) == sorted(least)
+    for found, chosen, share in Threads(2, whole=whole).run(choose):
+        assert (found, chosen) == (damages, rules)
+        assert 2 * share == alone

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.outcome import Judged
 from pdtrim_pl.compare.settings import LOOK_BACK, Measures
 from pdtrim_pl.evaluation.multiple_choice import TokenQuestion, encode_questions, measure_accuracy, read_questions
-from pdtrim_pl.evaluation.quality import final_hidden, measure_quality
+from pdtrim_pl.evaluation.quality import quality_against
 from pdtrim_pl.evaluation.recall import measure_recall, whole_again
+from pdtrim_pl.evaluation.teacher import TeacherReference
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -29,7 +29,7 @@ class Judge:
 
     def __init__(self, bench: Bench, measures: Measures, tokenizer: PreTrainedTokenizerBase) -> None:
         self.bench = bench
-        self.batches = [batch.on(bench.device) for batch in bench.texts.held_out]
+        self.reference = TeacherReference(bench.teacher, bench.texts.held_out, device=bench.device)
         longest = min(usable_context(bench.teacher.model.config.to_dict()), measures.choice_tokens)
         self.questions: dict[str, list[TokenQuestion]] = {
             name: encode_questions(read_questions(path, measures.choice_rows), tokenizer, longest)
@@ -37,15 +37,11 @@ class Judge:
         }
         again = whole_again(bench.texts.held_out, bench.texts.collate, measures.look_back)
         self.again = [batch.on(bench.device) for batch in again]
-        self._reference: list[Tensor] = []
 
     @torch.no_grad()
     def judge(self, student: StagedCausalLM) -> Judged:
         """Quality and costs of a student under its own plan and policy."""
-        teacher = self.bench.teacher
-        if not self._reference:
-            self._reference = [final_hidden(teacher, batch) for batch in self.batches]
-        quality = measure_quality(student, teacher, self.batches, device=self.bench.device, references=self._reference)
+        quality = quality_against(self.reference, student)
         values = (quality.nll, quality.teacher_nll, quality.kl, quality.agreement)
         costs = self.bench.costs.shares(student.plan, student.policy)
         return Judged(*values, **asdict(costs))

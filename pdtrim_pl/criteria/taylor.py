@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.quality import CHUNK_TOKENS
 from pdtrim_pl.evaluation.spread import measured_by_ranks
+from pdtrim_pl.evaluation.tokens import CHUNK_TOKENS
 from pdtrim_pl.losses import Head, chunks
 from pdtrim_pl.plan import STAGES, Stage, StagePlan, Target
 from pdtrim_pl.staged.gate import Observer

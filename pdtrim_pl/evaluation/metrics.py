@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchmetrics import MeanMetric
 
-from pdtrim_pl.evaluation.quality import TokenScores
+from pdtrim_pl.evaluation.tokens import TokenScores
 
 
 class QualityMeans:

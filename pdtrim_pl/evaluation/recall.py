@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from pdtrim_pl.data import Batch, Collator, Example
-from pdtrim_pl.evaluation.quality import final_hidden
+from pdtrim_pl.evaluation.tokens import final_hidden
 from pdtrim_pl.losses import chunks
 from pdtrim_pl.staged import StagedCausalLM
 

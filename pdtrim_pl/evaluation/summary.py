@@ -15,7 +15,8 @@ from rich.table import Table
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.quality import Quality, measure_quality
+from pdtrim_pl.evaluation.quality import Quality, quality_against
+from pdtrim_pl.evaluation.teacher import TeacherReference
 from pdtrim_pl.evaluation.timing import Timing
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape
 from pdtrim_pl.staged import StagedCausalLM
@@ -163,7 +164,7 @@ def summarise(
         student: under its plan and policy.
         teacher: under the full plan.
         base: the student before training, where the teacher is another model; the teacher by default.
-        batches: validation requests; read twice, so an iterator is held.
+        batches: validation requests, read once.
         timing: from `measure_timing`; without it the table has no times.
         kv_prompt_tokens: prompt length the bytes are counted for.
         kv_shape: shape and element type on the wire, where the export's differ from the student's.
@@ -173,13 +174,14 @@ def summarise(
     Raises:
         UserError: no response token at all.
     """
-    plan, held = student.plan, list(batches)
+    plan = student.plan
     policy = student.policy or KVRetentionPolicy(plan.boundary, student.kv_shape)
     policy = replace(policy, kv=kv_shape or policy.kv)
     bare = replace(plan, merged={}, untied={})
     with eval_mode(student), eval_mode(teacher):
-        distilled = measure_quality(student, teacher, held, device=device)
-        dropped = measure_quality(base or teacher, teacher, held, plan=bare, policy=student.policy, device=device)
+        reference = TeacherReference(teacher, list(batches), device=device)
+        distilled = quality_against(reference, student)
+        dropped = quality_against(reference, base or teacher, plan=bare, policy=student.policy)
     return Summary(
         total_blocks=plan.model.num_blocks,
         prefill_blocks=len(plan.prefill),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
+from typing import cast
 
-from pdtrim_pl.criteria.base import Criterion, ScoringContext
+from pdtrim_pl.criteria.base import Criterion, Progress, ScoringContext
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, StagePlan, Target
+from pdtrim_pl.search.greedy import Option, grow
 from pdtrim_pl.search.guards import Guards
 
 log = logging.getLogger(__name__)
@@ -24,25 +27,75 @@ def choose_drops(
         UserError: fewer than `count` blocks may go.
     """
     guards = guards or Guards()
-    scores: dict[int, float] = {}
-    asked: set[int] = set()
-    for taken in range(count):
-        candidates = [b for b in plan.candidates(target, guards.protect_first, guards.protect_last)
-                      if not _at_cap(plan, target, b, guards)]  # fmt: skip
-        if candidates and (criterion.rescores or not asked.issuperset(candidates)):
-            scores = context.ranks.agree(criterion.score(context, plan, target, candidates))
-            asked = asked.union(candidates)
-            _check_finite(criterion, scores)
-        left = [block for block in candidates if block in scores]
-        if not left:
-            raise UserError(
-                f"Only {taken} of the {count} blocks of round {round} can leave `{target}`: {_why(plan, guards)}. "
-                "Lower the counts in `schedule`, loosen `guards`, or use a criterion that considers more blocks."
-            )
-        best = min(left, key=lambda block: (scores[block], block))
-        plan = plan.drop(target, best, round=round, criterion=criterion.name, score=scores[best])
+    chooser = _LeastScore(criterion, context, target, round)
+    grown = grow(_Drops(target, count, guards), _Dropped(plan), chooser)
+    plan = grown.state.plan
+    if not grown.reached:
+        raise UserError(
+            f"Only {grown.state.count} of the {count} blocks of round {round} can leave `{target}`: "
+            f"{_why(plan, guards)}. Lower the counts in `schedule`, loosen `guards`, or use a criterion that considers "
+            "more blocks."
+        )
     warn_if_deep(plan)
     return plan
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """A plan, and how many blocks this round has dropped to get there."""
+
+    plan: StagePlan
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class _Drops:
+    """How plans lose block after block of a target, until `count` are gone."""
+
+    target: Target
+    count: int
+    guards: Guards
+
+    def reached(self, state: _Dropped) -> bool:
+        return state.count == self.count
+
+    def options(self, state: _Dropped) -> list[Option[_Dropped]]:
+        plan, guards = state.plan, self.guards
+        blocks = plan.candidates(self.target, guards.protect_first, guards.protect_last)
+        return [
+            Option(block, _Dropped(plan.drop(self.target, block), state.count + 1))
+            for block in blocks
+            if not _at_cap(plan, self.target, block, guards)
+        ]
+
+    def step(self, state: _Dropped, progress: Progress) -> Progress:
+        return progress
+
+
+class _LeastScore:
+    """Chooses the block of least harm by a criterion, and writes its score into the plan's history."""
+
+    def __init__(self, criterion: Criterion, context: ScoringContext, target: Target, round: int) -> None:
+        self.criterion, self.context, self.target, self.round = criterion, context, target, round
+        self.scores: dict[int, float] = {}
+        self.asked: set[int] = set()
+
+    def choose(
+        self, state: _Dropped, options: Sequence[Option[_Dropped]], value: float, progress: Progress
+    ) -> tuple[Option[_Dropped], float] | None:
+        candidates = [cast(int, option.choice) for option in options]
+        if self.criterion.rescores or not self.asked.issuperset(candidates):
+            found = self.criterion.score(self.context, state.plan, self.target, candidates)
+            self.scores = self.context.ranks.agree(found)
+            self.asked.update(candidates)
+            _check_finite(self.criterion, self.scores)
+        left = [block for block in candidates if block in self.scores]
+        if not left:
+            return None
+        best = min(left, key=lambda block: (self.scores[block], block))
+        score = self.scores[best]
+        plan = state.plan.drop(self.target, best, round=self.round, criterion=self.criterion.name, score=score)
+        return Option(best, _Dropped(plan, state.count + 1)), score
 
 
 def warn_if_deep(plan: StagePlan) -> None:

@@ -14,9 +14,10 @@ from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, Retention, StagePlan
 from pdtrim_pl.search.choose import warn_if_deep
+from pdtrim_pl.search.greedy import LeastRise, Option, grow
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.rounds import order
-from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
+from pdtrim_pl.search.space import Space, after, fits
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 FIRST_LAST = Retention("first_last", 4, 0.2)
@@ -113,7 +114,7 @@ class JointSearch(Space[JointState]):
         return self.target.excess(self.cost.shares(candidate.plan, candidate.policy))
 
     def greedy(self, progress: Progress = lambda line: None) -> tuple[JointState, float]:
-        """One choice after another, the least rise of energy for what it brings nearer to the target; see `LazyGreedy`.
+        """One choice after another, the least rise of energy for what it brings nearer to the target; see `LeastRise`.
 
         Raises:
             UserError: the target cannot be reached.
@@ -144,17 +145,8 @@ class JointSearch(Space[JointState]):
 
     def _grown(self, state: JointState, kinds: Sequence[str], progress: Progress) -> JointState | None:
         """A state that meets the target, by choices of some kinds; None where they do not reach it."""
-        excess, energy, steps = self.excess(state), self.known_energy(state), LazyGreedy(self)
-        while excess > 0:
-            options = self._nearer(state, excess, kinds)
-            if not options:
-                return None
-            self.rebase(state)
-            progress(f"{len(state.choices)} choices made for {' and '.join(kinds)}, costs still {excess:.3f} too high")
-            chosen, energy = steps.choose(options, energy, progress)
-            state = chosen.state
-            excess = self.excess(state)
-        return self._without_needless(state, random.Random(0))
+        grown = grow(_Nearer(self, kinds), state, LeastRise(self), self.known_energy(state), progress)
+        return self._without_needless(grown.state, random.Random(0)) if grown.reached else None
 
     def _reached(self, state: JointState | None) -> JointState:
         if state is None:
@@ -195,14 +187,14 @@ class JointSearch(Space[JointState]):
         """A state that meets the target, by drawn choices; None where they lead nowhere."""
         excess = self.excess(state)
         while excess > 0:
-            options = self._nearer(state, excess)
+            options = self.nearer(state, excess)
             if not options:
                 return None
             state = draw.choice(options).state
             excess = self.excess(state)
         return state
 
-    def _nearer(self, state: JointState, excess: float, kinds: Sequence[str] = KINDS) -> list[Option[JointState]]:
+    def nearer(self, state: JointState, excess: float, kinds: Sequence[str] = KINDS) -> list[Option[JointState]]:
         """The states with one choice more that are nearer to the target; the gain is how much nearer."""
         more = [(choice, state.with_(choice)) for choice in self._open(state) if _kind(choice) in kinds]
         options = [Option(choice, other, excess - self.excess(other)) for choice, other in more]
@@ -237,6 +229,25 @@ class JointSearch(Space[JointState]):
             return None
         known = {} if self.policy is None else dict(self.policy.restricted_to(plan).rules)
         return KVRetentionPolicy(plan.boundary, self.evaluator.student.kv_shape, {**known, **rules})
+
+
+@dataclass(frozen=True)
+class _Nearer:
+    """How a joint search's states grow towards its target, by choices of some kinds alone."""
+
+    search: JointSearch
+    kinds: Sequence[str]
+
+    def reached(self, state: JointState) -> bool:
+        return self.search.excess(state) <= 0
+
+    def options(self, state: JointState) -> list[Option[JointState]]:
+        return self.search.nearer(state, self.search.excess(state), self.kinds)
+
+    def step(self, state: JointState, progress: Progress) -> Progress:
+        made, excess = len(state.choices), self.search.excess(state)
+        progress(f"{made} choices made for {' and '.join(self.kinds)}, costs still {excess:.3f} too high")
+        return progress
 
 
 def _kind(choice: Move | Trim) -> str:

@@ -13,8 +13,9 @@ from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
 from pdtrim_pl.plan import STAGES, Move, StagePlan, Target
 from pdtrim_pl.search.choose import warn_if_deep
+from pdtrim_pl.search.greedy import LeastEnergy, LeastRise, Option, grow
 from pdtrim_pl.search.guards import Guards
-from pdtrim_pl.search.space import LazyGreedy, Option, Space, after, fits
+from pdtrim_pl.search.space import Space, after, fits
 
 Removals = tuple[Move, ...]
 """The removals of one round, in a fixed order."""
@@ -90,31 +91,35 @@ class RoundSearch(Space[Removals]):
         """One removal after another, each the one of least energy.
 
         Args:
-            lazy: look again only at candidates that were good before; see `LazyGreedy`.
+            lazy: look again only at candidates that were good before; see `LeastRise`.
             progress: told how far it is.
 
         Raises:
             UserError: fewer removals are possible than the round asks for.
         """
-        state: Removals = ()
-        energy, steps = self.evaluator.energy(self.start) if lazy else 0.0, LazyGreedy(self)
-        for taken in range(self.count):
-            self.rebase(state)
-            options = [Option(m, tuple(sorted([*state, m], key=order))) for m in self.pool if fits(m, state)]
-            options = [option for option in options if self._allowed(option.state)]
-            if not options:
-                raise UserError(
-                    f"Only {taken} of {self.count} removals can be made in `{self.target}` under the guards. Lower the "
-                    "counts in `schedule`, or loosen `guards`."
-                )
-            step = partial(_step, progress, taken + 1, self.count)
-            if lazy:
-                chosen, energy = steps.choose(options, energy, step)
-            else:
-                index, energy = self.best([option.state for option in options], step)
-                chosen = options[index]
-            state = chosen.state
-        return state, energy
+        if lazy:
+            grown = grow(self, (), LeastRise(self), self.evaluator.energy(self.start), progress)
+        else:
+            grown = grow(self, (), LeastEnergy(self), progress=progress)
+        if not grown.reached:
+            raise UserError(
+                f"Only {len(grown.state)} of {self.count} removals can be made in `{self.target}` under the guards. "
+                "Lower the counts in `schedule`, or loosen `guards`."
+            )
+        return grown.state, grown.value
+
+    def reached(self, state: Removals) -> bool:
+        """Whether the state has as many removals as the round asks for."""
+        return len(state) == self.count
+
+    def options(self, state: Removals) -> list[Option[Removals]]:
+        """The states with one removal more that the guards allow."""
+        options = [Option(m, tuple(sorted([*state, m], key=order))) for m in self.pool if fits(m, state)]
+        return [option for option in options if self._allowed(option.state)]
+
+    def step(self, state: Removals, progress: Progress) -> Progress:
+        """See `Growth`."""
+        return partial(_step, progress, len(state) + 1, self.count)
 
     def drops(self, blocks: Sequence[int]) -> Removals:
         """The state that drops these blocks."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import Any, Generic, TypeVar
 
@@ -79,54 +78,6 @@ class Space(ABC, Generic[State]):
         if energy == inf:
             raise UserError(NOT_FINITE)
         return index, energy
-
-
-@dataclass(frozen=True)
-class Option(Generic[State]):
-    """One choice that a greedy search may make next."""
-
-    choice: Hashable
-    """Names it, whatever was chosen before."""
-    state: State
-    gain: float = 1.0
-    """What it brings nearer; the rise of energy is divided by it."""
-
-
-class LazyGreedy(Generic[State]):
-    """Chooses step by step the option of least rise for its gain, and looks again only at those that may be it.
-
-    What an option cost at an earlier step is taken for the least that it costs now, as in Minoux's accelerated greedy
-    algorithm (1978). It need not be so, for removals help or hurt each other; the choice is then not the very best.
-    """
-
-    def __init__(self, space: Space[State]) -> None:
-        self.space = space
-        self.known: dict[Hashable, float] = {}
-
-    def choose(
-        self, options: Sequence[Option[State]], energy: float, progress: Progress = lambda line: None
-    ) -> tuple[Option[State], float]:
-        """The best option and its energy.
-
-        Args:
-            options: at least one.
-            energy: of the state they all start from.
-            progress: told how many were looked at.
-        """
-        best: tuple[Option[State], float] | None = None
-        least = inf
-        for looked, option in enumerate(sorted(options, key=lambda option: self.known.get(option.choice, -inf))):
-            progress(f"energy {energy:.4f}, {looked} of {len(options)} candidates looked at")
-            if self.known.get(option.choice, -inf) >= least:
-                break
-            found = self.space.energy(option.state, energy + least * option.gain)
-            rise = least if found is None else (found - energy) / option.gain
-            self.known[option.choice] = rise
-            if found is not None and rise < least:
-                best, least = (option, found), rise
-        if best is None:
-            raise UserError(NOT_FINITE)
-        return best
 
 
 def after(plan: StagePlan, moves: Sequence[Move], merging: Merging, **facts: Any) -> StagePlan:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import inf
+from pathlib import Path
 
 import torch
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
+from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -77,8 +79,15 @@ def selection_context(
     device: torch.device | str,
     first: int | float,
     last: int | float,
+    *,
+    memory: Memory = Memory(),
+    ranks: Parallel = Parallel(),
+    journal: Path | None = None,
 ) -> SelectionContext:
     """The context of a student's plan as it is now. Measures nothing yet.
+
+    The first damage runs every prompt once and keeps its cache; each damage is then a decode pass from the block that
+    is trimmed. Under several ranks every one must ask for the same measurements in the same order.
 
     Args:
         student: the model that will send less.
@@ -88,16 +97,26 @@ def selection_context(
         device: where both models are.
         first: the selector's `first`, for `mass`.
         last: the selector's `last`.
+        memory: `base` is the most that `damage` keeps; on batches that do not fit a damage costs prefill too.
+        ranks: damages split the batches among them; every rank measures the mass, and rank 0's counts.
+        journal: file of evaluations; a damage that it knows is not measured again.
     """
     plan, held = student.plan, list(batches)
 
     @cache
+    def evaluator() -> Evaluator:
+        # Kept distributions would cost digits: they subtract entropies, and the damage of one block may be tiny.
+        exact = replace(memory, teacher=0)
+        made = Evaluator(student, teacher, held, device=device, memory=exact, ranks=ranks, journal=journal)
+        made.rebase(plan, KVRetentionPolicy(plan.boundary, kv_shape))
+        return made
+
     def damage(block: int, rule: Retention) -> float:
-        policy = KVRetentionPolicy(plan.boundary, kv_shape, {block: rule})
         with eval_mode(student), eval_mode(teacher):
-            return measure_quality(student, teacher, held, plan=plan, policy=policy, device=device).kl
+            return evaluator().energy(plan, KVRetentionPolicy(plan.boundary, kv_shape, {block: rule}))
 
     def mass() -> Mapping[int, float]:
-        return attention_mass(student, held, first=first, last=last, device=device)
+        found, *_ = ranks.together(lambda: attention_mass(student, held, first=first, last=last, device=device))
+        return found
 
     return SelectionContext(plan, kv_shape, mass, damage)

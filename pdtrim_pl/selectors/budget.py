@@ -23,7 +23,7 @@ class BudgetSelector(KVSelector):
         first: see `KVSelector`.
         last: see `KVSelector`.
         order: `mass` trims blocks in descending attention mass; `damage` in ascending KL to the teacher when only that
-            block is trimmed, which costs one pass over the calibration data a block.
+            block is trimmed, which costs a decode pass over the calibration data a block.
         prompt_tokens: length of the prompt at which the bytes are counted.
 
     Raises:
