@@ -122,6 +122,7 @@ class PDTrimModule(ResumableModule):
             device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
             warn_of_slow_bf16(device, model.dtype, teacher.model.dtype, precision)
         self.student = StagedCausalLM(model, architecture=self.architecture).train()
+        self.student.compared_tokens = teacher.compared_tokens
         self._untie(plan.untied)
         self.student.apply_plan(plan)
         self.student.apply_policy(policy)
@@ -235,7 +236,8 @@ class PDTrimModule(ResumableModule):
         batch, min_chunks = self._shared_step(batch)
         scores = score_tokens(
             final_hidden(self.student, batch), teacher_states(self.teacher, batch),
-            batch.response_ids[batch.response_mask], self.student.logits, self.teacher.logits, self.chunk_tokens,
+            batch.response_ids[batch.response_mask], self.student.compared_logits, self.teacher.compared_logits,
+            self.chunk_tokens,
             min_chunks,
         )  # fmt: skip
         assert self._means is not None

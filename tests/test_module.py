@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.strategies import Strategy
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import BlockDrop, PlanProgressBar
-from pdtrim_pl.criteria import CosineRedundancy
+from pdtrim_pl.criteria import CosineRedundancy, GreedyKL, Taylor
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.losses import KL, CrossEntropy, HiddenMatch
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.models.loading import Loading
+from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, ModelRef, StagePlan, Structure
 from pdtrim_pl.search import Guards
@@ -152,6 +154,57 @@ def test_a_teacher_of_another_vocabulary_is_refused(tiny_llama_dir: Path, tmp_pa
     tiny_model("llama").save_pretrained(tmp_path / "other")
     module = PDTrimModule(str(tiny_llama_dir), loading=Loading(teacher=str(tmp_path / "other")))
     with pytest.raises(ValueError, match=r"`loading.teacher` has a vocabulary of 64 tokens and `model` one of 259"):
+        module.configure_model()
+
+
+def padded_teacher(tiny_llama_dir: Path, folder: Path, rows: int) -> Path:
+    """The same model with more rows of padding behind its embedding, and its tokenizer."""
+    shutil.copytree(tiny_llama_dir, folder)
+    model = load_causal_lm(str(tiny_llama_dir))
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_with_another_padded_vocabulary_is_compared_on_the_tokens_of_the_tokenizer(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = padded_teacher(tiny_llama_dir, tmp_path / "padded", 320)
+    found = []
+    for teacher in (None, str(folder)):
+        data = PromptResponseDataModule(
+            str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=8)
+        )
+        trainer = Trainer(
+            default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            callbacks=[BlockDrop("decode", GreedyKL(), {0: 1}), BlockDrop("prefill", Taylor(), {0: 1})],
+        )  # fmt: skip
+        module = PDTrimModule(str(tiny_llama_dir), loading=Loading(teacher=teacher))
+        seed_everything(0, verbose=False)
+        trainer.fit(module, datamodule=data)
+        assert module.student.compared_tokens == (None if teacher is None else 259)
+        found.append((module.record.losses, module.record.validations, module.plan.prefill, module.plan.decode))
+    assert found[0][2:] == found[1][2:]
+    for ours, theirs in zip(found[0][0], found[1][0], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    for (step, ours), (other, theirs) in zip(found[0][1], found[1][1], strict=True):
+        assert step == other
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_a_teacher_whose_tokenizer_has_other_ids_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = padded_teacher(tiny_llama_dir, tmp_path / "padded", 320)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = [token for token, index in vocabulary.items() if index in (100, 101)]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    module = PDTrimModule(str(tiny_llama_dir), loading=Loading(teacher=str(folder)))
+    with pytest.raises(
+        ValueError, match=r"vocabulary of 320 tokens and `model` one of 259: the token .* has the id 101"
+    ):
         module.configure_model()
 
 

@@ -67,7 +67,7 @@ def _estimates(
         observers = {stage: _watching(seen[stage]) for stage in STAGES}
         out = student(*batch.request, plan=plan, policy=student.policy, observers=observers)
         # An example's tokens see only it, so one loss has the gradients of all examples.
-        loss = _summed_loss(student.logits, out.hidden[mask], batch.response_ids[mask], min_chunks)
+        loss = _summed_loss(student.compared_logits, out.hidden[mask], batch.response_ids[mask], min_chunks)
         outputs = [output for stage in STAGES for output, _ in seen[stage].values()]
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
     estimates: dict[Stage, dict[int, Tensor]] = {}

@@ -194,4 +194,4 @@ class Evaluator:
             self.neighbours.rebase(self._next_base)
             self._next_base = None
         hidden = self.neighbours.response(candidate, index)
-        return Sums(*self.reference.compare(index, hidden, self.student.logits))
+        return Sums(*self.reference.compare(index, hidden, self.student.compared_logits))

@@ -50,7 +50,7 @@ def quality_against(
     """
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for index, batch in enumerate(reference.batches):
-        scores = reference.scores(index, final_hidden(model, batch, plan, policy), model.logits)
+        scores = reference.scores(index, final_hidden(model, batch, plan, policy), model.compared_logits)
         columns = (scores.nll, scores.teacher_nll, scores.kl, scores.agreement)
         sums += torch.stack([column.double().sum() for column in columns]).cpu()
         tokens += len(scores.nll)

@@ -51,7 +51,8 @@ class TeacherReference:
         self.calls = [len(chunks(length, CHUNK_TOKENS)) for length in lengths]
         """Per batch, how often heads are called."""
         config = teacher.model.config
-        state, row = config.hidden_size * teacher.model.dtype.itemsize, config.vocab_size * torch.float32.itemsize
+        state = config.hidden_size * teacher.model.dtype.itemsize
+        row = (teacher.compared_tokens or config.vocab_size) * torch.float32.itemsize
         self._keeps_states = _fitting([length * state for length in lengths], states)
         self._keeps_distributions = _fitting([length * row for length in lengths], probabilities)
         self._states: dict[int, Tensor] = {}
@@ -78,7 +79,7 @@ class TeacherReference:
     def distributions(self, index: int) -> Distributions | None:
         """Of one batch's response tokens; None where they are not kept."""
         if self._keeps_distributions[index] and index not in self._distributions:
-            found = Distributions.of(self.teacher.logits, self.states(index), min_chunks=self.calls[index])
+            found = Distributions.of(self.teacher.compared_logits, self.states(index), min_chunks=self.calls[index])
             self._distributions[index] = found
         return self._distributions.get(index)
 
@@ -91,7 +92,7 @@ class TeacherReference:
             head: the student's.
         """
         theirs, targets = self.states(index), self.targets[index]
-        return score_tokens(hidden, theirs, targets, head, self.teacher.logits, min_chunks=self.calls[index])
+        return score_tokens(hidden, theirs, targets, head, self.teacher.compared_logits, min_chunks=self.calls[index])
 
     def compare(self, index: int, hidden: Tensor, head: Head) -> tuple[float, float]:
         """KL(teacher || student) and NLL of a student on one batch, summed in fp64, nats; arguments as of `scores`."""
@@ -105,11 +106,14 @@ class TeacherReference:
 def teacher_states(teacher: StagedCausalLM, batch: Batch) -> Tensor:
     """Final hidden states of the real response tokens under the teacher's own plan and policy, [N, H].
 
-    A whole model needs one causal pass over prompt and response: nothing of the prompt is lost between its stages, so
-    prefill and decode would compute the same.
+    A whole model in fp32 needs one causal pass over prompt and response: nothing of the prompt is lost between its
+    stages, so prefill and decode would compute the same. In 16 bits the two round differently, and a student that is
+    its teacher would have a KL of about 1e-3 nats: there both take the same two passes.
     """
+    device = teacher.model.device.type
+    exact = teacher.model.dtype == torch.float32 and not torch.is_autocast_enabled(device)
     tokens = int((batch.prompt_mask.sum(dim=1) + batch.response_mask.sum(dim=1)).max())
-    if not is_whole(teacher) or tokens > usable_context(teacher.model.config.to_dict()):
+    if not (exact and is_whole(teacher)) or tokens > usable_context(teacher.model.config.to_dict()):
         return final_hidden(teacher, batch)  # which refuses a request that is too long
     request = Request.of(*batch.request, "prefill")
     ids, valid = (torch.cat([part["prefill"], part["decode"]], dim=1) for part in (request.tokens, request.valid))

@@ -31,7 +31,8 @@ def run_pair(
     positions = None if student.policy is None else student.policy.uncoded()
     return Distilled(
         student=out.hidden[mask], teacher=reference.hidden[mask], targets=batch.response_ids[mask],
-        weights=token_weights(mask), student_head=student.logits, teacher_head=teacher.logits,
+        weights=token_weights(mask), student_head=student.compared_logits,
+        teacher_head=teacher.compared_logits,
         student_cache=out.cache, teacher_cache=reference.cache.retained(positions),
         student_blocks=ours.outputs, teacher_blocks=theirs.outputs,
         token_masks=Request.of(*batch.request, student.plan.boundary).valid, min_chunks=min_chunks,

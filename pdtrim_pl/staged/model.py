@@ -139,6 +139,10 @@ class StagedCausalLM(GatedCausalLM):
         """The model's head on final hidden states, [..., H] -> [..., V]."""
         return self.architecture.logits(self.model, hidden)
 
+    def compared_logits(self, hidden: Tensor) -> Tensor:
+        """The logits that a comparison of two models looks at: those of the first `compared_tokens` ids."""
+        return self.logits(hidden)[..., : self.compared_tokens]
+
     def check_length(
         self, prompt_ids: Tensor, prompt_mask: Tensor | None, response: int, response_mask: Tensor | None = None
     ) -> None:

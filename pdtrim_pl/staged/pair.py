@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import DType, Loading, dtype_of
-from pdtrim_pl.models.pretrained import check_model, load_causal_lm, model_type_of
+from pdtrim_pl.models.pretrained import check_model, load_causal_lm, load_tokenizer, model_type_of
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, StagePlan, Structure
 from pdtrim_pl.staged.description import reference_to
 from pdtrim_pl.staged.model import StagedCausalLM
@@ -66,9 +67,39 @@ class ModelPair:
         """
         adapter = self._adapter_of_teacher()
         model = self._load(self.teacher_name, self.loading.teacher_dtype, adapter)
-        _check_same_vocabulary(vocabulary, model.config.vocab_size)
         plan = StagePlan.full(reference_to(model, self.teacher_name), boundary=boundary)
-        return StagedCausalLM(model, plan, architecture=adapter).eval().requires_grad_(False)
+        teacher = StagedCausalLM(model, plan, architecture=adapter).eval().requires_grad_(False)
+        teacher.compared_tokens = self._compared_tokens(vocabulary, model.config.vocab_size)
+        return teacher
+
+    def _compared_tokens(self, student: int, teacher: int) -> int | None:
+        """Token ids on which both models are compared; None where all of them are.
+
+        Args:
+            student: rows of the student's embedding; some may be padding.
+            teacher: rows of the teacher's.
+        """
+        if self.teacher_name == self.name:
+            return None
+        ours, theirs = _vocabulary_of(self.name), _vocabulary_of(self.teacher_name)
+        if ours is None or theirs is None:
+            if student == teacher:
+                return None
+            raise self._other_vocabulary(student, teacher, "one of them has no tokenizer to compare them by")
+        for token in sorted(ours.keys() & theirs.keys(), key=ours.__getitem__):
+            if ours[token] != theirs[token]:
+                why = f"the token {token!r} has the id {theirs[token]} there and {ours[token]} here"
+                raise self._other_vocabulary(student, teacher, why)
+        known = max(ours.values()) + 1
+        if known > teacher:
+            raise self._other_vocabulary(student, teacher, f"the tokenizer of `model` has ids up to {known - 1}")
+        return None if student == teacher else known
+
+    def _other_vocabulary(self, student: int, teacher: int, why: str) -> UserError:
+        return UserError(
+            f"`loading.teacher` has a vocabulary of {teacher} tokens and `model` one of {student}: {why}, so their "
+            "distributions cannot be compared. Use a teacher of the same family, or leave `loading.teacher` out."
+        )
 
     def _load(self, name: str, dtype: DType, adapter: Architecture | None) -> PreTrainedModel:
         attention = self.loading.attn_implementation
@@ -81,9 +112,10 @@ class ModelPair:
         return None
 
 
-def _check_same_vocabulary(student: int, teacher: int) -> None:
-    if student != teacher:
-        raise UserError(
-            f"`loading.teacher` has a vocabulary of {teacher} tokens and `model` one of {student}: their distributions "
-            "cannot be compared. Use a teacher of the same family, or leave `loading.teacher` out."
-        )
+def _vocabulary_of(name: str) -> Mapping[str, int] | None:
+    """Token -> id of a model's tokenizer; None where it has none."""
+    try:
+        vocabulary: Mapping[str, int] = load_tokenizer(name).get_vocab()
+    except UserError:
+        return None
+    return vocabulary

@@ -57,6 +57,9 @@ class GatedCausalLM(nn.Module):
             blocks[position] = Gate(block, index, self.architecture.window(model.config, position), self.architecture)
         self.model = model
         self.gradient_checkpointing = False
+        self.compared_tokens: int | None = None
+        """Token ids that a comparison with another model looks at, from 0; all by default. Models of one tokenizer may
+        have embeddings padded to different sizes."""
         self.plan = StagePlan.full(reference_to(model)) if originals is None or plan is None else plan
         self.policy: KVRetentionPolicy | None = None
         self.apply_plan(plan or self.plan)

@@ -140,7 +140,7 @@ def shard(staged: StagedCausalLM, mesh: DeviceMesh, precision: str = "32-true") 
         gate.project = partial(_project, gate.architecture)
     # FSDP leaves the root's weights whole after a pass, and after one without gradients they may be stale at the next.
     fully_shard(staged, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-    for name in ("prefill", "decode", "step", "logits"):
+    for name in ("prefill", "decode", "step", "logits", "compared_logits"):
         register_fsdp_forward_method(staged, name)
     if mesh.device_type == "cpu":
         for module in staged.modules():
