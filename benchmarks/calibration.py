@@ -5,10 +5,10 @@
     python benchmarks/calibration.py --chosen CSV --held_out VALID.raw --skip 96 [--output CSV]
 
 Blocks leave both stages, or prefill alone, one after another. With `--again` the first text is also tried with that
-share of its windows said again (`data.parts.said_again`: the response is then the prompt once more). Every choice is
-judged by its KL and NLL on held-out text, and by the share of held-out tokens it finds when whole windows are said
-again (`look_back`, see `pdtrim_pl.evaluation.recall`). The third line judges an earlier run's choices on other
-text: what a default is chosen by must not be what a table reports.
+share of its prompts repeated (`data.parts.repeated_prompts`: the response is then the prompt once more). Every choice
+is judged by its KL and NLL on held-out text, and by its recall: the share of held-out tokens it finds when whole
+windows are repeated (`look_back`, see `pdtrim_pl.evaluation.recall`). The third line judges an earlier run's choices
+on other text: what a default is chosen by must not be what a table reports.
 
 Candidates are scored on parts of eight windows; a candidate whose KL is more than twice the best after the first part
 is not scored on the others (no rule would choose it). Rules:
@@ -42,7 +42,7 @@ from pdtrim_pl.criteria import CosineRedundancy, ScoringContext
 from pdtrim_pl.data import Batch, Collator, Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.evaluation.evaluator import Energy, Evaluator
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.evaluation.recall import measure_recall, whole_again
+from pdtrim_pl.evaluation.recall import measure_recall, repeated_requests
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
@@ -200,7 +200,7 @@ class Judge:
 
     def __init__(self, student: StagedCausalLM, teacher: StagedCausalLM, held_out: Sequence[Batch]) -> None:
         self.student, self.teacher, self.held_out = student, teacher, held_out
-        self.again = whole_again(held_out, COLLATE, len(held_out) * PART // 3)
+        self.again = repeated_requests(held_out, COLLATE, len(held_out) * PART // 3)
         self.known: dict[Blocks, tuple[float, float, float]] = {}
 
     def __call__(self, plan: StagePlan) -> tuple[float, float, float]:
@@ -263,7 +263,7 @@ def read(options: argparse.Namespace, path: str, windows: int, again: float = 0.
     """The first windows of a text, in batches of one part; a share of them said again."""
     data = PromptResponseDataModule(
         options.model, TextSource(path), Lengths(options.prompt + options.response, options.prompt, options.prompt),
-        Parts(validation=0, calibration=windows, said_again=again), eval_batch_size=PART,
+        Parts(validation=0, calibration=windows, repeated_prompts=again), eval_batch_size=PART,
     )  # fmt: skip
     data.prepare_data()
     data.setup()

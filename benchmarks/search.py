@@ -22,7 +22,7 @@ import transformers
 
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
@@ -82,7 +82,7 @@ def calibration(options: argparse.Namespace) -> list[Batch]:
 
 def timed(side, student: StagedCausalLM, batches: list[Batch], drops: int) -> Result:  # type: ignore[no-untyped-def]
     plan, started = StagePlan.full(student.plan.model, "free"), time.perf_counter()
-    memory = Memory(base=0) if side is naive else Memory()
+    memory = SearchMemory(base=0) if side is naive else SearchMemory()
     evaluator = Evaluator(student, student, batches, memory=memory)
     for target in ORDER:
         for _ in range(drops):

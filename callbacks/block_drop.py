@@ -15,7 +15,7 @@ from typing_extensions import override
 from callbacks.removal_rounds import RemovalRounds, scoring_context
 from pdtrim_pl.criteria import Criterion, ScoringContext
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import Stage, StagePlan, Target
@@ -75,7 +75,7 @@ class BlockDrop(RemovalRounds):
         guards: Guards = Guards(),
         annealing: Annealing | None = None,
         merging: Merging | None = None,
-        memory: Memory = Memory(),
+        memory: SearchMemory = SearchMemory(),
     ) -> None:
         self.stage = stage
         self.criterion = criterion

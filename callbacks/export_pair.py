@@ -12,8 +12,8 @@ from rich.console import Console
 from typing_extensions import override
 
 from callbacks.removal_rounds import removals_of
+from pdtrim_pl.checkpoints.fast_dev_run import trial_batches
 from pdtrim_pl.checkpoints.state import check_writable
-from pdtrim_pl.checkpoints.trial import trial_batches
 from pdtrim_pl.data import fingerprint
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.summary import Summary, summarise

@@ -14,7 +14,7 @@ from callbacks.kv_retention import KVRetention
 from callbacks.removal_rounds import RemovalRounds, scoring_context
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, Retention, StagePlan
@@ -62,7 +62,7 @@ class JointDrop(RemovalRounds):
         retention: Retention = Retention("first_last", 4, 0.2),
         annealing: Annealing | None = Annealing(),
         merging: Merging | None = None,
-        memory: Memory = Memory(),
+        memory: SearchMemory = SearchMemory(),
     ) -> None:
         if not epochs or min(epochs) < 0 or len(set(epochs)) < len(epochs):
             raise UserError(f"`epochs` of the joint drops is {epochs}: give different epochs >= 0.")

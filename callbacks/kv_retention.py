@@ -20,7 +20,7 @@ from callbacks.removal_rounds import (
     removals_of,
 )
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import KVRetentionPolicy
 from pdtrim_pl.selectors import KVSelector, selection_context
@@ -110,9 +110,10 @@ class KVRetention(Callback):
         self.done = bool(state_dict["done"])
 
 
-def _memory(trainer: Trainer) -> Memory:
+def _memory(trainer: Trainer) -> SearchMemory:
     """How much may be kept of the prompts: what the run's searches for removals may."""
-    return max((rounds.memory for rounds in removals_of(trainer)), key=lambda memory: memory.base, default=Memory())
+    kept = (rounds.memory for rounds in removals_of(trainer))
+    return max(kept, key=lambda memory: memory.base, default=SearchMemory())
 
 
 def _last_round(trainer: Trainer) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from pdtrim_pl.checkpoints.trial import trial_batches
+from pdtrim_pl.checkpoints.fast_dev_run import trial_batches
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.strategies import check_skipping

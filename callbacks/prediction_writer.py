@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 from typing_extensions import override
 
-from pdtrim_pl.checkpoints.trial import trial_batches
+from pdtrim_pl.checkpoints.fast_dev_run import trial_batches
 from pdtrim_pl.data.collate import Batch
 
 

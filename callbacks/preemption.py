@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from pdtrim_pl.checkpoints.trial import trial_batches
+from pdtrim_pl.checkpoints.fast_dev_run import trial_batches
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.slurm import RunningJob, SlurmError
 

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from callbacks.preemption import first_saver, leave_search
-from pdtrim_pl.checkpoints.trial import limited, trial_batches
+from pdtrim_pl.checkpoints.fast_dev_run import limited, trial_batches
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import PromptResponseDataModule
-from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import Move, StagePlan, Target
@@ -45,7 +45,7 @@ class RemovalRounds(Callback, TellsLoad):
     """
 
     def __init__(
-        self, title: str, epochs: Collection[int], guards: Guards, merging: Merging | None, memory: Memory
+        self, title: str, epochs: Collection[int], guards: Guards, merging: Merging | None, memory: SearchMemory
     ) -> None:
         self.title, self.guards, self.merging, self.memory = title, guards, merging, memory
         self.epochs = sorted(epochs)
@@ -103,7 +103,7 @@ class RemovalRounds(Callback, TellsLoad):
 
 
 def scoring_context(
-    trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM, memory: Memory
+    trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM, memory: SearchMemory
 ) -> ScoringContext:
     """The context of criteria and searches in a run. The first round puts its redundancy into the run's record."""
     ranks = parallel_of(trainer.strategy, leave_if_asked=partial(leave_search, trainer))

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from callbacks.removal_rounds import RemovalRounds, fitting_batches, scoring_context
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import StagePlan
@@ -33,8 +33,8 @@ class SpanMerge(RemovalRounds):
         blocks: how many to remove.
         epoch: when, from 0.
         merging: the long fit, on `steps` batches of training text. Strategies that shard weights need `tied: true`.
-        tried: optimizer steps of each brief fit.
-        behind: trailing blocks that learn with the span.
+        screening_steps: optimizer steps of each brief fit.
+        trailing_blocks: trailing blocks that learn with the span.
         guards: blocks that must stay.
         memory: how much the evaluation of spans may keep.
 
@@ -43,21 +43,21 @@ class SpanMerge(RemovalRounds):
     """
 
     def __init__(
-        self, blocks: int, epoch: int = 0, merging: Merging = LONG_FIT, tried: int = 64,
-        behind: int = 2, guards: Guards = Guards(), memory: Memory = Memory(),
+        self, blocks: int, epoch: int = 0, merging: Merging = LONG_FIT, screening_steps: int = 64,
+        trailing_blocks: int = 2, guards: Guards = Guards(), memory: SearchMemory = SearchMemory(),
     ) -> None:  # fmt: skip
-        if min(blocks, tried) < 1 or min(epoch, behind) < 0:
+        if min(blocks, screening_steps) < 1 or min(epoch, trailing_blocks) < 0:
             raise UserError(
-                "A span merge needs `blocks` >= 1 and `epoch` >= 0, `tried` >= 1 and `behind` >= 0, and has "
-                f"{blocks}, {epoch}, {tried} and {behind}."
+                "A span merge needs `blocks` >= 1 and `epoch` >= 0, `screening_steps` >= 1 and `trailing_blocks` >= 0, "
+                f"and has {blocks}, {epoch}, {screening_steps} and {trailing_blocks}."
             )
         super().__init__("span merge", [epoch], guards, merging, memory)
-        self.blocks, self.tried, self.behind = blocks, tried, behind
+        self.blocks, self.screening_steps, self.trailing_blocks = blocks, screening_steps, trailing_blocks
 
     @override
     def load(self) -> CallbackLoad:
         load = super().load()
-        return replace(load, fitted_at_once=max(load.fitted_at_once, 2 * (1 + self.behind)))
+        return replace(load, fitted_at_once=max(load.fitted_at_once, 2 * (1 + self.trailing_blocks)))
 
     @override
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
@@ -67,6 +67,13 @@ class SpanMerge(RemovalRounds):
             context = scoring_context(trainer, module, student, teacher, self.memory)
             text = fitting_batches(trainer, self.merging)
             plan = replace_span(
-                context, module.plan, self.blocks, self.merging, self.guards, text, self.tried, self.behind
+                context,
+                module.plan,
+                self.blocks,
+                self.merging,
+                self.guards,
+                text,
+                self.screening_steps,
+                self.trailing_blocks,
             )
         module.apply_plan(StagePlan.from_json(context.ranks.agree(plan.to_json())))

@@ -18,8 +18,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from pdtrim_pl.checkpoints.continuation import check_same_checkpoint
+from pdtrim_pl.checkpoints.fast_dev_run import save_nothing_in_a_trial
 from pdtrim_pl.checkpoints.resumable import ResumableModule
-from pdtrim_pl.checkpoints.trial import save_nothing_in_a_trial
 from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check_vocabulary
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.metrics import QualityMeans

@@ -26,7 +26,7 @@ from torch import Tensor
 from callbacks import ExportPair, LossGuard
 from pdtrim_pl.criteria import ScoringContext, Taylor
 from pdtrim_pl.evaluation.evaluator import Evaluator
-from pdtrim_pl.merging import Merging, fit
+from pdtrim_pl.merging import Merging, local_fits
 from pdtrim_pl.merging.trial import Trial
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.parallel import Parallel, on_first_rank
@@ -112,11 +112,11 @@ def scores(ranks: Parallel) -> Told:
     once, passes[0] = passes[0], 0
     taylor = Taylor().score(context, student.plan, "both", range(BLOCKS))
     twice = passes[0]
-    fit.Trial.of = counting  # type: ignore[assignment,method-assign]
+    local_fits.Trial.of = counting  # type: ignore[assignment,method-assign]
     try:
         moves = distillation_set(context, student.plan, "both", SETTINGS, Guards(0, 0))
     finally:
-        fit.Trial.of = of  # type: ignore[method-assign]
+        local_fits.Trial.of = of  # type: ignore[method-assign]
     offers = [
         [index, str(merge), digest(list(weights.state_dict().values()))]
         for index, gate in student.gates.items()
@@ -181,14 +181,14 @@ def local_fit(strategy: DDPStrategy, folder: Path) -> None:
         seen[0] += 1
         return _refuse() if strategy.global_rank == 1 and seen[0] > 2 else of(*args)
 
-    fit.Trial.of = failing  # type: ignore[assignment,method-assign]
+    local_fits.Trial.of = failing  # type: ignore[assignment,method-assign]
     try:
         distillation_set(
             ScoringContext(student, teacher, DATA, ranks=parallel_of(strategy)), student.plan, "both", SETTINGS,
             Guards(0, 0),
         )  # fmt: skip
     finally:
-        fit.Trial.of = of  # type: ignore[method-assign]
+        local_fits.Trial.of = of  # type: ignore[method-assign]
 
 
 def redundancy(strategy: DDPStrategy, folder: Path) -> None:

@@ -15,7 +15,7 @@ from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger,
 from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, sidecar
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
-from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.export import load_stage
 from pdtrim_pl.losses import KL
@@ -359,7 +359,7 @@ def test_one_block_takes_the_place_of_a_span_and_the_run_goes_on_from_a_checkpoi
     merging = Merging(min_cosine=-1.0, steps=8)
 
     def span() -> list[Callback]:
-        return [SpanMerge(2, 1, merging, tried=2, behind=1, guards=Guards(0, 0))]
+        return [SpanMerge(2, 1, merging, screening_steps=2, trailing_blocks=1, guards=Guards(0, 0))]
 
     _, module = fit(tmp_path / "whole", tiny_llama_dir, span())
     ((into, run),) = module.plan.merged["prefill"].items()
@@ -378,11 +378,11 @@ def test_one_block_takes_the_place_of_a_span_and_the_run_goes_on_from_a_checkpoi
 def test_a_span_that_cannot_be_replaced_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"A span merge needs `blocks` >= 1 and .* has 0, 0, 64 and 2"):
         SpanMerge(0)
-    with pytest.raises(ValueError, match=r"`tried` >= 1 .* has 1, 0, 0 and 2"):
-        SpanMerge(1, tried=0)
+    with pytest.raises(ValueError, match=r"`screening_steps` >= 1 .* has 1, 0, 0 and 2"):
+        SpanMerge(1, screening_steps=0)
     with pytest.raises(ValueError, match=r"No 4 neighbours of \(0, 1, 2, 3\) can be merged in both stages within"):
         fit(tmp_path, tiny_llama_dir, [SpanMerge(3)])
-    short = SpanMerge(1, merging=Merging(min_cosine=1.0, steps=1), tried=1, guards=Guards(0, 0))
+    short = SpanMerge(1, merging=Merging(min_cosine=1.0, steps=1), screening_steps=1, guards=Guards(0, 0))
     with pytest.raises(ValueError, match=r"reaches a cosine of 0.*`merging.min_cosine` is 1.0. Remove fewer blocks"):
         fit(tmp_path, tiny_llama_dir, [short])
 
@@ -407,7 +407,7 @@ def test_a_joint_search_may_merge_neighbours_of_one_stage(tiny_llama_dir: Path, 
     merging = Merging(min_cosine=-1.0, steps=8)
     drops = JointDrop(
         CostTarget(prefill_flops=0.7, decode_bytes=0.7), [0], RequestShape(16, 8), Guards(0, 0), annealing=None,
-        merging=merging, memory=Memory(base=10**6),
+        merging=merging, memory=SearchMemory(base=10**6),
     )  # fmt: skip
     seed_everything(0, verbose=False)
     module = module_for(tiny_llama_dir, structure=Structure(relation="free"))

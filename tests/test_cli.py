@@ -303,6 +303,7 @@ def test_a_wrong_key_in_yaml_is_one_line_with_the_nearest_one(
 def test_other_commands_name_the_nearest_option_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean `prompt`?" in refused(capsys, "generate", "--export", "x", "--promt", "y")
     assert "Did you mean `output`?" in refused(capsys, "export", "--ckpt_path", "x", "--outptu", "y")
+    assert "It is called `data.parts.repeated_prompts` now." in refused(capsys, "fit", "--data.parts.said_again=0.5")
     assert "Did you mean" not in refused(capsys, "export", "--ckpt_path", "x", "--quux", "y"), "nothing is near"
     compare = ["compare", "--config", str(ROOT / "configs" / "compare_smollm2.yaml"), "--model.nmae=x"]
     assert "Did you mean `model.name`?" in refused(capsys, *compare)
@@ -382,7 +383,7 @@ def test_memory_that_runs_out_comes_with_what_to_lower(
     failing(monkeypatch, fail)
     assert main(["fit"]) == 1
     line, hint = capsys.readouterr().err.splitlines()
-    assert line.startswith("pdtrim: error: Memory ran out (")
+    assert line.startswith("pdtrim: error: SearchMemory ran out (")
     assert said in line
     assert "Lower `data.batch_size`, `data.lengths.max_length` or `model.chunk_tokens`" in line
     assert "`pdtrim fit --dry_run` counts" in line

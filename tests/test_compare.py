@@ -152,7 +152,7 @@ def choices(path: Path) -> Path:
 def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
     write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write(EVERY, measures={"choices": {"words": str(choices(tmp_path / "words.jsonl"))}, "look_back": 2})
+    config = write(EVERY, measures={"choices": {"words": str(choices(tmp_path / "words.jsonl"))}, "recall": 2})
     assert main(["compare", "--config", str(config)]) == 0
     out = tmp_path / "out"
     table = rows(out)
@@ -171,7 +171,7 @@ def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
             assert len(plan.removed("decode")) == int(row["decode_removed"])
     accuracy = rows(out, "tiny_accuracy.csv")
     assert [row["method"] for row in accuracy] == ["dense", *(row["method"] for row in table)]
-    assert list(accuracy[0]) == ["method", "prefill_removed", "decode_removed", "words", "mean", "look_back"]
+    assert list(accuracy[0]) == ["method", "prefill_removed", "decode_removed", "words", "mean", "recall"]
     text = (out / "tiny.md").read_text()
     assert "## 1 blocks" in text
     assert "| merged* | nested | 2/2 |" in text

@@ -23,7 +23,7 @@ from pdtrim_pl.compare.texts import Texts, read_texts
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, LastN, ResponsePerplexity, Taylor
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.evaluation.recall import measure_recall, whole_again
+from pdtrim_pl.evaluation.recall import measure_recall, repeated_requests
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.models.pretrained import load_tokenizer
 from pdtrim_pl.plan import STAGES
@@ -175,9 +175,9 @@ def test_the_judge_measures_what_measure_quality_measures(bench: Bench) -> None:
         (expected.nll, expected.teacher_nll, expected.kl, expected.agreement)
     )
     assert judge.accuracy(student) == {}
-    looking = Judge(bench, Measures(look_back=3), load_tokenizer(bench.subject.name))
-    again = whole_again(bench.texts.held_out, bench.texts.collate, 3)
-    assert looking.accuracy(student) == {"look_back": measure_recall(student, again)}
+    looking = Judge(bench, Measures(recall=3), load_tokenizer(bench.subject.name))
+    again = repeated_requests(bench.texts.held_out, bench.texts.collate, 3)
+    assert looking.accuracy(student) == {"recall": measure_recall(student, again)}
 
 
 def test_changed_weights_are_all_that_is_needed_to_make_a_student_again(bench: Bench) -> None:
@@ -224,16 +224,16 @@ def test_a_replaced_span_is_trained_on_the_budget_and_only_its_block_changes(ben
 
 
 def test_blocks_behind_a_replaced_span_change_with_it_where_there_are_some(bench: Bench) -> None:
-    found = ReplaceSpan(behind=2).find(bench, None, 1)
+    found = ReplaceSpan(trailing_blocks=2).find(bench, None, 1)
     ((into, run),) = found.plan.merged["prefill"].items()
     changed = {int(name.split(".block.")[0].rsplit(".", 1)[1]) for name in found.weights}
     assert changed == {into, *range(run[-1] + 1, min(run[-1] + 3, 4))}
-    with pytest.raises(ValueError, match=r"`behind` is -1: give a number of blocks, 0 for none"):
-        ReplaceSpan(behind=-1)
+    with pytest.raises(ValueError, match=r"`trailing_blocks` is -1: give a number of blocks, 0 for none"):
+        ReplaceSpan(trailing_blocks=-1)
 
 
 def test_of_all_spans_tried_the_one_that_leaves_the_least_kl_is_replaced(bench: Bench) -> None:
-    method = ReplaceSpan(tried=0.5)
+    method = ReplaceSpan(screening_share=0.5)
     chosen = method.find(bench, None, 1)
     plan, kl = bench.full("unified"), {}
     batches, _ = bench.texts.training_batches(bench.training.tokens // 2, 1)
@@ -247,8 +247,8 @@ def test_of_all_spans_tried_the_one_that_leaves_the_least_kl_is_replaced(bench: 
     assert list(chosen.plan.merged["decode"].values()) == [min(kl, key=kl.__getitem__)]
     step = chosen.plan.history[-1]
     assert (step.criterion, step.score) == ("fitted_kl", pytest.approx(min(kl.values()), rel=1e-3))
-    with pytest.raises(ValueError, match=r"`tried` is 0.6: give a share of the token budget, at least 0 and at most"):
-        ReplaceSpan(share=0.5, tried=0.6)
+    with pytest.raises(ValueError, match=r"`screening_share` is 0.6: give a share of the token budget, at least 0"):
+        ReplaceSpan(share=0.5, screening_share=0.6)
 
 
 def test_a_share_of_the_budget_leaves_the_rest_to_distillation(bench: Bench) -> None:
@@ -296,10 +296,10 @@ def test_settings_out_of_range_are_refused() -> None:
         Rows(counts=(0,))
     with pytest.raises(ValueError, match=r"`measures.choice_rows` is 0"):
         Measures(choice_rows=0)
-    with pytest.raises(ValueError, match=r"`measures.look_back` is -1: give a number of examples, or 0"):
-        Measures(look_back=-1)
-    with pytest.raises(ValueError, match=r"`measures.choices` names a set look_back, which is a column already"):
-        Measures(choices={"look_back": Path("any.jsonl")})
+    with pytest.raises(ValueError, match=r"`measures.recall` is -1: give a number of examples, or 0"):
+        Measures(recall=-1)
+    with pytest.raises(ValueError, match=r"`measures.choices` names a set recall, which is a column already"):
+        Measures(choices={"recall": Path("any.jsonl")})
     with pytest.raises(ValueError, match=r"`warmup` in \[0, 1\)"):
         Training(warmup=1.0)
 

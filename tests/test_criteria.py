@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 
 from pdtrim_pl.criteria import CosineRedundancy, GreedyKL, LastN, Random, ResponsePerplexity, ScoringContext, Taylor
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.evaluation.fingerprint import _total
 from pdtrim_pl.evaluation.neighbours import WIDEST
 from pdtrim_pl.evaluation.quality import measure_quality
@@ -60,8 +60,8 @@ def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
 ) -> None:
     student, teacher = pair
     base, *asked = same_plans(data, student)
-    little = Memory(base=0, teacher=0)
-    memory = Memory() if cache_bytes is None else Memory(cache_bytes, teacher=cache_bytes // 10)
+    little = SearchMemory(base=0, teacher=0)
+    memory = SearchMemory() if cache_bytes is None else SearchMemory(cache_bytes, teacher=cache_bytes // 10)
     fast = Evaluator(student, teacher, batches(), memory=memory)
     bare = Evaluator(student, teacher, batches(), memory=little)
     assert fast.neighbours.kept == (1 if cache_bytes == 25_000 else 2)
@@ -79,7 +79,7 @@ def test_the_evaluator_equals_a_naive_evaluation_whatever_it_kept_before(
 
 def test_little_memory_keeps_fewer_places_to_start_from(pair: tuple[StagedCausalLM, StagedCausalLM]) -> None:
     sizes = (40_000, 60_000, 10**9)
-    strides = [Evaluator(*pair, batches(), memory=Memory(size)).neighbours.stride for size in sizes]
+    strides = [Evaluator(*pair, batches(), memory=SearchMemory(size)).neighbours.stride for size in sizes]
     assert WIDEST >= strides[0] > strides[1] > strides[2] == 1
 
 
@@ -88,7 +88,7 @@ def test_where_memory_is_too_little_for_all_batches_some_are_kept(
 ) -> None:
     spent = {}
     for size in (0, 25_000, 10**9):
-        evaluator = Evaluator(*pair, batches(), memory=Memory(size))
+        evaluator = Evaluator(*pair, batches(), memory=SearchMemory(size))
         evaluator.rebase(pair[0].plan)
         for block in range(1, 5):
             evaluator.energy(pair[0].plan.drop("decode", block))

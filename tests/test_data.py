@@ -31,7 +31,7 @@ from pdtrim_pl.data import (
     formatting,
 )
 from pdtrim_pl.data.datamodule import cut_parts
-from pdtrim_pl.data.examples import SaidAgain
+from pdtrim_pl.data.examples import RepeatedPrompts
 from pdtrim_pl.data.formatting import encode, leading_ids
 from pdtrim_pl.data.sources import load_rows
 from pdtrim_pl.models.pretrained import load_tokenizer
@@ -390,7 +390,7 @@ def test_the_embedded_text_makes_training_batches(tiny_llama_dir: Path) -> None:
 def test_a_share_of_examples_says_its_prompt_again(share: float, lengths: list[tuple[int, int]]) -> None:
     pairs = [(range(3, 3 + prompt), range(50, 50 + response)) for prompt, response in lengths]
     part = Subset(TokenExamples.from_pairs(pairs), range(len(pairs)))
-    again = SaidAgain(part, share, max_length=12)
+    again = RepeatedPrompts(part, share, max_length=12)
     changed = max(1, round(share * len(pairs)))
     assert len(again) == len(part)
     for index, (prompt, response) in enumerate(pairs):
@@ -401,7 +401,7 @@ def test_a_share_of_examples_says_its_prompt_again(share: float, lengths: list[t
 
 def test_only_the_calibration_part_says_its_prompts_again(tiny_tokenizer_dir: Path) -> None:
     def module(share: float) -> PromptResponseDataModule:
-        parts = Parts(validation=2, calibration=4, max_train=4, said_again=share)
+        parts = Parts(validation=2, calibration=4, max_train=4, repeated_prompts=share)
         data = PromptResponseDataModule(str(tiny_tokenizer_dir), lengths=Lengths(24, 12, 12), parts=parts)
         data.setup()
         return data
@@ -415,5 +415,5 @@ def test_only_the_calibration_part_says_its_prompts_again(tiny_tokenizer_dir: Pa
 
 
 def test_a_share_said_again_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`parts.said_again`=1.5 must be a share of the calibration examples, 0 to 1"):
-        Parts(said_again=1.5)
+    with pytest.raises(ValueError, match=r"`parts.repeated_prompts`=1.5 must be a share of the calibration examples"):
+        Parts(repeated_prompts=1.5)

@@ -21,7 +21,16 @@ from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.sizing.memory import GIB, HOST_BYTES, Layout, Load, Memory, Shape, block_elements, memory_per_process
+from pdtrim_pl.sizing.memory import (
+    GIB,
+    HOST_BYTES,
+    Layout,
+    Load,
+    MemoryEstimate,
+    Shape,
+    block_elements,
+    memory_per_process,
+)
 from pdtrim_pl.staged import StagedCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -198,8 +207,8 @@ def test_a_dry_run_counts_the_largest_merges_of_all_callbacks(tiny_llama_dir: Pa
     drops: list[Callback] = [BlockDrop("decode", LastN(), {0: 1}, merging=each) for each in (None, small, large)]
     assert load_of(module, data, [*drops, PlanLogger()]).merging == large
     assert load_of(module, data, drops[:1]).merging is load_of(module, data).merging is None
-    span = SpanMerge(1, merging=Merging(pairs_at_once=1), behind=3)
-    asked = ([], drops[:1], drops, [span], [*drops, span], [SpanMerge(1, merging=large, behind=1)])
+    span = SpanMerge(1, merging=Merging(pairs_at_once=1), trailing_blocks=3)
+    asked = ([], drops[:1], drops, [span], [*drops, span], [SpanMerge(1, merging=large, trailing_blocks=1)])
     assert [load_of(module, data, callbacks).fitted_at_once for callbacks in asked] == [0, 0, 6, 8, 8, 6]
 
 
@@ -228,7 +237,7 @@ def test_a_dry_run_counts_the_untrained_student_where_the_teacher_is_another_mod
     names = [f"--model.model={tiny_llama_dir}", f"--data.tokenizer={tiny_llama_dir}", "--trainer.accelerator=cpu"]
     asked: list[Load] = []
 
-    def kept(student: Shape, teacher: Shape, layout: Layout, load: Load) -> Memory:
+    def kept(student: Shape, teacher: Shape, layout: Layout, load: Load) -> MemoryEstimate:
         asked.append(load)
         return memory_per_process(student, teacher, layout, load)
 

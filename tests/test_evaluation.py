@@ -20,7 +20,7 @@ from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import Quality, measure_quality
-from pdtrim_pl.evaluation.recall import measure_recall, whole_again
+from pdtrim_pl.evaluation.recall import measure_recall, repeated_requests
 from pdtrim_pl.evaluation.redundancy import block_redundancy
 from pdtrim_pl.evaluation.summary import COLUMNS, TEXT_WIDTH, Summary, human_bytes, summarise
 from pdtrim_pl.evaluation.timing import StageTimes, Timing, measure_timing
@@ -255,7 +255,7 @@ def test_an_example_is_said_again_whole_and_without_padding() -> None:
     collate = Collator(pad_id=0)
     examples = [Example(torch.tensor([5, 6, 7]), torch.tensor([8])), Example(torch.tensor([9]), torch.tensor([1, 2]))]
     batches = [collate(examples), collate(examples[:1])]
-    again = whole_again(batches, collate, 3)
+    again = repeated_requests(batches, collate, 3)
     assert [row[real].tolist() for b in again for row, real in zip(b.prompt_ids, b.prompt_mask, strict=True)] == [
         [5, 6, 7, 8], [9, 1, 2], [5, 6, 7, 8],
     ]  # fmt: skip
@@ -264,8 +264,8 @@ def test_an_example_is_said_again_whole_and_without_padding() -> None:
             batch.prompt_ids, batch.response_ids, batch.prompt_mask, batch.response_mask, strict=True
         ):
             assert prompt[seen].tolist() == response[said].tolist()
-    assert [len(batch.prompt_ids) for batch in whole_again(batches, collate, 1)] == [1]
-    assert whole_again(batches, collate, 0) == []
+    assert [len(batch.prompt_ids) for batch in repeated_requests(batches, collate, 1)] == [1]
+    assert repeated_requests(batches, collate, 0) == []
 
 
 def test_recall_is_the_share_of_tokens_that_the_plain_model_would_say() -> None:

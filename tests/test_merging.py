@@ -146,9 +146,9 @@ def test_blocks_behind_a_run_learn_with_it_and_come_with_the_merge(boundary: Bou
     student, teacher = staged(boundary=boundary), staged(boundary=boundary)
     merging = Merging(min_cosine=-1, steps=12, batch_size=2, learning_rate=0.01)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    (run,) = fit_runs(student, teacher, batches(8), "both", [(1, 2)], merging, behind=1).runs
+    (run,) = fit_runs(student, teacher, batches(8), "both", [(1, 2)], merging, trailing_blocks=1).runs
     assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
-    assert (set(run.behind), set(run.blocks)) == ({3}, {3, run.move.into})
+    assert (set(run.trailing_blocks), set(run.blocks)) == ({3}, {3, run.move.into})
     student.offer([run])
     batch = batches(1)[0]
     assert torch.equal(student(*batch.request).hidden, teacher(*batch.request).hidden), "the merge is not made"
@@ -177,8 +177,8 @@ def test_blocks_behind_a_run_learn_with_it_and_come_with_the_merge(boundary: Bou
 def test_blocks_behind_a_run_must_be_alike_in_both_stages() -> None:
     student = staged()
     student.apply_plan(student.plan.drop("decode", 0))
-    with pytest.raises(ValueError, match=r"`behind` needs a plan under which both stages run the same blocks"):
-        fit_runs(student, staged(), batches(), "both", [(1, 2)], QUICK, behind=1)
+    with pytest.raises(ValueError, match=r"`trailing_blocks` needs a plan under which both stages run the same blocks"):
+        fit_runs(student, staged(), batches(), "both", [(1, 2)], QUICK, trailing_blocks=1)
 
 
 def test_batches_are_cut_to_the_size_of_a_step() -> None:

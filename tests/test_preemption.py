@@ -29,7 +29,7 @@ from pdtrim_pl.cli.main import main
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.merging import fit as fitting
+from pdtrim_pl.merging import local_fits as fitting
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import StagePlan, Target
 from pdtrim_pl.search import Guards

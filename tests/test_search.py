@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from pdtrim_pl.criteria import GreedyKL, ScoringContext
 from pdtrim_pl.data import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.evaluation.journal import Journal, Sums
 from pdtrim_pl.evaluation.neighbours import Candidate, Neighbours
 from pdtrim_pl.evaluation.quality import measure_quality
@@ -314,10 +314,12 @@ def repeated(batch: Batch, times: int) -> Batch:
     return Batch(*(torch.cat([part] * times) for part in batch))
 
 
-@pytest.mark.parametrize("memory", [Memory(), Memory(base=300_000, teacher=30_000), Memory(base=500_000)])
+@pytest.mark.parametrize(
+    "memory", [SearchMemory(), SearchMemory(base=300_000, teacher=30_000), SearchMemory(base=500_000)]
+)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("target", ["prefill", "decode"])
-def test_ranks_that_hold_parts_of_the_weights_keep_step(size: int, memory: Memory, target: Target) -> None:
+def test_ranks_that_hold_parts_of_the_weights_keep_step(size: int, memory: SearchMemory, target: Target) -> None:
     """They split the batches too, and run the same blocks, and the heads as often, at the same time."""
     small, large = batches(1), [repeated(batch, 9) for batch in batches(0)]  # whose head runs twice
     single = small[0]._replace(response_ids=small[0].response_ids[:, :1], response_mask=small[0].response_mask[:, :1])

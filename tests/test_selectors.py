@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
-from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan
@@ -170,7 +170,7 @@ def test_a_damage_is_the_kl_with_that_block_alone_trimmed_whatever_was_kept(boun
     student, teacher = a_pair(boundary)
     student.apply_policy(KVRetentionPolicy(boundary, student.kv_shape, {2: SHORT}))  # counts for nothing here
     context = selection_context(
-        student, teacher, calibration(), student.kv_shape, "cpu", 1, 0.2, memory=Memory(room, room)
+        student, teacher, calibration(), student.kv_shape, "cpu", 1, 0.2, memory=SearchMemory(room, room)
     )
     for rule in (SHORT, Retention("first_last", 2, 2)):
         damages = {block: context.damage(block, rule) for block in student.plan.decode}

@@ -10,7 +10,7 @@ from test_criteria import batches
 from tiny_models import FAMILIES, tiny_model
 
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.evaluation.quality import measure_quality, quality_against
 from pdtrim_pl.evaluation.summary import summarise
 from pdtrim_pl.evaluation.teacher import TeacherReference, is_whole, teacher_states
@@ -115,7 +115,7 @@ def test_the_summary_and_the_evaluator_run_the_teacher_once_a_batch(monkeypatch:
     calls = counted(teacher, monkeypatch)
     summarise(student, teacher, batches(), base=base)
     assert calls == ["prefill"] * 2
-    for memory in (Memory(), Memory(teacher=0)):
+    for memory in (SearchMemory(), SearchMemory(teacher=0)):
         calls.clear()
         evaluator = Evaluator(student, teacher, batches(), memory=memory)
         for block in range(3):

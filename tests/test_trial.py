@@ -156,7 +156,7 @@ def test_a_trial_does_not_hold_back_the_signals_of_a_cluster(
 
     monkeypatch.setattr(PDTrimModule, "training_step", watched)
     cli = PDTrimCLI(["--config", str(written(tmp_path, tiny_llama_dir)), "--trainer.fast_dev_run", "1"], run=False)
-    with caplog.at_level(logging.INFO, "pdtrim_pl.checkpoints.trial"):
+    with caplog.at_level(logging.INFO, "pdtrim_pl.checkpoints.fast_dev_run"):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     assert masks == [set()]
     assert "no checkpoint, no journal and no export" in caplog.text

@@ -21,13 +21,13 @@ from typing_extensions import override
 from pdtrim_pl.cli.lightning_cli import PDTrimCLI
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.evaluation.evaluator import Memory as SearchMemory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import DType, dtype_of
 from pdtrim_pl.models.pretrained import usable_config
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.sizing.callback_load import TellsLoad
-from pdtrim_pl.sizing.memory import GIB, Layout, Load, Memory, Shape, memory_per_process
+from pdtrim_pl.sizing.memory import GIB, Layout, Load, MemoryEstimate, Shape, memory_per_process
 from pdtrim_pl.strategies import Sharding, check_freezing, check_masters, check_strategy
 
 ASSUMED_GPU = 79 * GIB
@@ -201,7 +201,7 @@ def _limit(trainer: Namespace, layout: Layout, asked: float | None) -> int:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_GPU
 
 
-def _table(name: str, shape: Shape, layout: Layout, memory: Memory, limit: int) -> list[str]:
+def _table(name: str, shape: Shape, layout: Layout, memory: MemoryEstimate, limit: int) -> list[str]:
     sharded = "FSDP" if layout.fsdp else f"ZeRO-{layout.zero_stage}"
     spread = sharded if layout.zero_stage else "everything on each"
     return [
@@ -215,7 +215,7 @@ def _table(name: str, shape: Shape, layout: Layout, memory: Memory, limit: int) 
     ]
 
 
-def _too_large(memory: Memory, limit: int, layout: Layout, module: PDTrimModule) -> str:
+def _too_large(memory: MemoryEstimate, limit: int, layout: Layout, module: PDTrimModule) -> str:
     ways = []
     if not module.loading.gradient_checkpointing:
         ways.append("`model.loading.gradient_checkpointing: true`")

@@ -24,6 +24,10 @@ _GENERAL = re.compile(
     r"- a (class path|dict) |- Expected a <class 'NoneType'>|Given value)"
 )
 """Lines that jsonargparse prints for every alternative of a type."""
+RENAMED = {
+    "said_again": "repeated_prompts", "look_back": "recall", "behind": "trailing_blocks", "tried": "screening_steps",
+}  # fmt: skip
+"""Keys of earlier versions -> what they are called now."""
 _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 
 
@@ -69,6 +73,10 @@ def told(message: str, known: Sequence[str] = ()) -> str:
 def _nearest(message: str, known: Sequence[str]) -> str:
     """` Did you mean ...?` if an existing name is close to the wrong one, else nothing."""
     wrong, candidates = _wrong_name(message, known)
+    prefix, _, name = wrong.rpartition(".")
+    if (now := RENAMED.get(name)) is not None:
+        now = "screening_share" if name == "tried" and "screening_share" in candidates else now
+        return f" It is called `{prefix}.{now}` now." if prefix else f" It is called `{now}` now."
     close = get_close_matches(wrong, candidates, n=1, cutoff=0.6)
     return f" Did you mean `{close[0]}`?" if close else ""
 

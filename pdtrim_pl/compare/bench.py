@@ -134,14 +134,14 @@ class Bench:
 
     def fit(
         self, student: StagedCausalLM, batches: Sequence[Batch], runs: Sequence[tuple[int, ...]], merging: Merging,
-        behind: int = 0,
+        trailing_blocks: int = 0,
     ) -> FittedRuns:  # fmt: skip
         """Fit one block to each run of neighbours, for both stages; float32 weights, arithmetic as `model.dtype`."""
         half = self.subject.dtype in ("bfloat16", "float16")
         with torch.autocast(self.device.type, TORCH_DTYPES[self.subject.dtype]) if half else nullcontext():
             return fit_runs(
                 student, self.teacher, batches, "both", runs, merging, device=self.device, progress=self.progress(),
-                behind=behind,
+                trailing_blocks=trailing_blocks,
             )  # fmt: skip
 
     def charge(self, fitted: FittedRuns) -> None:

@@ -9,10 +9,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.outcome import Judged
-from pdtrim_pl.compare.settings import LOOK_BACK, Measures
+from pdtrim_pl.compare.settings import RECALL, Measures
 from pdtrim_pl.evaluation.multiple_choice import TokenQuestion, encode_questions, measure_accuracy, read_questions
 from pdtrim_pl.evaluation.quality import quality_against
-from pdtrim_pl.evaluation.recall import measure_recall, whole_again
+from pdtrim_pl.evaluation.recall import measure_recall, repeated_requests
 from pdtrim_pl.evaluation.teacher import TeacherReference
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.staged import StagedCausalLM
@@ -35,7 +35,7 @@ class Judge:
             name: encode_questions(read_questions(path, measures.choice_rows), tokenizer, longest)
             for name, path in measures.choices.items()
         }
-        again = whole_again(bench.texts.held_out, bench.texts.collate, measures.look_back)
+        again = repeated_requests(bench.texts.held_out, bench.texts.collate, measures.recall)
         self.again = [batch.on(bench.device) for batch in again]
 
     @torch.no_grad()
@@ -56,4 +56,4 @@ class Judge:
             name: measure_accuracy(model, questions, device=device).normalised
             for name, questions in self.questions.items()
         }
-        return {**shares, LOOK_BACK: measure_recall(model, self.again)} if self.again else shares
+        return {**shares, RECALL: measure_recall(model, self.again)} if self.again else shares

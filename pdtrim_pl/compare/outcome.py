@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pdtrim_pl.compare.meter import Spent
-from pdtrim_pl.compare.settings import LOOK_BACK
+from pdtrim_pl.compare.settings import RECALL
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, StagePlan
 
 COLUMNS = (
@@ -43,7 +43,7 @@ class Outcome:
     """By the method and by what it started from."""
     judged: Judged
     accuracy: Mapping[str, float]
-    """Share of right answers, by multiple-choice set, and of tokens found again under `LOOK_BACK`."""
+    """Share of right answers, by multiple-choice set, and of tokens found again under `RECALL`."""
 
     def row(self) -> dict[str, Any]:
         """The row's values under `COLUMNS`, in their order."""
@@ -94,7 +94,7 @@ class Outcome:
 def accuracy_row(method: str, plan: StagePlan, accuracy: Mapping[str, float]) -> dict[str, Any]:
     """A row of the accuracy table."""
     removed = {f"{stage}_removed": len(plan.removed(stage)) for stage in STAGES}
-    sets = {name: share for name, share in accuracy.items() if name != LOOK_BACK}
+    sets = {name: share for name, share in accuracy.items() if name != RECALL}
     mean = {"mean": fmean(sets.values())} if sets else {}
-    recall = {LOOK_BACK: accuracy[LOOK_BACK]} if LOOK_BACK in accuracy else {}
+    recall = {RECALL: accuracy[RECALL]} if RECALL in accuracy else {}
     return {"method": method, **removed, **sets, **mean, **recall}

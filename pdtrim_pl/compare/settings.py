@@ -19,7 +19,7 @@ from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import DType
 from pdtrim_pl.search import Guards
 
-LOOK_BACK = "look_back"
+RECALL = "recall"
 """Column of the share of tokens found again."""
 
 
@@ -79,7 +79,7 @@ class Measures:
     """First rows of each set that are scored."""
     choice_tokens: int = 1024
     """Longest context and choice; longer contexts keep their end. The model's own context is a limit too."""
-    look_back: int = 0
+    recall: int = 0
     """Held-out examples that are said again, prompt and response together as both prompt and response; the share of
     tokens found again tells whether a student still looks far back. 0 leaves it out."""
     prompt: int | None = None
@@ -92,10 +92,10 @@ class Measures:
             value: int | None = vars(self)[name]
             if value is not None and value < 1:
                 raise UserError(f"`measures.{name}` is {value}: give at least 1.")
-        if self.look_back < 0:
-            raise UserError(f"`measures.look_back` is {self.look_back}: give a number of examples, or 0.")
-        if LOOK_BACK in self.choices:
-            raise UserError(f"`measures.choices` names a set {LOOK_BACK}, which is a column already. Rename it.")
+        if self.recall < 0:
+            raise UserError(f"`measures.recall` is {self.recall}: give a number of examples, or 0.")
+        if RECALL in self.choices:
+            raise UserError(f"`measures.choices` names a set {RECALL}, which is a column already. Rename it.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.evaluation.redundancy import block_redundancy
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Stage, StagePlan, Target
@@ -35,7 +35,7 @@ class ScoringContext:
     """The processes that choose together."""
     journal: Path | None = None
     """File of evaluations; a search that was killed finds there what it knew."""
-    memory: Memory = Memory()
+    memory: SearchMemory = SearchMemory()
     """How much the evaluator may keep."""
 
     @cached_property

@@ -1,9 +1,9 @@
 """From a source of text to batches of prompts and responses."""
 
-from pdtrim_pl.data.checks import check_context, check_vocabulary
 from pdtrim_pl.data.collate import Batch, Collator, fingerprint
 from pdtrim_pl.data.datamodule import PromptResponseDataModule
 from pdtrim_pl.data.examples import Example, TokenExamples
+from pdtrim_pl.data.model_limits import check_context, check_vocabulary
 from pdtrim_pl.data.settings import Lengths, Parts
 from pdtrim_pl.data.sources import TextSource
 

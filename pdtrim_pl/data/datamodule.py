@@ -12,11 +12,11 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from pdtrim_pl.data.checks import check_context, check_ids, check_vocabulary
 from pdtrim_pl.data.collate import Collator
-from pdtrim_pl.data.examples import Example, SaidAgain, TokenExamples
+from pdtrim_pl.data.examples import Example, RepeatedPrompts, TokenExamples
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.loader import ResumableLoader
+from pdtrim_pl.data.model_limits import check_context, check_ids, check_vocabulary
 from pdtrim_pl.data.settings import Lengths, Parts
 from pdtrim_pl.data.sources import TextSource, load_rows
 from pdtrim_pl.errors import UserError
@@ -130,8 +130,8 @@ class PromptResponseDataModule(LightningDataModule):
             token = self.tokenizer.convert_ids_to_tokens(examples.largest_id)
             check_ids(examples.largest_id, str(token), self._vocab_size)
         self._parts = cut_parts(examples, self.parts, self.seed)
-        if self.parts.said_again:
-            changed = SaidAgain(self._parts["calibration"], self.parts.said_again, self.lengths.max_length)
+        if self.parts.repeated_prompts:
+            changed = RepeatedPrompts(self._parts["calibration"], self.parts.repeated_prompts, self.lengths.max_length)
             self._parts["calibration"] = Subset(changed, range(len(changed)))
 
     def part(self, name: str) -> Subset[Example]:

@@ -64,7 +64,7 @@ class TokenExamples(Dataset[Example]):
         return list(seen.values())
 
 
-class SaidAgain(Dataset[Example]):
+class RepeatedPrompts(Dataset[Example]):
     """A part of the data in which the first examples have their own prompt as their response.
 
     Args:

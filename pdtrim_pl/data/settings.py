@@ -44,7 +44,7 @@ class Parts:
     """At most so many training examples; None keeps all."""
     max_validation: int | None = None
     max_calibration: int | None = None
-    said_again: float = 0.0
+    repeated_prompts: float = 0.0
     """Share of the calibration examples whose response is their own prompt once more. Most tokens of running text
     follow from the few before them, so that without such examples a search hardly sees what looking far back needs."""
 
@@ -55,9 +55,9 @@ class Parts:
                 raise UserError(
                     f"`parts.{name}`={value} must be a count of examples (an integer) or a share (a float in [0, 1))."
                 )
-        if not 0 <= self.said_again <= 1:
+        if not 0 <= self.repeated_prompts <= 1:
             raise UserError(
-                f"`parts.said_again`={self.said_again} must be a share of the calibration examples, 0 to 1."
+                f"`parts.repeated_prompts`={self.repeated_prompts} must be a share of the calibration examples, 0 to 1."
             )
         for field in fields(self):
             if field.name.startswith("max_") and (limit := self.__dict__[field.name]) is not None and limit < 1:

@@ -44,7 +44,7 @@ class Energy:
 
 
 @dataclass(frozen=True)
-class Memory:
+class SearchMemory:
     """Most bytes that a search keeps, on the models' device."""
 
     base: int = 4 * 2**30
@@ -72,7 +72,7 @@ class Evaluator:
 
     def __init__(
         self, student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], *,
-        device: torch.device | str = "cpu", memory: Memory = Memory(), ranks: Parallel = Parallel(),
+        device: torch.device | str = "cpu", memory: SearchMemory = SearchMemory(), ranks: Parallel = Parallel(),
         journal: Path | None = None,
     ) -> None:  # fmt: skip
         self.student, self.ranks = student, ranks

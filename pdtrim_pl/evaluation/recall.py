@@ -16,7 +16,7 @@ from pdtrim_pl.losses import chunks
 from pdtrim_pl.staged import StagedCausalLM
 
 
-def whole_again(batches: Iterable[Batch], collate: Collator, most: int) -> list[Batch]:
+def repeated_requests(batches: Iterable[Batch], collate: Collator, most: int) -> list[Batch]:
     """Requests whose prompt and response are both a whole example: its prompt with its response.
 
     Args:

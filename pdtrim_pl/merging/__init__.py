@@ -1,8 +1,8 @@
 """Merges: one block, fitted locally, stands for a run of neighbours. What is fitted is offered to a search."""
 
 from pdtrim_pl.merging.exchange import exchanged, share_of
-from pdtrim_pl.merging.fit import FittedRuns, fit_runs
+from pdtrim_pl.merging.local_fits import FittedRuns, fit_runs
 from pdtrim_pl.merging.settings import Merging
-from pdtrim_pl.staged.fitted import FittedRun
+from pdtrim_pl.staged.fitted_run import FittedRun
 
 __all__ = ["FittedRun", "FittedRuns", "Merging", "exchanged", "fit_runs", "share_of"]

@@ -12,7 +12,7 @@ from torch import nn
 from pdtrim_pl.merging.trial import empty_block
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.fitted import FittedRun
+from pdtrim_pl.staged.fitted_run import FittedRun
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def exchanged(student: StagedCausalLM, mine: Sequence[FittedRun], count: int, ra
     """
     if ranks.size == 1:
         return list(mine)
-    told = ranks.gather([(replace(run, weights=None, behind={}), sorted(run.blocks)) for run in mine])
+    told = ranks.gather([(replace(run, weights=None, trailing_blocks={}), sorted(run.blocks)) for run in mine])
     owners = [(index % ranks.size, index // ranks.size) if ranks.whole else (0, index) for index in range(count)]
     parcels = [_Parcel(owner, *told[owner][place]) for owner, place in owners]
 
@@ -73,5 +73,5 @@ class _Parcel:
                 hand_out(tensor, self.owner)
         into = self.facts.move.into
         assert into is not None
-        behind = {index: block for index, block in self.blocks.items() if index != into}
-        return replace(self.facts, weights=self.blocks.get(into), behind=behind)
+        trailing_blocks = {index: block for index, block in self.blocks.items() if index != into}
+        return replace(self.facts, weights=self.blocks.get(into), trailing_blocks=trailing_blocks)

@@ -29,7 +29,7 @@ class Start:
     move: Move
     stands_for: Mapping[Stage, tuple[int, ...]]
     """Per stage that merges, the original blocks that the merged one is to stand for."""
-    behind: tuple[int, ...] = ()
+    trailing_blocks: tuple[int, ...] = ()
     """Blocks behind the run that learn with it, towards what the teacher's state is behind them."""
 
     @property
@@ -46,7 +46,7 @@ class Start:
     @property
     def end(self) -> int:
         """The block behind all that learns."""
-        return max([*self.behind, *(block for run in self.stands_for.values() for block in run)]) + 1
+        return max([*self.trailing_blocks, *(block for run in self.stands_for.values() for block in run)]) + 1
 
     @property
     def places(self) -> set[int]:
@@ -81,7 +81,7 @@ class Trial:
             UserError: the model family's `last_projection` is not a linear layer of its blocks.
         """
         now, stage = student.plan, next(iter(start.stands_for))
-        learning = (start.into, *start.behind)
+        learning = (start.into, *start.trailing_blocks)
         blocks = nn.ModuleDict()
         for index in learning:
             block = student.gates[index].weights(stage, now)

@@ -49,7 +49,7 @@ def distillation_set(
 
 def replace_span(
     context: ScoringContext, start: StagePlan, count: int, settings: Merging, guards: Guards, batches: Sequence[Batch],
-    tried: int, behind: int = 0,
+    screening_steps: int, trailing_blocks: int = 0,
 ) -> StagePlan:  # fmt: skip
     """Let one block stand for `count + 1` neighbours in both stages: those where, after a brief fit, least KL is left.
 
@@ -62,8 +62,8 @@ def replace_span(
         settings: of the fit of the block that stays.
         guards: blocks that no merge may touch.
         batches: text to fit on, the same on every rank.
-        tried: optimizer steps of the brief fits, one for every span.
-        behind: so many blocks behind the span learn with it; see `fit_runs`.
+        screening_steps: optimizer steps of the brief fits, one for every span.
+        trailing_blocks: so many blocks behind the span learn with it; see `fit_runs`.
 
     Raises:
         UserError: no neighbours to merge, or a fit that does not reach `min_cosine`.
@@ -71,13 +71,13 @@ def replace_span(
     spans = neighbours(start, "both", settings, guards, count + 1)
     if not spans:
         raise UserError(f"No {count + 1} neighbours of {start.prefill} can be merged in both stages within {guards}.")
-    brief = replace(settings, steps=tried, min_cosine=-1.0)
+    brief = replace(settings, steps=screening_steps, min_cosine=-1.0)
     few = batches[: brief.batches(len(batches[0].prompt_ids))]
     fits = _accepted(_fitted(context, "both", spans, brief, few))
     best, energy = least_kl(context, start, fits)
     span = fits[best].move.run
     log.info("Blocks %d to %d: KL %.4f after a brief fit, the least of %d.", span[0], span[-1], energy, len(spans))
-    (run,) = _fitted(context, "both", [span], settings, batches, behind)
+    (run,) = _fitted(context, "both", [span], settings, batches, trailing_blocks)
     if run.weights is None:
         raise UserError(
             f"The block fitted to {list(span)} reaches a cosine of {run.cosine:.3f}, and `merging.min_cosine` is "
@@ -109,7 +109,7 @@ def neighbours(
 
 def _fitted(
     context: ScoringContext, target: Target, runs: Sequence[tuple[int, ...]], settings: Merging,
-    batches: Sequence[Batch], behind: int = 0,
+    batches: Sequence[Batch], trailing_blocks: int = 0,
 ) -> list[FittedRun]:  # fmt: skip
     """Every run's fit on every rank; the ranks share the runs."""
     ranks = context.ranks
@@ -118,7 +118,7 @@ def _fitted(
         fitted = fit_runs(
             context.student, context.teacher, batches, target, share_of(ranks, runs), settings, device=context.device,
             gather=None if ranks.whole else ranks.whole_weights, progress=context.progress,
-            leave_if_asked=ranks.check_in, behind=behind,
+            leave_if_asked=ranks.check_in, trailing_blocks=trailing_blocks,
         )  # fmt: skip
         log.info("Fitting %d run(s) took %.0f s and %d tokens.", len(fitted.runs), fitted.seconds, fitted.tokens)
         return list(fitted.runs)

@@ -13,7 +13,7 @@ import torch
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
-from pdtrim_pl.evaluation.evaluator import Evaluator, Memory
+from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention, StagePlan
@@ -80,7 +80,7 @@ def selection_context(
     first: int | float,
     last: int | float,
     *,
-    memory: Memory = Memory(),
+    memory: SearchMemory = SearchMemory(),
     ranks: Parallel = Parallel(),
     journal: Path | None = None,
 ) -> SelectionContext:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from pdtrim_pl.evaluation.evaluator import Memory
+from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 
 
@@ -13,7 +13,7 @@ from pdtrim_pl.merging import Merging
 class CallbackLoad:
     """What one callback holds on the models' device while it works."""
 
-    search: Memory | None = None
+    search: SearchMemory | None = None
     """How much its search keeps; None if it does not search."""
     merging: Merging | None = None
     """How it fits merged blocks; None if it fits none."""

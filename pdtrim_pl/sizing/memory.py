@@ -120,7 +120,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one process by what they are for."""
 
     device: Mapping[str, int]
@@ -154,7 +154,7 @@ def _embeddings(model: PreTrainedModel) -> int:
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
-def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Load) -> Memory:
+def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Load) -> MemoryEstimate:
     """The most one process needs at any time of a run."""
     trained = student.parameters - (student.embeddings if layout.frozen_embeddings else 0)
     device = {
@@ -184,7 +184,7 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
     device["reserve"] = CONTEXT_BYTES
     # FSDP cuts up what is loaded already; all others load to the device, ZeRO-3 a layer at a time.
     whole = (student.parameters * layout.loaded_bytes[0], teacher.parameters * layout.loaded_bytes[1])
-    return Memory(device, host, sum(whole) if layout.fsdp else 0, _first(student, layout))
+    return MemoryEstimate(device, host, sum(whole) if layout.fsdp else 0, _first(student, layout))
 
 
 def _first(student: Shape, layout: Layout) -> int:

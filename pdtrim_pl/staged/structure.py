@@ -15,7 +15,7 @@ from pdtrim_pl.models.adapters import class_path_of
 from pdtrim_pl.models.architectures import Architecture, architecture_of
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, Stage, StagePlan
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
-from pdtrim_pl.staged.fitted import FittedRun
+from pdtrim_pl.staged.fitted_run import FittedRun
 from pdtrim_pl.staged.gate import Gate
 
 WriteWeight = Callable[[nn.Parameter, Tensor], None]

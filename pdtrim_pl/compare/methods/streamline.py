@@ -25,33 +25,38 @@ class ReplaceSpan(Method):
     """Replaces `count + 1` neighbours by one block, trained locally, on the token budget of the rows that train.
 
     LLM-Streamline (arXiv 2403.19135) with its mean squared error takes those whose input and output are most alike.
-    With `tried`, ours: a block is fitted briefly to every span, and that of the least KL to the teacher is taken.
+    With `screening_share`, ours: a block is fitted briefly to every span, and the span of the least KL to the teacher
+    is taken.
 
     Args:
         learning_rate: highest rate of the local training, relative as in `Merging`.
         relation: how the stages relate.
         share: of the token budget that the local training takes; the rest is left to rows that start from this one.
         batch_size: examples of a step.
-        tried: share of the token budget to try every span on, the first part of `share`; 0 takes the most alike.
-        behind: so many blocks behind the span are trained with it, towards the model's state behind them.
+        screening_share: share of the token budget for the brief fits, the first part of `share`; 0 takes the most
+            alike.
+        trailing_blocks: so many blocks after the span are trained with it, towards the model's state after them.
 
     Raises:
-        UserError: `share` outside (0, 1], `tried` outside [0, `share`], or a negative `behind`.
+        UserError: `share` outside (0, 1], `screening_share` outside [0, `share`], or a negative `trailing_blocks`.
     """
 
     def __init__(
         self, learning_rate: float = 5e-2, relation: Relation = "unified", share: float = 1.0, batch_size: int = 1,
-        tried: float = 0.0, behind: int = 0,
+        screening_share: float = 0.0, trailing_blocks: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         if not 0 < share <= 1:
             raise UserError(f"`share` is {share}: give a share of the token budget, above 0 and at most 1.")
-        if not 0 <= tried <= share:
-            raise UserError(f"`tried` is {tried}: give a share of the token budget, at least 0 and at most `share`.")
-        if behind < 0:
-            raise UserError(f"`behind` is {behind}: give a number of blocks, 0 for none.")
+        if not 0 <= screening_share <= share:
+            raise UserError(
+                f"`screening_share` is {screening_share}: give a share of the token budget, at least 0 and at most "
+                "`share`."
+            )
+        if trailing_blocks < 0:
+            raise UserError(f"`trailing_blocks` is {trailing_blocks}: give a number of blocks, 0 for none.")
         self.learning_rate, self.relation, self.share, self.batch_size = learning_rate, relation, share, batch_size
-        self.tried, self.behind = tried, behind
+        self.screening_share, self.trailing_blocks = screening_share, trailing_blocks
 
     @property
     @override
@@ -62,10 +67,10 @@ class ReplaceSpan(Method):
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         plan = bench.full(self.relation)
         student = bench.student(Found(plan))
-        criterion = "fitted_kl" if self.tried else "streamline"
-        span, score = (self._least_kl if self.tried else most_alike)(bench, student, count)
+        criterion = "fitted_kl" if self.screening_share else "streamline"
+        span, score = (self._least_kl if self.screening_share else most_alike)(bench, student, count)
         with bench.unmetered():
-            fitted, tokens = self._fit(bench, student, [span], self.share, self.behind)
+            fitted, tokens = self._fit(bench, student, [span], self.share, self.trailing_blocks)
         run = fitted.runs[0]
         student.offer(fitted.runs)
         plan = run.move.apply(plan, untied=False, criterion=criterion, score=score)
@@ -73,17 +78,22 @@ class ReplaceSpan(Method):
         return Found(plan, None, bench.changed(student), tokens)
 
     def _fit(
-        self, bench: Bench, student: StagedCausalLM, runs: Sequence[tuple[int, ...]], share: float, behind: int = 0
+        self,
+        bench: Bench,
+        student: StagedCausalLM,
+        runs: Sequence[tuple[int, ...]],
+        share: float,
+        trailing_blocks: int = 0,
     ) -> tuple[FittedRuns, int]:
         """One block for each of the runs, on so much of the budget; and how many tokens that was."""
         batches, tokens = bench.texts.training_batches(int(share * bench.training.tokens), self.batch_size)
         settings = Merging(-1.0, len(batches), self.batch_size, self.learning_rate, pairs_at_once=1)
-        return bench.fit(student, batches, runs, settings, behind), tokens
+        return bench.fit(student, batches, runs, settings, trailing_blocks), tokens
 
     def _least_kl(self, bench: Bench, student: StagedCausalLM, count: int) -> tuple[tuple[int, ...], float]:
         """The span whose briefly fitted block leaves the least KL on the calibration set, and that KL."""
         with bench.unmetered():
-            fitted, _ = self._fit(bench, student, spans(bench, student, count), self.tried)
+            fitted, _ = self._fit(bench, student, spans(bench, student, count), self.screening_share)
         bench.charge(fitted)
         best, energy = least_kl(bench.context(student), student.plan, fitted.runs)
         run = fitted.runs[best].move.run

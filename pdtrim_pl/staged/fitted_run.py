@@ -26,11 +26,11 @@ class FittedRun:
     """Mean squared error of one element of the output at held positions, after the fit."""
     weights: nn.Module | None
     """The fitted block in the student's element type; None where the cosine fell short of the bar."""
-    behind: Mapping[int, nn.Module] = field(default_factory=dict)
+    trailing_blocks: Mapping[int, nn.Module] = field(default_factory=dict)
     """Blocks behind the run that were fitted with it, by their indices: plans that make the merge use them too."""
 
     @property
     def blocks(self) -> Mapping[int, nn.Module]:
         """All that was fitted, by index; nothing where the cosine fell short of the bar."""
         assert self.move.into is not None
-        return {} if self.weights is None else {self.move.into: self.weights, **self.behind}
+        return {} if self.weights is None else {self.move.into: self.weights, **self.trailing_blocks}

@@ -28,7 +28,7 @@ from pdtrim_pl.merging.trial import Start, Trial
 from pdtrim_pl.parallel import Gather
 from pdtrim_pl.plan import STAGES, Move, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.fitted import FittedRun
+from pdtrim_pl.staged.fitted_run import FittedRun
 
 _SMALLEST = 0.01
 """Weights that start at zero, such as biases, learn as if they were of this size."""
@@ -90,7 +90,7 @@ def fit_runs(
     student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], target: Target,
     runs: Sequence[tuple[int, ...]], settings: Merging, *, device: torch.device | str = "cpu",
     gather: Gather | None = None, progress: Callable[[str], None] = lambda line: None,
-    leave_if_asked: Callable[[], None] = lambda: None, behind: int = 0,
+    leave_if_asked: Callable[[], None] = lambda: None, trailing_blocks: int = 0,
 ) -> FittedRuns:  # fmt: skip
     """Fit one block to each run of neighbours of the student's plan: from the first, from the last; the better is kept.
 
@@ -109,8 +109,8 @@ def fit_runs(
         gather: from the strategy, where it shards weights; every rank then fits the same runs on the same batches.
         progress: told how far it is.
         leave_if_asked: called before every `pairs_at_once` runs; raises where the process has to leave the machine.
-        behind: so many blocks behind a run learn with it, towards the teacher's state behind them: they make good what
-            one block alone cannot. Both stages must run and merge all of them alike.
+        trailing_blocks: so many blocks after a run learn with it, towards the teacher's state after them: they make
+            good what one block alone cannot. Both stages must run and merge all of them alike.
 
     Raises:
         UserError: blocks that are not neighbours, or cannot be merged `tied`; a teacher of other blocks; no token of
@@ -118,7 +118,7 @@ def fit_runs(
     """
     started, cost = time.monotonic(), _Cost()
     _check_teacher(student, teacher)
-    asked = [_starts(student, target, run, settings, behind) for run in runs]
+    asked = [_starts(student, target, run, settings, trailing_blocks) for run in runs]
     batches = [part for batch in batches for part in batch.cut(settings.batch_size)]
     held = settings.held_back(len(batches), len(batches[0].prompt_ids))
     fitted: list[FittedRun] = []
@@ -148,7 +148,7 @@ def _check_teacher(student: StagedCausalLM, teacher: StagedCausalLM) -> None:
 
 
 def _starts(
-    student: StagedCausalLM, target: Target, run: tuple[int, ...], settings: Merging, behind: int
+    student: StagedCausalLM, target: Target, run: tuple[int, ...], settings: Merging, trailing_blocks: int
 ) -> list[Start]:
     """The first and the last member that may be the block that stays."""
     moves = [Move(target, tuple(run), into) for into in run]
@@ -159,7 +159,7 @@ def _starts(
             f"`tied: true` cannot merge {list(run)} in `{target}`: a stage without the merge goes on with the same "
             "weights. Merge in both stages, or leave `tied` out."
         )
-    helpers = _behind(student.plan, run, behind)
+    helpers = _trailing(student.plan, run, trailing_blocks)
     starts = [
         Start(move, merging_stages(student.plan, plan, move), helpers)
         for move, plan in zip(allowed, merged, strict=True)
@@ -167,12 +167,14 @@ def _starts(
     return [starts[0], *starts[1:][-1:]]
 
 
-def _behind(plan: StagePlan, run: tuple[int, ...], count: int) -> tuple[int, ...]:
+def _trailing(plan: StagePlan, run: tuple[int, ...], count: int) -> tuple[int, ...]:
     """The next blocks behind a run, fewer where the model ends."""
     blocks = [block for block in plan.prefill if block > max(run)][:count]
     own = [block for block in blocks if any(block in plan.untied[stage] for stage in STAGES)]
     if count and (plan.prefill != plan.decode or own):
-        raise UserError("`behind` needs a plan under which both stages run the same blocks with the same weights.")
+        raise UserError(
+            "`trailing_blocks` needs a plan under which both stages run the same blocks with the same weights."
+        )
     return tuple(blocks)
 
 
