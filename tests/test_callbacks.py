@@ -264,7 +264,7 @@ def test_a_run_that_ends_before_its_rounds_says_so(
 
 
 def test_retention_by_damage_trims_the_blocks_that_hurt_least(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    selector = BudgetSelector(1.5, first=1, last=0.2, order="damage", prompt_tokens=16)
+    selector = BudgetSelector(1.5, first=1, last=0.2, order="damage", prompt_tokens=16, codecs=["none"])
     trainer, module = fit(tmp_path, tiny_llama_dir, [KVRetention(selector)], max_epochs=1)
     policies = {
         block: KVRetentionPolicy("prefill", module.student.kv_shape, {block: selector.rule}) for block in range(4)

@@ -64,7 +64,7 @@ def test_budget_selector_trims_the_fewest_heaviest_blocks_that_reach_the_reducti
     mass: dict[int, float], reduction: float, prompt_tokens: int, decode: tuple[int, ...]
 ) -> None:
     context = a_context(mass, decode=decode)
-    selector = BudgetSelector(reduction, first=1, last=0.25, prompt_tokens=prompt_tokens)
+    selector = BudgetSelector(reduction, first=1, last=0.25, prompt_tokens=prompt_tokens, codecs=["none"])
     assume(context.sent_ratio(dict.fromkeys(decode, selector.rule), prompt_tokens) >= reduction)
     rules = selector.select(context)
     assert context.sent_ratio(rules, prompt_tokens) >= reduction
@@ -77,21 +77,21 @@ def test_budget_selector_trims_the_fewest_heaviest_blocks_that_reach_the_reducti
 
 def test_budget_selector_by_damage_trims_the_least_damaging_first() -> None:
     damage = {0: 0.5, 1: 0.1, 2: 0.4, 3: 0.2, 4: 0.6, 5: 0.3}
-    selector = BudgetSelector(1.6, first=4, last=0.2, order="damage")
+    selector = BudgetSelector(1.6, first=4, last=0.2, order="damage", codecs=["none"])
     assert list(selector.select(a_context({}, damage))) == [1, 3, 5]
 
 
 def test_budget_selector_measures_nothing_when_the_drops_alone_reach_the_reduction() -> None:
-    assert BudgetSelector(3.0).select(a_context({}, decode=(0, 5))) == {}
+    assert BudgetSelector(3.0, codecs=["none"]).select(a_context({}, decode=(0, 5))) == {}
 
 
 def test_a_reduction_out_of_reach_names_what_can_be_reached() -> None:
     message = r"`reduction: 9` cannot be reached: with all 6 decode blocks .* sends (4\.89) times fewer bytes"
     context = a_context({})
     with pytest.raises(ValueError, match=message):
-        BudgetSelector(9).select(context)
+        BudgetSelector(9, codecs=["none"]).select(context)
     reachable = a_context(dict.fromkeys(range(BLOCKS), 0.5))
-    assert len(BudgetSelector(4.89).select(reachable)) == BLOCKS
+    assert len(BudgetSelector(4.89, codecs=["none"]).select(reachable)) == BLOCKS
 
 
 def test_no_selector_sends_everything() -> None:
@@ -197,7 +197,7 @@ def test_prompts_run_once_however_many_blocks_are_tried(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("whole", [True, False])
 def test_ranks_split_the_tries_and_choose_the_same(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = a_pair()
-    selector, work = BudgetSelector(2.0, first=1, last=0.2, order="damage"), dict[int, int]()
+    selector, work = BudgetSelector(2.0, first=1, last=0.2, order="damage", codecs=["none"]), dict[int, int]()
     decode = student.decode
 
     def counting(*args: object, **kwargs: object) -> object:

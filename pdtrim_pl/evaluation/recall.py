@@ -13,6 +13,8 @@ import torch
 from pdtrim_pl.data import Batch, Collator, Example
 from pdtrim_pl.evaluation.tokens import final_hidden
 from pdtrim_pl.losses import chunks
+from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 
@@ -33,18 +35,30 @@ def repeated_requests(batches: Iterable[Batch], collate: Collator, most: int) ->
     return found
 
 
+def requests_within(model: StagedCausalLM, batches: Iterable[Batch], most: int) -> list[Batch]:
+    """Repeated requests that fit the model's context, on its device; arguments as of `repeated_requests`."""
+    context = usable_context(model.model.config.to_dict())
+    found = [batch.on(model.model.device) for batch in repeated_requests(batches, Collator(pad_id=0), most)]
+    return [batch for batch in found if batch.prompt_ids.shape[1] + batch.response_ids.shape[1] <= context]
+
+
 @torch.no_grad()
-def measure_recall(model: StagedCausalLM, batches: Sequence[Batch], *, chunk_tokens: int = 128) -> float:
-    """Share of response tokens that are the model's most likely ones, teacher-forced, under its own plan and policy.
+def measure_recall(
+    model: StagedCausalLM, batches: Sequence[Batch], *, plan: StagePlan | None = None,
+    policy: KVRetentionPolicy | None = None, chunk_tokens: int = 128,
+) -> float:  # fmt: skip
+    """Share of response tokens that are the model's most likely ones, teacher-forced.
 
     Args:
         model: the model.
         batches: requests with known responses, on the model's device.
+        plan: plan to run under; the model's own plan and policy by default.
+        policy: with `plan`, the policy.
         chunk_tokens: tokens whose logits are alive at a time.
     """
     right = tokens = 0
     for batch in batches:
-        targets, hidden = batch.response_ids[batch.response_mask], final_hidden(model, batch)
+        targets, hidden = batch.response_ids[batch.response_mask], final_hidden(model, batch, plan, policy)
         for part in chunks(len(targets), chunk_tokens):
             right += int((model.logits(hidden[part]).argmax(dim=-1) == targets[part]).sum())
         tokens += len(targets)

@@ -16,6 +16,7 @@ from rich.table import Table
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import Quality, quality_against
+from pdtrim_pl.evaluation.recall import measure_recall, requests_within
 from pdtrim_pl.evaluation.teacher import TeacherReference
 from pdtrim_pl.evaluation.timing import Timing
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape
@@ -23,6 +24,8 @@ from pdtrim_pl.staged import StagedCausalLM
 
 COLUMNS = ("", "teacher", "after drops", "distilled", "gain")
 TEXT_WIDTH = 79
+REPEATED = 16
+"""Examples whose text is repeated to measure recall."""
 
 
 class Row(NamedTuple):
@@ -53,6 +56,9 @@ class Summary:
     kv_sent_bytes: int
     export: str | None = None
     """Where the export lies."""
+    recall: tuple[float, float, float] | None = None
+    """Recall of repeated prompts of teacher, dropped and distilled, each under what it sends; None where no prompt can
+    be repeated within the context."""
 
     @property
     def kv_reduction(self) -> float | None:
@@ -101,6 +107,8 @@ class Summary:
             f"Quality: means over {self.distilled.tokens} response tokens, teacher-forced. After drops: the teacher's "
             "weights under the plan and the KV policy, before distillation."
         ]
+        if self.recall is not None:
+            notes.append("Recall: share of a text's tokens that are predicted when the whole text was the prompt.")
         if self.timing is not None:
             t = self.timing
             notes.append(
@@ -123,7 +131,14 @@ class Summary:
             self._quality_row("response perplexity", lambda q: _number(q.perplexity)),
             self._quality_row("top-1 agreement", lambda q: f"{100 * q.agreement:.1f}%"),
             self._quality_row("KL to teacher, nats", lambda q: f"{q.kl:.4f}"),
+            *self._recall_rows(),
         ]
+
+    def _recall_rows(self) -> list[Row]:
+        if self.recall is None:
+            return []
+        teacher, dropped, distilled = (f"{value:.3f}" for value in self.recall)
+        return [Row("recall, repeated prompt", teacher, dropped, distilled, "")]
 
     def _quality_row(self, label: str, shown: Callable[[Quality], str]) -> Row:
         return Row(label, shown(self.teacher), shown(self.dropped), shown(self.distilled), "")
@@ -182,6 +197,12 @@ def summarise(
         reference = TeacherReference(teacher, list(batches), device=device)
         distilled = quality_against(reference, student)
         dropped = quality_against(reference, base or teacher, plan=bare, policy=student.policy)
+        again = requests_within(teacher, reference.batches, REPEATED)
+        recall = again and (
+            measure_recall(teacher, again),
+            measure_recall(base or teacher, again, plan=bare, policy=student.policy),
+            measure_recall(student, again),
+        )
     return Summary(
         total_blocks=plan.model.num_blocks,
         prefill_blocks=len(plan.prefill),
@@ -194,6 +215,7 @@ def summarise(
         kv_full_bytes=policy.full_bytes(plan, kv_prompt_tokens),
         kv_sent_bytes=policy.sent_bytes(plan, kv_prompt_tokens),
         export=None if export is None else str(export),
+        recall=recall or None,
     )
 
 

@@ -67,15 +67,19 @@ class Codec:
             width: head dimension, D.
             element_bytes: of the cache's own type.
         """
+        return sum(self.part_bytes(positions, heads, width, element_bytes))
+
+    def part_bytes(self, positions: int, heads: int, width: int, element_bytes: int) -> tuple[int, int]:
+        """Bytes of the keys and of the values alone; arguments as of `row_bytes`."""
         if not positions:
-            return 0
+            return 0, 0
         elements = positions * heads * width
         groups = ceil(positions / self.group) * heads * width
         keys = heads * width * SCALE_BYTES + groups * PARAMETER_BYTES
         values = positions * heads * PARAMETER_BYTES
-        return sum(
-            _stream_bytes(form, elements, heads, parameters, element_bytes)
-            for form, parameters in ((self.keys, keys), (self.values, values))
+        return (
+            _stream_bytes(self.keys, elements, heads, keys, element_bytes),
+            _stream_bytes(self.values, elements, heads, values, element_bytes),
         )
 
     def to_json(self) -> dict[str, Any]:

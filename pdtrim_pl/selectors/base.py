@@ -15,9 +15,14 @@ from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
 from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.evaluation.mode import eval_mode
+from pdtrim_pl.evaluation.recall import measure_recall, requests_within
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
+
+
+def _not_measured(rules: Mapping[int, Retention]) -> float:
+    raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,11 @@ class SelectionContext:
     measure_mass: Callable[[], Mapping[int, float]]
     damage: Callable[[int, Retention], float]
     """Mean KL(teacher || student) in nats per response token when only that block of D is trimmed by that rule."""
+    energy: Callable[[Mapping[int, Retention]], float] = _not_measured
+    """Mean KL(teacher || student) in nats per response token under some rules, over calibration requests and as many
+    whose response repeats the prompt: running text hardly looks back, so that losing the prompt looks free on it."""
+    recall: Callable[[Mapping[int, Retention]], float] = _not_measured
+    """Share of the tokens of repeated prompts that the student finds under some rules, teacher-forced."""
 
     @cached_property
     def mass(self) -> Mapping[int, float]:
@@ -103,20 +113,40 @@ def selection_context(
     """
     plan, held = student.plan, list(batches)
 
+    def policy(rules: Mapping[int, Retention]) -> KVRetentionPolicy:
+        return KVRetentionPolicy(plan.boundary, kv_shape, rules)
+
     @cache
-    def evaluator() -> Evaluator:
+    def repeated() -> list[Batch]:
+        return requests_within(student, held, sum(len(batch.prompt_ids) for batch in held))
+
+    @cache
+    def evaluator(look_back: bool) -> Evaluator:
         # Kept distributions would cost digits: they subtract entropies, and the damage of one block may be tiny.
         exact = replace(memory, teacher=0)
-        made = Evaluator(student, teacher, held, device=device, memory=exact, ranks=ranks, journal=journal)
-        made.rebase(plan, KVRetentionPolicy(plan.boundary, kv_shape))
+        requests = held + repeated() if look_back else held
+        made = Evaluator(student, teacher, requests, device=device, memory=exact, ranks=ranks, journal=journal)
+        made.rebase(plan, policy({}))
         return made
 
     def damage(block: int, rule: Retention) -> float:
         with eval_mode(student), eval_mode(teacher):
-            return evaluator().energy(plan, KVRetentionPolicy(plan.boundary, kv_shape, {block: rule}))
+            return evaluator(False).energy(plan, policy({block: rule}))
+
+    def energy(rules: Mapping[int, Retention]) -> float:
+        with eval_mode(student), eval_mode(teacher):
+            return evaluator(True).energy(plan, policy(rules))
+
+    def recall(rules: Mapping[int, Retention]) -> float:
+        if not repeated():  # no prompt can be repeated within the context
+            return 1.0
+        with eval_mode(student), torch.no_grad():
+            found: float
+            found, *_ = ranks.together(lambda: measure_recall(student, repeated(), plan=plan, policy=policy(rules)))
+            return found
 
     def mass() -> Mapping[int, float]:
         found, *_ = ranks.together(lambda: attention_mass(student, held, first=first, last=last, device=device))
         return found
 
-    return SelectionContext(plan, kv_shape, mass, damage)
+    return SelectionContext(plan, kv_shape, mass, damage, energy, recall)

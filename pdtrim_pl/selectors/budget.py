@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan import Retention
+from pdtrim_pl.plan import KVRetentionPolicy, Retention
+from pdtrim_pl.plan.codec import FORMS, Form
+from pdtrim_pl.selectors.allocation import Allocation
 from pdtrim_pl.selectors.base import KVSelector, SelectionContext
 
+log = logging.getLogger(__name__)
+
 Order = Literal["mass", "damage"]
+INTEGERS: tuple[Form, ...] = ("int8", "int4", "int3", "int2")
+RELIEF = 1.03
+"""Factor by which the bytes grow where too little is recalled, again and again."""
 
 
 class BudgetSelector(KVSelector):
-    """Trims as few blocks as reach a reduction of the bytes on the wire, the least harmful first.
+    """Reaches a reduction of the bytes on the wire at the least damage.
 
-    The reduction counts against the unpruned model sending everything, so decode blocks that were dropped are part of
-    it. The default is the figure of PDTrim (arXiv 2509.04467).
+    With codecs every position crosses, and keys and values of each block get the number of bits that costs the least KL
+    to the teacher for the bytes. With `codecs: [none]` blocks are trimmed to their first and last positions, as few as
+    reach the reduction; prompts then lose their middle. The reduction counts against the unpruned model sending
+    everything, so decode blocks that were dropped are part of it. The default is the figure of PDTrim (arXiv
+    2509.04467).
 
     Args:
         reduction: full bytes over sent bytes, at least 1.
-        first: see `KVSelector`.
-        last: see `KVSelector`.
-        order: `mass` trims blocks in descending attention mass; `damage` in ascending KL to the teacher when only that
-            block is trimmed, which costs a decode pass over the calibration data a block.
+        codecs: forms that keys and values may be written in; they cross as they are too where that fits. `none` alone
+            trims positions instead.
+        min_recall: share of what the student finds of a repeated prompt when everything crosses that it must find under
+            the policy. Bytes are spent until it does, and the run says so. Not looked at when positions are trimmed.
+        exchanges: after the choice by parts, exchange bits between parts as long as the joint damage falls. Costs
+            about two decode passes over the calibration set for every part.
+        first: prompt positions at the start that a trimmed block sends.
+        last: prompt positions at the end that it sends.
+        order: of trimming: `mass` takes blocks in descending attention mass; `damage` in ascending KL to the teacher
+            when only that block is trimmed, which costs one decode pass over the calibration data a block.
         prompt_tokens: length of the prompt at which the bytes are counted.
 
     Raises:
@@ -37,6 +54,9 @@ class BudgetSelector(KVSelector):
         last: int | float = 0.2,
         order: Order = "mass",
         prompt_tokens: int = 1024,
+        codecs: Sequence[Form] = INTEGERS,
+        min_recall: float = 0.97,
+        exchanges: bool = False,
     ) -> None:
         super().__init__(first, last)
         if reduction < 1.0:
@@ -45,9 +65,54 @@ class BudgetSelector(KVSelector):
             raise UserError(f"`order` is {order!r}, not one of {', '.join(get_args(Order))}.")
         if prompt_tokens < 2:
             raise UserError(f"`prompt_tokens` is {prompt_tokens!r}: count the bytes of a prompt of at least 2 tokens.")
+        if not codecs or not set(codecs) <= set(FORMS):
+            raise UserError(f"`codecs` is {list(codecs)}: give some of {', '.join(FORMS)}.")
+        if not 0.0 <= min_recall <= 1.0:
+            raise UserError(f"`min_recall` is {min_recall!r}: give a share, from 0 to 1.")
         self.reduction, self.order, self.prompt_tokens = reduction, order, prompt_tokens
+        self.codecs, self.min_recall, self.exchanges = tuple(codecs), min_recall, exchanges
 
     def select(self, context: SelectionContext) -> dict[int, Retention]:
+        return self._trimmed(context) if set(self.codecs) == {"none"} else self._coded(context)
+
+    # Codecs
+
+    def _coded(self, context: SelectionContext) -> dict[int, Retention]:
+        allocation = Allocation(context, self.codecs, self.prompt_tokens)
+        everything = KVRetentionPolicy(context.plan.boundary, context.kv_shape).full_bytes(
+            context.plan, self.prompt_tokens
+        )
+        coarsest = dict.fromkeys(allocation.parts, allocation.menu[-1])
+        self._check_codecs_reach(everything / allocation.bytes_of(coarsest))
+        allocation.measure()
+        budget = everything / self.reduction
+        choice = allocation.cheapest(budget)
+        if self.exchanges:
+            choice = allocation.exchanged(choice, budget)
+        least = self.min_recall * context.recall({})
+        most = allocation.bytes_of(dict.fromkeys(allocation.parts, allocation.menu[0]))
+        while context.recall(allocation.rules(choice)) < least and budget < most:
+            budget *= RELIEF
+            choice = allocation.cheapest(budget)
+        reached = everything / allocation.bytes_of(choice)
+        if reached < self.reduction:
+            log.warning(
+                "`reduction: %.2f` would leave less than %.2f (`min_recall`) of the recall with everything sent: %.2f "
+                "times fewer bytes cross.", self.reduction, self.min_recall, reached,
+            )  # fmt: skip
+        return dict(sorted(allocation.rules(choice).items()))
+
+    def _check_codecs_reach(self, most: float) -> None:
+        if most < self.reduction:
+            raise UserError(
+                f"`reduction: {self.reduction}` cannot be reached: with all keys and values in the coarsest of "
+                f"`codecs: {list(self.codecs)}`, a prompt of {self.prompt_tokens} tokens sends {_floor(most):.2f} "
+                "times fewer bytes. Lower `reduction` to that, allow a coarser codec, or drop more decode blocks."
+            )
+
+    # Trimmed positions
+
+    def _trimmed(self, context: SelectionContext) -> dict[int, Retention]:
         self._check_reachable(context)
         rules: dict[int, Retention] = {}
         waiting = iter(() if self._reached(context, rules) else self._least_harmful_first(context))

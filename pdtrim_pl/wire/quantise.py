@@ -48,8 +48,13 @@ def step_of(steps: Tensor, largest: Tensor) -> Tensor:
 
 def largest_step(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """A bf16 number of which every step is a fraction: the step of the widest group [..., groups] over its last dim."""
-    widest = (high - low).amax(dim=-1) / (2**bits - 1)
+    widest = torch.maximum((high - low) / (2**bits - 1), _reaching(low, high, bits)).amax(dim=-1)
     return (widest * (RANGES[0] / 1.5)).clamp_min(TINY).to(torch.bfloat16)
+
+
+def _reaching(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """The least step with which a centre of one byte reaches the middle of a group, [...]."""
+    return (high + low).abs() / 2 * (64 / 2**bits) / 126
 
 
 def quantise(numbers: Tensor, valid: Tensor, low: Tensor, high: Tensor, largest: Tensor, bits: int) -> Quantised:
@@ -64,9 +69,9 @@ def quantise(numbers: Tensor, valid: Tensor, low: Tensor, high: Tensor, largest:
         bits: of a code.
     """
     best: Quantised | None = None
-    least = torch.full_like(low, torch.inf)
+    least, reaching = torch.full_like(low, torch.inf), _reaching(low, high, bits)
     for share in RANGES if bits < 8 else (1.0 + 2.0**-6,):
-        steps = _step_bytes((high - low) * (share / (2**bits - 1)), largest)
+        steps = _step_bytes(torch.maximum((high - low) * (share / (2**bits - 1)), reaching), largest)
         step = step_of(steps, largest)
         unit = step * (2**bits / 64)
         centres = ((high + low) / 2 / unit).round().clamp(-128, 127).to(torch.int8)
