@@ -96,9 +96,12 @@ class KVRetention(Callback):
             module.record.attention_mass = dict(context.mass)
         policy = KVRetentionPolicy(module.plan.boundary, shape, rules)
         module.apply_policy(policy)
+        trimmed = sum(rule.keep != "all" for rule in rules.values())
+        ways = [f"{len(blocks)} {codec}" for codec, blocks in policy.codecs(module.plan).items()]
         log.info(
-            "%d of %d decode blocks send only first and last positions; 1024 prompt tokens: %.2f times fewer bytes.",
-            len(rules), len(module.plan.decode), context.sent_ratio(rules),
+            "%d of %d decode blocks send only first and last positions; in few bits: %s; 1024 prompt tokens: %.2f "
+            "times fewer bytes.",
+            trimmed, len(module.plan.decode), "; ".join(ways) or "none", context.sent_ratio(rules),
         )  # fmt: skip
 
     @override

@@ -21,7 +21,7 @@ from pdtrim_pl.export.card import write_card
 from pdtrim_pl.export.report import installed_versions, write_report
 from pdtrim_pl.export.report_figures import FATES, fates
 from pdtrim_pl.export.secrets import redacted
-from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan
+from pdtrim_pl.plan import STAGES, Codec, KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan
 
 NASTY = '<script>alert("1")</script> & \'co'
 VOID = {"meta", "img", "br"}
@@ -194,6 +194,22 @@ def test_the_contract_on_the_card_follows_the_boundary(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "without its last token" in text
     assert "sent every prompt position" in text
+
+
+def test_bits_and_their_price_stand_beside_the_bytes_they_save(tmp_path: Path) -> None:
+    plan = a_plan()
+    codec = Codec("int4", "int3", True, True)
+    rules = {plan.decode[0]: Retention(codec=codec), plan.decode[-1]: Retention(codec=codec)}
+    policy = KVRetentionPolicy("prefill", KVShape(2, 8), rules)
+    summary = replace(a_summary(), recall=(0.97, 0.5, 0.91))
+    write_card(tmp_path / "README.md", plan=plan, policy=policy, summary=summary, base_model="m")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"keys int4, values int3 of block(s) {plan.decode[0]}, {plan.decode[-1]}." in card
+    assert "| recall, repeated prompt | 0.970 | 0.500 | 0.910 |" in card
+    write_report(tmp_path / "r.html", plan=plan, policy=policy, record=a_record(plan), summary=summary)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "keys int4, values int3 of block(s)" in page
+    assert "KL to the teacher 0.0000 nats, recall of a repeated prompt 0.910 (teacher 0.970)." in page
 
 
 SECRET = "s3cr3t-value"

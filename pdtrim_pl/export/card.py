@@ -34,6 +34,7 @@ def write_card(
     card = rendered(
         "card.md", plan=plan, base_model=base_model, export=export, trimmed=len(trimmed),
         rules=sorted({(rule.first, rule.last) for rule in trimmed}), reduction=policy.reduction(plan),
+        codecs=policy.codecs(plan),
         measured=None if summary is None else replace(summary, export=None).to_markdown(),  # a card leaves its machine
     )  # fmt: skip
     path.write_text(card, encoding="utf-8")

@@ -15,7 +15,7 @@ from pdtrim_pl.evaluation.summary import COLUMNS, Summary
 from pdtrim_pl.export import report_figures as figures
 from pdtrim_pl.export.secrets import redacted
 from pdtrim_pl.export.templates import rendered
-from pdtrim_pl.plan import STAGES, KVRetentionPolicy, StagePlan
+from pdtrim_pl.plan import NO_CODEC, STAGES, KVRetentionPolicy, StagePlan
 
 REPORT_PROMPTS = (128, 512, 1024, 4096, 8192, 32768)
 PACKAGES = ("torch", "transformers", "lightning", "safetensors")
@@ -56,7 +56,8 @@ def write_report(
         removed={stage: ", ".join(map(str, plan.removed(stage))) or "none" for stage in STAGES},
         most_redundant=[(stage, *max(of.items(), key=lambda item: item[1])) for stage, of in cosines.items()],
         steps=sorted(set(steps.values())), step_of={entry: steps.get(entry, "") for entry in plan.history},
-        mass=mass, trimmed=list(rules), rules=list(Counter(rules.values()).items()),
+        mass=mass, trimmed=list(rules), codecs=policy.codecs(plan),
+        rules=list(Counter(rule.written_as(NO_CODEC) for rule in rules.values()).items()),
         reduction=policy.reduction(plan, REPORT_PROMPTS),
         notes=notes, versions=installed_versions(),
     )  # fmt: skip

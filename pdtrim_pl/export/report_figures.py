@@ -143,11 +143,12 @@ def loss_curve(record: RunRecord) -> bytes:
 def attention(
     plan: StagePlan, policy: KVRetentionPolicy, mass: Mapping[int, float], prompt_tokens: int = 1024
 ) -> bytes:
-    """Above, attention mass of each block of D, if it was measured; below, the share of a prompt that it sends."""
+    """Above, attention mass of each block of D, if it was measured; below, the share of its bytes that it sends."""
     figure = Figure(figsize=(10, 4.4 if mass else 2.4), layout="constrained")
     grid = list(figure.subplots(2 if mass else 1, 1, sharex=True, squeeze=False)[:, 0])
     positions = handled_positions(prompt_tokens, plan.boundary)
-    sent = {block: policy.rule(block).kept(positions) / positions for block in plan.decode}
+    whole = policy.kv.bytes_per_position * positions
+    sent = {block: policy.block_bytes(block, positions) / whole for block in plan.decode}
     drawn = ([(grid[0], mass)] if mass else []) + [(grid[-1], sent)]
     for axes, values in drawn:
         for keep, (colour, hatch) in KEEP_STYLE.items():
@@ -161,7 +162,7 @@ def attention(
         axes.bar(*_columns(gone), width=0.78, color=PALE, lw=0, zorder=0)
     if mass:
         grid[0].set_ylabel("attention mass on first\nand last positions")
-    grid[-1].set(xlabel="original block", ylabel=f"sent of a\n{prompt_tokens}-token prompt")
+    grid[-1].set(xlabel="original block", ylabel=f"bytes sent of a\n{prompt_tokens}-token prompt")
     _block_axis(grid[-1], plan.model.num_blocks)
     labels = {"all": "sends every position", "first_last": "sends first and last positions"}
     handles = [Patch(fc=c, hatch=h, ec="white", lw=0, label=labels[keep]) for keep, (c, h) in KEEP_STYLE.items()]

@@ -97,6 +97,14 @@ class KVRetentionPolicy:
         kv = self.kv
         return self.rule(block).bytes_sent(positions, kv.num_key_value_heads, kv.head_dim, BYTES_PER_ELEMENT[kv.dtype])
 
+    def codecs(self, plan: StagePlan) -> dict[str, list[int]]:
+        """How blocks of D write what they send, in words -> those blocks; blocks without a codec are left out."""
+        found: dict[str, list[int]] = {}
+        for block in plan.decode:
+            if not self.rule(block).codec.is_none:
+                found.setdefault(str(self.rule(block).codec), []).append(block)
+        return dict(sorted(found.items()))
+
     def uncoded(self) -> KVRetentionPolicy:
         """The same positions, written in the cache's own element type."""
         return replace(self, rules={block: rule.written_as(NO_CODEC) for block, rule in self.rules.items()})
