@@ -266,6 +266,12 @@ def test_an_example_is_said_again_whole_and_without_padding() -> None:
             assert prompt[seen].tolist() == response[said].tolist()
     assert [len(batch.prompt_ids) for batch in repeated_requests(batches, collate, 1)] == [1]
     assert repeated_requests(batches, collate, 0) == []
+    (first, *_) = repeated_requests(batches, collate, 1, response=3)
+    (whole, *_) = repeated_requests(batches, collate, 1)
+    text = whole.prompt_ids[0]
+    known = len(text) // 4
+    assert torch.equal(first.prompt_ids[0], torch.cat([text, text[:known]]))
+    assert torch.equal(first.response_ids[0], text[known : known + 3])
 
 
 def test_recall_is_the_share_of_tokens_that_the_plain_model_would_say() -> None:

@@ -29,6 +29,7 @@ commands:
   test       the same on the test part
   predict    generate responses for the prompts of the test (else validation) part
   export     write the prefill/decode pair of a checkpoint
+  policy     choose how the KV of an exported pair crosses, for a number of bytes; no training
   generate   stream text from an exported pair: a prefill and a decode process
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
@@ -66,7 +67,7 @@ def _main(args: list[str]) -> int:
     if command == "--version":
         print(f"pdtrim_pl {__version__}")
         return 0
-    if command not in (*TRAINER_COMMANDS, "export", "generate", "compare", "submit"):
+    if command not in (*TRAINER_COMMANDS, "export", "policy", "generate", "compare", "submit"):
         print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     _log_to_stderr()
@@ -94,6 +95,8 @@ def _run(command: str, args: list[str]) -> int:
         return _generate(args[1:])
     if command == "export":
         return _export(args[1:])
+    if command == "policy":
+        return _policy(args[1:])
     if command == "compare":
         from pdtrim_pl.cli.compare import run as compare
 
@@ -150,6 +153,27 @@ def _export(args: list[str]) -> int:
     from pdtrim_pl.export.from_checkpoint import export_checkpoint
 
     print(export_checkpoint(**options.as_dict()))
+    return 0
+
+
+def _policy(args: list[str]) -> int:
+    from pdtrim_pl.cli.parsing import OneLineErrors
+
+    parser = OneLineErrors(prog="pdtrim policy", description="Choose how the KV of an exported pair crosses the wire.")
+    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
+    parser.add_argument("--reduction", type=float, default=4.95, help="full bytes over sent bytes")
+    parser.add_argument("--source", type=str, default="pydoc", help="text to measure on: a file, a glob, a Hub id")
+    parser.add_argument("--examples", type=int, default=8, help="requests to measure on")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens of a request")
+    parser.add_argument("--min_recall", type=float, default=0.97, help="share of the recall with everything sent")
+    parser.add_argument("--exchanges", action="store_true", help="exchange bits between blocks; about twice the work")
+    parser.add_argument("--prompt_tokens", type=int, default=1024, help="prompt length at which bytes are counted")
+    parser.add_argument("--device", type=str, default="cpu")
+    parser.add_argument("--output", type=Path | None, help="file to write; that of the export by default")
+    options = parser.parse_args(args)
+    from pdtrim_pl.export.choose_policy import choose_policy
+
+    print(choose_policy(**options.as_dict()))
     return 0
 
 

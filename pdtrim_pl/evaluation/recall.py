@@ -18,27 +18,33 @@ from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 
-def repeated_requests(batches: Iterable[Batch], collate: Collator, most: int) -> list[Batch]:
+def repeated_requests(
+    batches: Iterable[Batch], collate: Collator, most: int, response: int | None = None
+) -> list[Batch]:
     """Requests whose prompt and response are both a whole example: its prompt with its response.
 
     Args:
         batches: the examples.
         collate: makes the new batches, as large as the old ones.
         most: take so many examples.
+        response: shorter ones: the prompt is the whole example and its first quarter once more, the response at most so
+            many tokens that follow there.
     """
     found: list[Batch] = []
     for batch in batches:
-        rows = [_joined(batch, row) for row in range(min(len(batch.prompt_mask), most))]
+        rows = [_joined(batch, row, response) for row in range(min(len(batch.prompt_mask), most))]
         most -= len(rows)
         if rows:
             found.append(collate(rows))
     return found
 
 
-def requests_within(model: StagedCausalLM, batches: Iterable[Batch], most: int) -> list[Batch]:
+def requests_within(
+    model: StagedCausalLM, batches: Iterable[Batch], most: int, response: int | None = None
+) -> list[Batch]:
     """Repeated requests that fit the model's context, on its device; arguments as of `repeated_requests`."""
     context = usable_context(model.model.config.to_dict())
-    found = [batch.on(model.model.device) for batch in repeated_requests(batches, Collator(pad_id=0), most)]
+    found = [batch.on(model.model.device) for batch in repeated_requests(batches, Collator(pad_id=0), most, response)]
     return [batch for batch in found if batch.prompt_ids.shape[1] + batch.response_ids.shape[1] <= context]
 
 
@@ -65,7 +71,10 @@ def measure_recall(
     return right / tokens
 
 
-def _joined(batch: Batch, row: int) -> Example:
+def _joined(batch: Batch, row: int, response: int | None) -> Example:
     parts = (batch.prompt_ids[row][batch.prompt_mask[row]], batch.response_ids[row][batch.response_mask[row]])
     whole = torch.cat(parts)
-    return Example(whole, whole)
+    if response is None:
+        return Example(whole, whole)
+    known = max(len(whole) // 4, 1)
+    return Example(torch.cat([whole, whole[:known]]), whole[known : known + response])

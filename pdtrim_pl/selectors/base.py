@@ -118,7 +118,8 @@ def selection_context(
 
     @cache
     def repeated() -> list[Batch]:
-        return requests_within(student, held, sum(len(batch.prompt_ids) for batch in held))
+        longest = max(batch.response_ids.shape[1] for batch in held)
+        return requests_within(student, held, sum(len(batch.prompt_ids) for batch in held), longest)
 
     @cache
     def evaluator(look_back: bool) -> Evaluator:
