@@ -27,7 +27,7 @@ from pdtrim_pl.evaluation.recall import measure_recall
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.plan import Codec, KVRetentionPolicy, KVShape, Retention
 from pdtrim_pl.plan.codec import Form
-from pdtrim_pl.selectors import BudgetSelector, selection_context
+from pdtrim_pl.selectors import BudgetSelector, Effort, selection_context
 from pdtrim_pl.selectors.allocation import codec_of
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -96,7 +96,7 @@ class Bench:
         context = selection_context(self.model, self.model, self.tune, self.shape, "cpu", 4, 0.2)
         for reduction in REDUCTIONS:
             selector = BudgetSelector(
-                reduction, prompt_tokens=options.prompt, min_recall=0.0, exchanges=options.exchanges
+                reduction, prompt_tokens=options.prompt, min_recall=0.0, effort=Effort(options.tuned, options.exchanges)
             )
             rows.append((f"ours, {reduction}x", selector.select(context)))
         return rows

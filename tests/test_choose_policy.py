@@ -52,12 +52,12 @@ def test_the_figures_of_a_pair_are_those_of_the_student(export: Path, tiny_llama
     ids = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(0))
     batches = [Collator(0)([Example(row[:30], row[30:]) for row in ids])]
     context = PairMeasures(load_stage(export, "prefill"), load_stage(export, "decode"), batches).context(policy.kv)
-    assert context.energy({}) == pytest.approx(0.0, abs=1e-6)
+    assert context.energy({}, 2) == pytest.approx(0.0, abs=1e-6)
     rules = {block: Retention(codec=codec_of("int2", "int2")) for block in plan.decode}
     coarse = KVRetentionPolicy(plan.boundary, policy.kv, {plan.decode[0]: rules[plan.decode[0]]})
     expected = measure_quality(student, student, batches, plan=plan, policy=coarse).kl
     assert context.damage(plan.decode[0], rules[plan.decode[0]]) == pytest.approx(expected, rel=1e-3)
-    assert context.energy(rules) > 0
+    assert context.energy(rules, 2) > 0
     assert 0 <= context.recall({}) <= 1
 
 

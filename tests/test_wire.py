@@ -192,7 +192,7 @@ def a_context(recall: float = 1.0) -> SelectionContext:
     def found(rules: Mapping[int, Retention]) -> float:
         return 1.0 - recall * noise(rules)
 
-    return SelectionContext(PLAN, KVShape(2, 64), dict, lambda block, rule: 0.0, noise, found)
+    return SelectionContext(PLAN, KVShape(2, 64), dict, lambda block, rule: 0.0, lambda rules, _: noise(rules), found)
 
 
 @settings(max_examples=25)

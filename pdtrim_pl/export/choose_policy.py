@@ -12,7 +12,7 @@ from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
 from pdtrim_pl.plan import POLICY_FILE, KVRetentionPolicy
-from pdtrim_pl.selectors import BudgetSelector
+from pdtrim_pl.selectors import BudgetSelector, Effort
 from pdtrim_pl.selectors.of_pair import PairMeasures
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def choose_policy(
         examples: requests to measure on.
         max_length: tokens of a request, prompt and response; three quarters of it at most are the prompt.
         min_recall: see `BudgetSelector`.
-        exchanges: see `BudgetSelector`.
+        exchanges: see `Effort`.
         prompt_tokens: length of the prompt at which bytes are counted.
         device: where both halves are put.
         output: the file to write; by default that of the export, which is replaced.
@@ -56,9 +56,8 @@ def choose_policy(
     halves = [load_stage(export, stage, device=device, dtype=torch.float32) for stage in ("prefill", "decode")]
     measures = PairMeasures(halves[0], halves[1], list(loader))
     context = measures.context(policy.kv)
-    selector = BudgetSelector(
-        reduction, prompt_tokens=prompt_tokens, min_recall=min_recall, exchanges=exchanges
-    )  # fmt: skip
+    effort = Effort(examples, exchanges)
+    selector = BudgetSelector(reduction, prompt_tokens=prompt_tokens, min_recall=min_recall, effort=effort)
     rules = selector.select(context)
     chosen = KVRetentionPolicy(plan.boundary, policy.kv, rules)
     path = output or export / POLICY_FILE
@@ -66,6 +65,6 @@ def choose_policy(
     log.info(
         "%.2f times fewer bytes for a prompt of %d tokens, at a KL of %.4f nats to the pair sending everything and a "
         "recall of %.3f (everything sent: %.3f).", context.sent_ratio(rules, prompt_tokens), prompt_tokens,
-        context.energy(rules), context.recall(rules), context.recall({}),
+        context.energy(rules, examples), context.recall(rules), context.recall({}),
     )  # fmt: skip
     return path

@@ -8,7 +8,15 @@ A new selector is a subclass of `KVSelector` with one method. For example, to tr
 """
 
 from pdtrim_pl.selectors.base import KVSelector, SelectionContext, selection_context
-from pdtrim_pl.selectors.budget import BudgetSelector
+from pdtrim_pl.selectors.budget import BudgetSelector, Effort
 from pdtrim_pl.selectors.mass import MassSelector, NoSelector
 
-__all__ = ["BudgetSelector", "KVSelector", "MassSelector", "NoSelector", "SelectionContext", "selection_context"]
+__all__ = [
+    "BudgetSelector",
+    "Effort",
+    "KVSelector",
+    "MassSelector",
+    "NoSelector",
+    "SelectionContext",
+    "selection_context",
+]

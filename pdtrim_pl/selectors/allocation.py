@@ -36,11 +36,13 @@ class Allocation:
         context: of the selector.
         forms: what a part may be written as, besides `none`.
         prompt_tokens: length of the prompt at which bytes are counted.
+        examples: requests that damages are measured on, and as many that repeat their prompt.
     """
 
     context: SelectionContext
     forms: Sequence[Form]
     prompt_tokens: int
+    examples: int = 8
     damages: dict[Part, dict[Form, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,12 +59,16 @@ class Allocation:
         """Bytes of one request."""
         return sum(self._bytes[side, form] for (_, side), form in choice.items())
 
+    def energy(self, choice: Choice) -> float:
+        """KL to the teacher under a choice, nats; every rank must call it."""
+        return self.context.energy(self.rules(choice), self.examples)
+
     def measure(self) -> None:
         """Measure every part alone; every rank must call it."""
-        base, coarse = self.context.energy({}), self.menu[-MEASURED:]
         nothing: dict[Part, Form] = dict.fromkeys(self.parts, "none")
+        base, coarse = self.energy(nothing), self.menu[-MEASURED:]
         for part in self.parts:
-            found = {form: self.context.energy(self.rules({**nothing, part: form})) - base for form in coarse}
+            found = {form: self.energy({**nothing, part: form}) - base for form in coarse}
             finest = coarse[0]
             for form in self.menu:
                 bits = NOISE_BITS[form] - NOISE_BITS[finest]
@@ -90,7 +96,7 @@ class Allocation:
 
         What one step up saves and one step down costs is measured once for every part, with all others as chosen.
         """
-        best, energy = dict(choice), self.context.energy(self.rules(choice))
+        best, energy = dict(choice), self.energy(choice)
         saves = self._steps(best, -1, energy)
         costs = self._steps(best, +1, energy)
         sums = ((saves[up] + costs[down], up, down) for up in saves for down in costs if up != down)
@@ -104,7 +110,7 @@ class Allocation:
             tried = {**best, up: self._neighbour(best[up], -1), down: self._neighbour(best[down], +1)}
             if self.bytes_of(tried) > budget:
                 continue
-            found = self.context.energy(self.rules(tried))
+            found = self.energy(tried)
             if found >= energy:
                 break
             best, energy = tried, found
@@ -114,7 +120,7 @@ class Allocation:
     def _steps(self, choice: Choice, step: int, energy: float) -> dict[Part, float]:
         """Change of the joint energy if a part alone takes the next form, for all parts that can."""
         changed = {part: {**choice, part: form} for part, form in self._neighbours(choice, step).items()}
-        return {part: self.context.energy(self.rules(other)) - energy for part, other in changed.items()}
+        return {part: self.energy(other) - energy for part, other in changed.items()}
 
     def _neighbours(self, choice: Choice, step: int) -> dict[Part, Form]:
         found = {part: self._neighbour(form, step) for part, form in choice.items()}

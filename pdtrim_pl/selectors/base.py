@@ -25,6 +25,10 @@ def _not_measured(rules: Mapping[int, Retention]) -> float:
     raise NotImplementedError
 
 
+def _no_energy(rules: Mapping[int, Retention], examples: int) -> float:
+    raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class SelectionContext:
     """What a selector may look at. Measurements are taken when asked for, and once."""
@@ -34,9 +38,9 @@ class SelectionContext:
     measure_mass: Callable[[], Mapping[int, float]]
     damage: Callable[[int, Retention], float]
     """Mean KL(teacher || student) in nats per response token when only that block of D is trimmed by that rule."""
-    energy: Callable[[Mapping[int, Retention]], float] = _not_measured
-    """Mean KL(teacher || student) in nats per response token under some rules, over calibration requests and as many
-    whose response repeats the prompt: running text hardly looks back, so that losing the prompt looks free on it."""
+    energy: Callable[[Mapping[int, Retention], int], float] = _no_energy
+    """Mean KL(teacher || student) in nats per response token under some rules, over so many calibration requests and as
+    many whose response repeats the prompt: running text hardly looks back, so that losing the prompt looks free on it."""
     recall: Callable[[Mapping[int, Retention]], float] = _not_measured
     """Share of the tokens of repeated prompts that the student finds under some rules, teacher-forced."""
 
@@ -122,21 +126,21 @@ def selection_context(
         return requests_within(student, held, sum(len(batch.prompt_ids) for batch in held), longest)
 
     @cache
-    def evaluator(look_back: bool) -> Evaluator:
+    def evaluator(examples: int | None) -> Evaluator:
         # Kept distributions would cost digits: they subtract entropies, and the damage of one block may be tiny.
         exact = replace(memory, teacher=0)
-        requests = held + repeated() if look_back else held
+        requests = held if examples is None else first_examples(held, examples) + first_examples(repeated(), examples)
         made = Evaluator(student, teacher, requests, device=device, memory=exact, ranks=ranks, journal=journal)
         made.rebase(plan, policy({}))
         return made
 
     def damage(block: int, rule: Retention) -> float:
         with eval_mode(student), eval_mode(teacher):
-            return evaluator(False).energy(plan, policy({block: rule}))
+            return evaluator(None).energy(plan, policy({block: rule}))
 
-    def energy(rules: Mapping[int, Retention]) -> float:
+    def energy(rules: Mapping[int, Retention], examples: int) -> float:
         with eval_mode(student), eval_mode(teacher):
-            return evaluator(True).energy(plan, policy(rules))
+            return evaluator(examples).energy(plan, policy(rules))
 
     def recall(rules: Mapping[int, Retention]) -> float:
         if not repeated():  # no prompt can be repeated within the context
@@ -151,3 +155,13 @@ def selection_context(
         return found
 
     return SelectionContext(plan, kv_shape, mass, damage, energy, recall)
+
+
+def first_examples(batches: Iterable[Batch], most: int) -> list[Batch]:
+    """The first so many examples, in batches as they come."""
+    found: list[Batch] = []
+    for batch in batches:
+        if most > 0:
+            found.append(batch.cut(most)[0])
+            most -= len(found[-1].prompt_ids)
+    return found

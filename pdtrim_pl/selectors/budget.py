@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pdtrim_pl.errors import UserError
@@ -18,6 +19,20 @@ Order = Literal["mass", "damage"]
 INTEGERS: tuple[Form, ...] = ("int8", "int4", "int3", "int2")
 RELIEF = 1.03
 """Factor by which the bytes grow where too little is recalled, again and again."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured to choose the bits of every block."""
+
+    examples: int = 8
+    """Calibration requests, and as many that repeat their prompt. A decode pass over them is needed four times a block."""
+    exchanges: bool = False
+    """After the choice by parts, exchange bits between blocks as long as the joint damage falls; about twice the work."""
+
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise UserError(f"`effort.examples` is {self.examples}: give at least 1.")
 
 
 class BudgetSelector(KVSelector):
@@ -35,8 +50,7 @@ class BudgetSelector(KVSelector):
             trims positions instead.
         min_recall: share of what the student finds of a repeated prompt when everything crosses that it must find under
             the policy. Bytes are spent until it does, and the run says so. Not looked at when positions are trimmed.
-        exchanges: after the choice by parts, exchange bits between parts as long as the joint damage falls. Costs
-            about two decode passes over the calibration set for every part.
+        effort: how much is measured to choose the bits.
         first: prompt positions at the start that a trimmed block sends.
         last: prompt positions at the end that it sends.
         order: of trimming: `mass` takes blocks in descending attention mass; `damage` in ascending KL to the teacher
@@ -56,7 +70,7 @@ class BudgetSelector(KVSelector):
         prompt_tokens: int = 1024,
         codecs: Sequence[Form] = INTEGERS,
         min_recall: float = 0.97,
-        exchanges: bool = False,
+        effort: Effort = Effort(),
     ) -> None:
         super().__init__(first, last)
         if reduction < 1.0:
@@ -70,7 +84,7 @@ class BudgetSelector(KVSelector):
         if not 0.0 <= min_recall <= 1.0:
             raise UserError(f"`min_recall` is {min_recall!r}: give a share, from 0 to 1.")
         self.reduction, self.order, self.prompt_tokens = reduction, order, prompt_tokens
-        self.codecs, self.min_recall, self.exchanges = tuple(codecs), min_recall, exchanges
+        self.codecs, self.min_recall, self.effort = tuple(codecs), min_recall, effort
 
     def select(self, context: SelectionContext) -> dict[int, Retention]:
         return self._trimmed(context) if set(self.codecs) == {"none"} else self._coded(context)
@@ -78,7 +92,7 @@ class BudgetSelector(KVSelector):
     # Codecs
 
     def _coded(self, context: SelectionContext) -> dict[int, Retention]:
-        allocation = Allocation(context, self.codecs, self.prompt_tokens)
+        allocation = Allocation(context, self.codecs, self.prompt_tokens, self.effort.examples)
         everything = KVRetentionPolicy(context.plan.boundary, context.kv_shape).full_bytes(
             context.plan, self.prompt_tokens
         )
@@ -87,7 +101,7 @@ class BudgetSelector(KVSelector):
         allocation.measure()
         budget = everything / self.reduction
         choice = allocation.cheapest(budget)
-        if self.exchanges:
+        if self.effort.exchanges:
             choice = allocation.exchanged(choice, budget)
         least = self.min_recall * context.recall({})
         most = allocation.bytes_of(dict.fromkeys(allocation.parts, allocation.menu[0]))

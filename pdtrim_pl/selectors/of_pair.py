@@ -67,7 +67,7 @@ class PairMeasures:
         return SelectionContext(
             plan, shape, mass,
             damage=lambda block, rule: self._kl(policy({block: rule}), self.plain),
-            energy=lambda rules: self._kl(policy(rules), self.plain + self.repeated),
+            energy=lambda rules, examples: self._kl(policy(rules), self.plain + self.repeated),
             recall=lambda rules: self._recall(policy(rules)),
         )  # fmt: skip
 
