@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from callbacks.export_pair import ExportPair
 from callbacks.preemption import leave_search
 from callbacks.removal_rounds import (
     RemovalRounds,
@@ -22,8 +23,9 @@ from callbacks.removal_rounds import (
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.plan import KVRetentionPolicy
+from pdtrim_pl.plan import KVRetentionPolicy, KVShape
 from pdtrim_pl.selectors import KVSelector, selection_context
+from pdtrim_pl.staged.description import kv_shape_of
 from pdtrim_pl.strategies import parallel_of
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class KVRetention(Callback):
     The remaining epochs distil the student under the policy. List it after every BlockDrop.
 
     Args:
-        selector: chooses which blocks of D send only the first and last prompt positions.
+        selector: chooses what each block of D sends, and in how many bits.
         epoch: when to choose; by default at the last drop, or at the start if nothing drops.
 
     Raises:
@@ -85,7 +87,7 @@ class KVRetention(Callback):
     def _choose(self, trainer: Trainer, module: PDTrimModule) -> None:
         log.info("Choosing which KV entries to send.")
         module.apply_policy(None)
-        shape = module.student.kv_shape
+        shape = _wire_shape(trainer, module)
         with evaluating(module) as (student, teacher):
             ranks = parallel_of(trainer.strategy, leave_if_asked=partial(leave_search, trainer))
             context = selection_context(
@@ -93,7 +95,8 @@ class KVRetention(Callback):
                 self.selector.last, memory=_memory(trainer), ranks=ranks, journal=journal_file(trainer),
             )  # fmt: skip
             rules = ranks.agree(self.selector.select(context))
-            module.record.attention_mass = dict(context.mass)
+            if self.selector.looks_at_mass:
+                module.record.attention_mass = dict(context.mass)
         policy = KVRetentionPolicy(module.plan.boundary, shape, rules)
         module.apply_policy(policy)
         trimmed = sum(rule.keep != "all" for rule in rules.values())
@@ -111,6 +114,13 @@ class KVRetention(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = bool(state_dict["done"])
+
+
+def _wire_shape(trainer: Trainer, module: PDTrimModule) -> KVShape:
+    """The KV as it will cross: in the element type of the export, not in that of the weights that train."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    dtypes = [callback.dtype for callback in callbacks if isinstance(callback, ExportPair)]
+    return kv_shape_of(module.student.model, *dtypes[:1])
 
 
 def _memory(trainer: Trainer) -> SearchMemory:

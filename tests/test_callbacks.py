@@ -23,7 +23,7 @@ from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import KVRetentionPolicy, Retention, StagePlan, Structure
 from pdtrim_pl.search import Annealing, Guards, choose_drops
-from pdtrim_pl.selectors import BudgetSelector, MassSelector
+from pdtrim_pl.selectors import BudgetSelector, Effort, MassSelector
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 
@@ -283,6 +283,18 @@ def test_retention_by_damage_trims_the_blocks_that_hurt_least(tiny_llama_dir: Pa
     assert module.record.attention_mass.keys() == damages.keys()
     journal = (tmp_path / "checkpoints" / "search_journal.jsonl").read_text().splitlines()
     assert len(journal) == 4 * len(data.calibration_dataloader()), "one line a block and batch"
+
+
+def test_bits_are_counted_in_the_element_type_that_is_exported(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    selector = BudgetSelector(3.0, prompt_tokens=64, min_recall=0.0, effort=Effort(examples=2))
+    exporter = ExportPair(tmp_path / "export", "bfloat16", measure=False)
+    _, module = fit(tmp_path, tiny_llama_dir, [KVRetention(selector), exporter], max_epochs=1)
+    plan, policy = load_plan_and_policy(tmp_path / "export")
+    assert module.student.model.dtype == torch.float32
+    assert policy.kv.dtype == "bfloat16"
+    assert policy.full_bytes(plan, 64) / policy.sent_bytes(plan, 64) >= 3.0
+    assert all(rule.keep == "all" for rule in policy.rules.values())
+    assert not module.record.attention_mass, "nothing looked at it"
 
 
 def test_retention_before_a_drop_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:

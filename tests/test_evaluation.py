@@ -272,6 +272,10 @@ def test_an_example_is_said_again_whole_and_without_padding() -> None:
     known = len(text) // 4
     assert torch.equal(first.prompt_ids[0], torch.cat([text, text[:known]]))
     assert torch.equal(first.response_ids[0], text[known : known + 3])
+    for response in (None, 3):
+        for batch in repeated_requests(batches, collate, 9, response, context=10):
+            assert (batch.prompt_mask.sum(dim=1) + batch.response_mask.sum(dim=1)).max() <= 10
+            assert batch.response_mask.sum(dim=1).min() > 0
 
 
 def test_recall_is_the_share_of_tokens_that_the_plain_model_would_say() -> None:

@@ -208,6 +208,21 @@ def test_a_teacher_whose_tokenizer_has_other_ids_is_refused(tiny_llama_dir: Path
         module.configure_model()
 
 
+def test_a_teacher_whose_tokenizer_has_another_token_in_a_place_is_refused(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = padded_teacher(tiny_llama_dir, tmp_path / "padded", 320)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    (old,) = (token for token, index in vocabulary.items() if index == 200)
+    vocabulary["another"] = vocabulary.pop(old)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    module = PDTrimModule(str(tiny_llama_dir), loading=Loading(teacher=str(folder)))
+    with pytest.raises(ValueError, match=r"the id 200 is the token 'another' there"):
+        module.configure_model()
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "other")
     data = PromptResponseDataModule(str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=Parts(4, 4))

@@ -18,7 +18,7 @@ from pdtrim_pl.plan import Codec, KVRetentionPolicy, KVShape, ModelRef, Retentio
 from pdtrim_pl.plan.codec import FORMS, Form
 from pdtrim_pl.selectors import BudgetSelector, SelectionContext
 from pdtrim_pl.selectors.allocation import Allocation, codec_of
-from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged import BlockKV, Slots, StagedCausalLM
 from pdtrim_pl.wire.codecs import encoded_keys, encoded_values, transferred
 from pdtrim_pl.wire.packing import DamagedBlock, packed, packed_codes, unpacked, unpacked_codes
 from pdtrim_pl.wire.rotation import rotated
@@ -169,6 +169,30 @@ def test_a_policy_of_version_1_is_read_as_before() -> None:
     read = KVRetentionPolicy.from_json(old)
     assert [read.rule(block) for block in range(3)] == [policy.rule(block) for block in range(3)]
     assert (read.boundary, read.kv) == (policy.boundary, policy.kv)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prompts_of_which_decode_gets_nothing_cross_too(form: Form) -> None:
+    staged = StagedCausalLM(tiny_model("llama"))
+    plan = StagePlan.full(staged.plan.model, boundary="decode")
+    rotate = form.startswith("int")
+    rule = Retention(codec=Codec(form, form, rotate, rotate))
+    policy = KVRetentionPolicy("decode", staged.kv_shape, dict.fromkeys(plan.decode, rule))
+    one, response = torch.tensor([[5], [9]]), torch.arange(8).view(2, 4) + 3
+    whole = staged(one, response, plan=plan).hidden
+    assert torch.equal(staged(one, response, plan=plan, policy=policy).hidden, whole)
+    cache = staged.prefill(one[:, :0], plan=plan).cache
+    assert len(cache.blocks[0].sent(rule)) == 0
+    streams = unpacked(torch.empty(0, dtype=torch.uint8), [0, 0], rule.codec, 2, 8, torch.float32)
+    assert [stream.decoded().shape[2] for stream in streams] == [0, 0]
+
+
+def test_numbers_that_are_not_finite_are_told_where_they_are_written() -> None:
+    keys, values = random_block([5], 1, 4, torch.float16, 0)
+    values[0, 0, 2, 1] = torch.inf
+    slots = Slots(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool))
+    with pytest.raises(FloatingPointError, match="Keys or values of the prompt are not finite"):
+        BlockKV(keys, values, slots).sent(Retention(codec=Codec("int4", "int4")))
 
 
 # The choice of bits

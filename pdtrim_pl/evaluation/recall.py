@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from pdtrim_pl.data import Batch, Collator, Example
 from pdtrim_pl.evaluation.tokens import final_hidden
@@ -19,7 +20,7 @@ from pdtrim_pl.staged import StagedCausalLM
 
 
 def repeated_requests(
-    batches: Iterable[Batch], collate: Collator, most: int, response: int | None = None
+    batches: Iterable[Batch], collate: Collator, most: int, response: int | None = None, context: int | None = None
 ) -> list[Batch]:
     """Requests whose prompt and response are both a whole example: its prompt with its response.
 
@@ -29,10 +30,11 @@ def repeated_requests(
         most: take so many examples.
         response: shorter ones: the prompt is the whole example and its first quarter once more, the response at most so
             many tokens that follow there.
+        context: tokens of the longest request; of a longer example the end is left out.
     """
     found: list[Batch] = []
     for batch in batches:
-        rows = [_joined(batch, row, response) for row in range(min(len(batch.prompt_mask), most))]
+        rows = [_joined(batch, row, response, context) for row in range(min(len(batch.prompt_mask), most))]
         most -= len(rows)
         if rows:
             found.append(collate(rows))
@@ -44,8 +46,8 @@ def requests_within(
 ) -> list[Batch]:
     """Repeated requests that fit the model's context, on its device; arguments as of `repeated_requests`."""
     context = usable_context(model.model.config.to_dict())
-    found = [batch.on(model.model.device) for batch in repeated_requests(batches, Collator(pad_id=0), most, response)]
-    return [batch for batch in found if batch.prompt_ids.shape[1] + batch.response_ids.shape[1] <= context]
+    found = repeated_requests(batches, Collator(pad_id=0), most, response, context)
+    return [batch.on(model.model.device) for batch in found]
 
 
 @torch.no_grad()
@@ -62,19 +64,34 @@ def measure_recall(
         policy: with `plan`, the policy.
         chunk_tokens: tokens whose logits are alive at a time.
     """
-    right = tokens = 0
-    for batch in batches:
-        targets, hidden = batch.response_ids[batch.response_mask], final_hidden(model, batch, plan, policy)
-        for part in chunks(len(targets), chunk_tokens):
-            right += int((model.logits(hidden[part]).argmax(dim=-1) == targets[part]).sum())
-        tokens += len(targets)
-    return right / tokens
+    counts = [recalled_tokens(model, batch, plan=plan, policy=policy, chunk_tokens=chunk_tokens) for batch in batches]
+    return sum(right for right, _ in counts) / sum(tokens for _, tokens in counts)
 
 
-def _joined(batch: Batch, row: int, response: int | None) -> Example:
+@torch.no_grad()
+def recalled_tokens(
+    model: StagedCausalLM, batch: Batch, *, plan: StagePlan | None = None, policy: KVRetentionPolicy | None = None,
+    chunk_tokens: int = 128,
+) -> tuple[int, int]:  # fmt: skip
+    """Of one batch, response tokens that are the model's most likely ones, and all; see `measure_recall`."""
+    targets, hidden = batch.response_ids[batch.response_mask], final_hidden(model, batch, plan, policy)
+    return right_tokens(model, hidden, targets, chunk_tokens), len(targets)
+
+
+def right_tokens(model: StagedCausalLM, hidden: Tensor, targets: Tensor, chunk_tokens: int = 128) -> int:
+    """How many targets [N] are the most likely tokens under final hidden states [N, H]."""
+    parts = chunks(len(targets), chunk_tokens)
+    return sum(int((model.logits(hidden[part]).argmax(dim=-1) == targets[part]).sum()) for part in parts)
+
+
+def _joined(batch: Batch, row: int, response: int | None, context: int | None) -> Example:
     parts = (batch.prompt_ids[row][batch.prompt_mask[row]], batch.response_ids[row][batch.response_mask[row]])
     whole = torch.cat(parts)
     if response is None:
+        whole = whole if context is None else whole[: context // 2]
         return Example(whole, whole)
+    if context is not None:
+        response = min(response, context // 2)
+        whole = whole[: max((context - response) * 4 // 5, 2)]
     known = max(len(whole) // 4, 1)
     return Example(torch.cat([whole, whole[:known]]), whole[known : known + response])

@@ -1,4 +1,4 @@
-"""KV selectors: which blocks of D send only the first and last prompt positions. Named in YAML by class path.
+"""KV selectors: what each block of D sends, and in how many bits. Named in YAML by class path.
 
 A new selector is a subclass of `KVSelector` with one method. For example, to trim every second block of D:
 
@@ -12,11 +12,5 @@ from pdtrim_pl.selectors.budget import BudgetSelector, Effort
 from pdtrim_pl.selectors.mass import MassSelector, NoSelector
 
 __all__ = [
-    "BudgetSelector",
-    "Effort",
-    "KVSelector",
-    "MassSelector",
-    "NoSelector",
-    "SelectionContext",
-    "selection_context",
-]
+    "BudgetSelector", "Effort", "KVSelector", "MassSelector", "NoSelector", "SelectionContext", "selection_context",
+]  # fmt: skip

@@ -89,7 +89,7 @@ class Allocation:
                 low = price
             else:
                 high, best = price, choice
-        return self._filled_up(best, budget)
+        return self.filled_up(best, budget)
 
     def exchanged(self, choice: Choice, budget: float) -> dict[Part, Form]:
         """Give one part a finer form and another one a coarser, as long as the joint energy falls; all ranks together.
@@ -133,7 +133,8 @@ class Allocation:
     def _best_form(self, part: Part, price: float) -> Form:
         return min(self.menu, key=lambda form: self.damages[part][form] + price * self._bytes[part[1], form])
 
-    def _filled_up(self, choice: dict[Part, Form], budget: float) -> dict[Part, Form]:
+    def filled_up(self, choice: dict[Part, Form], budget: float) -> dict[Part, Form]:
+        """Finer forms for a choice, one after the other where a byte helps most, up to `budget` bytes."""
         while True:
             left = budget - self.bytes_of(choice)
             offers = [

@@ -15,7 +15,8 @@ from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
 from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.recall import measure_recall, requests_within
+from pdtrim_pl.evaluation.recall import recalled_tokens, requests_within
+from pdtrim_pl.evaluation.spread import measured_by_ranks
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
@@ -29,6 +30,10 @@ def _no_energy(rules: Mapping[int, Retention], examples: int) -> float:
     raise NotImplementedError
 
 
+REPEATED = 32
+"""Calibration examples whose prompts are repeated, at most, to measure recall."""
+
+
 @dataclass(frozen=True)
 class SelectionContext:
     """What a selector may look at. Measurements are taken when asked for, and once."""
@@ -40,7 +45,7 @@ class SelectionContext:
     """Mean KL(teacher || student) in nats per response token when only that block of D is trimmed by that rule."""
     energy: Callable[[Mapping[int, Retention], int], float] = _no_energy
     """Mean KL(teacher || student) in nats per response token under some rules, over so many calibration requests and as
-    many whose response repeats the prompt: running text hardly looks back, so that losing the prompt looks free on it."""
+    many whose response repeats the prompt: running text hardly looks back, and losing the prompt looks free on it."""
     recall: Callable[[Mapping[int, Retention]], float] = _not_measured
     """Share of the tokens of repeated prompts that the student finds under some rules, teacher-forced."""
 
@@ -79,6 +84,11 @@ class KVSelector(ABC):
     def last(self) -> int | float:
         """Prompt positions at the end that a trimmed block sends."""
         return self.rule.last
+
+    @property
+    def looks_at_mass(self) -> bool:
+        """Whether attention mass is measured, for the choice or for the report."""
+        return True
 
     @abstractmethod
     def select(self, context: SelectionContext) -> dict[int, Retention]:
@@ -123,7 +133,7 @@ def selection_context(
     @cache
     def repeated() -> list[Batch]:
         longest = max(batch.response_ids.shape[1] for batch in held)
-        return requests_within(student, held, sum(len(batch.prompt_ids) for batch in held), longest)
+        return requests_within(student, held, REPEATED, longest)
 
     @cache
     def evaluator(examples: int | None) -> Evaluator:
@@ -142,13 +152,24 @@ def selection_context(
         with eval_mode(student), eval_mode(teacher):
             return evaluator(examples).energy(plan, policy(rules))
 
-    def recall(rules: Mapping[int, Retention]) -> float:
-        if not repeated():  # no prompt can be repeated within the context
-            return 1.0
+    @cache
+    def recalled(rules: frozenset[tuple[int, Retention]]) -> float:
+        ranks.leave_if_asked()
+        chosen, requests = policy(dict(rules)), repeated()
+
+        def found(batch: Batch) -> tuple[int, int]:
+            return recalled_tokens(student, batch, plan=plan, policy=chosen)
+
         with eval_mode(student), torch.no_grad():
-            found: float
-            found, *_ = ranks.together(lambda: measure_recall(student, repeated(), plan=plan, policy=policy(rules)))
-            return found
+            if ranks.whole:
+                counts = measured_by_ranks(ranks, requests, lambda batch, _: found(batch))
+            else:  # every forward pass is a collective: all run the same batches
+                counts = [found(batch) for batch in requests]
+        right, tokens = (sum(column) for column in zip(*counts, strict=True))
+        return right / tokens
+
+    def recall(rules: Mapping[int, Retention]) -> float:
+        return recalled(frozenset(rules.items()))
 
     def mass() -> Mapping[int, float]:
         found, *_ = ranks.together(lambda: attention_mass(student, held, first=first, last=last, device=device))

@@ -10,15 +10,15 @@ from typing import Literal, get_args
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import KVRetentionPolicy, Retention
 from pdtrim_pl.plan.codec import FORMS, Form
-from pdtrim_pl.selectors.allocation import Allocation
+from pdtrim_pl.selectors.allocation import Allocation, Part
 from pdtrim_pl.selectors.base import KVSelector, SelectionContext
 
 log = logging.getLogger(__name__)
 
 Order = Literal["mass", "damage"]
 INTEGERS: tuple[Form, ...] = ("int8", "int4", "int3", "int2")
-RELIEF = 1.03
-"""Factor by which the bytes grow where too little is recalled, again and again."""
+FLOOR_STEPS = 7
+"""Halvings of the interval of bytes where too little is recalled."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Effort:
     """How much is measured to choose the bits of every block."""
 
     examples: int = 8
-    """Calibration requests, and as many that repeat their prompt. A decode pass over them is needed four times a block."""
+    """Calibration requests, and as many that repeat their prompt. Four decode passes over them are needed a block."""
     exchanges: bool = False
-    """After the choice by parts, exchange bits between blocks as long as the joint damage falls; about twice the work."""
+    """After the choice by parts, exchange bits between blocks as long as the joint damage falls: twice the work."""
 
     def __post_init__(self) -> None:
         if self.examples < 1:
@@ -86,6 +86,10 @@ class BudgetSelector(KVSelector):
         self.reduction, self.order, self.prompt_tokens = reduction, order, prompt_tokens
         self.codecs, self.min_recall, self.effort = tuple(codecs), min_recall, effort
 
+    @property
+    def looks_at_mass(self) -> bool:
+        return set(self.codecs) == {"none"}
+
     def select(self, context: SelectionContext) -> dict[int, Retention]:
         return self._trimmed(context) if set(self.codecs) == {"none"} else self._coded(context)
 
@@ -103,11 +107,7 @@ class BudgetSelector(KVSelector):
         choice = allocation.cheapest(budget)
         if self.effort.exchanges:
             choice = allocation.exchanged(choice, budget)
-        least = self.min_recall * context.recall({})
-        most = allocation.bytes_of(dict.fromkeys(allocation.parts, allocation.menu[0]))
-        while context.recall(allocation.rules(choice)) < least and budget < most:
-            budget *= RELIEF
-            choice = allocation.cheapest(budget)
+        choice = self._above_the_floor(context, allocation, choice, budget)
         reached = everything / allocation.bytes_of(choice)
         if reached < self.reduction:
             log.warning(
@@ -115,6 +115,24 @@ class BudgetSelector(KVSelector):
                 "times fewer bytes cross.", self.reduction, self.min_recall, reached,
             )  # fmt: skip
         return dict(sorted(allocation.rules(choice).items()))
+
+    def _above_the_floor(
+        self, context: SelectionContext, allocation: Allocation, choice: dict[Part, Form], budget: float
+    ) -> dict[Part, Form]:
+        """The choice with as many more bytes as it needs to recall enough, found by bisection."""
+        least = self.min_recall * context.recall({})  # of what the student finds when everything crosses
+        if context.recall(allocation.rules(choice)) >= least:
+            return choice
+        low, high = budget, float(allocation.bytes_of(dict.fromkeys(allocation.parts, allocation.menu[0])))
+        enough = allocation.filled_up(choice, high)
+        for _ in range(FLOOR_STEPS):
+            middle = (low * high) ** 0.5
+            more = allocation.filled_up(choice, middle)
+            if context.recall(allocation.rules(more)) >= least:
+                high, enough = middle, more
+            else:
+                low = middle
+        return enough
 
     def _check_codecs_reach(self, most: float) -> None:
         if most < self.reduction:

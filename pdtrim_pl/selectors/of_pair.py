@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.evaluation.recall import requests_within
+from pdtrim_pl.evaluation.recall import requests_within, right_tokens
 from pdtrim_pl.evaluation.tokens import score_tokens
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention
 from pdtrim_pl.selectors.base import SelectionContext
@@ -34,6 +34,8 @@ class _Encoded:
 
 class PairMeasures:
     """Measures policies of an exported pair: prompts run once, every measurement is a decode pass.
+
+    The caches of all prompts are kept, on the device of the decode half.
 
     Args:
         prefill: the prefill half.
@@ -75,6 +77,7 @@ class PairMeasures:
     def _encoded(self, batch: Batch) -> _Encoded:
         request = Request.of(*batch.request, self.prefill.plan.boundary)
         out = self.prefill.prefill(request.tokens["prefill"], request.valid["prefill"])
+        out = StagedOutput(out.hidden[:, -1:], out.cache)
         return _Encoded(batch, request, out, self._hidden(batch, request, out, out.cache))
 
     def _hidden(self, batch: Batch, request: Request, out: StagedOutput, sent: KVCache) -> Tensor:
@@ -105,6 +108,6 @@ class PairMeasures:
         right = tokens = 0
         for encoded in self.repeated:
             targets = encoded.batch.response_ids[encoded.batch.response_mask]
-            found = self.decode.logits(self._under(policy, encoded)).argmax(dim=-1)
-            right, tokens = right + int((found == targets).sum()), tokens + len(targets)
-        return right / tokens if tokens else 1.0
+            right += right_tokens(self.decode, self._under(policy, encoded), targets)
+            tokens += len(targets)
+        return right / tokens

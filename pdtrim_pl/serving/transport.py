@@ -130,11 +130,15 @@ def send_handover(link: Link, handover: Handover, plan: StagePlan, policy: KVRet
     header = link.send(torch.tensor([len(handover.tokens), vocabulary]))
     header += link.send(torch.stack([handover.cache.lengths, handover.tokens]).to(torch.int64))
     kv_bytes = 0
+    kept: dict[tuple[int, Retention], tuple[Tensor, Slots]] = {}
     # One message per block: so few cost nothing beside the bytes, and packing copies one block at a time.
     for index in plan.decode:
         block, rule = handover.cache.blocks[index], policy.rule(index)
         assert block.keys.dtype == wire_dtype(policy)
-        kv_bytes += link.send(block.sent(rule))
+        key = (id(block.slots), rule.written_as(NO_CODEC))
+        if key not in kept:
+            kept[key] = block.slots.kept_by(rule)
+        kv_bytes += link.send(block.sent(rule, kept[key]))
     if handover.logits is not None:
         header += link.send(handover.logits.float())
     settle(link.device)

@@ -121,15 +121,17 @@ class DecodeWorker(StageWorker):
         handover, traffic = receive_handover(self.link, self.plan, self.policy, self.device)
         started = time.perf_counter()
         if isinstance(command, say.Continue):
-            steps = self._generate(handover, command)
+            loop = self._loop(handover, command)
+            del handover  # the loop has a copy: the prompt's KV must not be held twice for a whole response
+            steps = self._generate(loop, chosen=self.plan.boundary == "prefill")
         else:
             assert isinstance(command, say.Force)
             steps = self._force(handover, command)
         self.parent.send(say.Decoded(traffic.seconds, time.perf_counter() - started, steps))
 
-    def _generate(self, handover: Handover, command: say.Continue) -> int:
+    def _loop(self, handover: Handover, command: say.Continue) -> DecodeLoop:
         chosen = self.plan.boundary == "prefill"
-        loop = DecodeLoop(
+        return DecodeLoop(
             self.staged,
             handover.cache,
             room=command.max_new_tokens,
@@ -138,6 +140,9 @@ class DecodeWorker(StageWorker):
             pick=command.sampling.picker(start=int(chosen)),
             stop_ids=command.stop_ids,
         )
+
+    def _generate(self, loop: DecodeLoop, *, chosen: bool) -> int:
+        """Send the tokens as they come; returns how many steps of decode they took."""
         produced = 0
         for token in loop:
             produced += 1

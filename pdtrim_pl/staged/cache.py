@@ -66,11 +66,23 @@ class BlockKV:
         keys, values = transferred(self.keys, self.values, self.slots.valid.sum(dim=1), codec)
         return BlockKV(keys, values, self.slots)
 
-    def sent(self, rule: Retention) -> Tensor:
-        """The bytes that a rule puts on the wire of these entries, uint8."""
-        kept = self.at(*self.slots.kept_by(rule))
-        counts = kept.slots.valid.sum(dim=1)
-        keys, values = encoded_keys(kept.keys, counts, rule.codec), encoded_values(kept.values, counts, rule.codec)
+    def sent(self, rule: Retention, kept: tuple[Tensor, Slots] | None = None) -> Tensor:
+        """The bytes that a rule puts on the wire of these entries, uint8.
+
+        Args:
+            rule: which positions, and how they are written.
+            kept: what `Slots.kept_by` says of the rule, where it is known.
+
+        Raises:
+            FloatingPointError: keys or values that are to be rounded are not finite.
+        """
+        block = self.at(*(kept or self.slots.kept_by(rule)))
+        counts = block.slots.valid.sum(dim=1)
+        if not block.keys.shape[2]:
+            return torch.empty(0, dtype=torch.uint8, device=self.keys.device)
+        if not rule.codec.is_none and not bool(block.keys.isfinite().all() & block.values.isfinite().all()):
+            raise FloatingPointError("Keys or values of the prompt are not finite: export the pair in another `dtype`.")
+        keys, values = encoded_keys(block.keys, counts, rule.codec), encoded_values(block.values, counts, rule.codec)
         return packed(keys, values, counts.tolist())
 
 

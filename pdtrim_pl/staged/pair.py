@@ -90,10 +90,19 @@ class ModelPair:
             if ours[token] != theirs[token]:
                 why = f"the token {token!r} has the id {theirs[token]} there and {ours[token]} here"
                 raise self._other_vocabulary(student, teacher, why)
+        names, added = {index: token for token, index in theirs.items()}, self._added_tokens()
+        for token, index in ours.items():
+            if index in names and names[index] != token and not {token, names[index]} <= added:
+                why = f"the id {index} is the token {names[index]!r} there and {token!r} here"
+                raise self._other_vocabulary(student, teacher, why)
         known = max(ours.values()) + 1
         if known > teacher:
             raise self._other_vocabulary(student, teacher, f"the tokenizer of `model` has ids up to {known - 1}")
         return None if student == teacher else known
+
+    def _added_tokens(self) -> set[str]:
+        """Tokens that were added to one of the tokenizers: one place may hold two of them."""
+        return {token for name in (self.name, self.teacher_name) for token in load_tokenizer(name).get_added_vocab()}
 
     def _other_vocabulary(self, student: int, teacher: int, why: str) -> UserError:
         return UserError(

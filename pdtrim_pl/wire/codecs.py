@@ -111,6 +111,8 @@ def transferred(keys: Tensor, values: Tensor, counts: Tensor, codec: Codec) -> t
         counts: entries of each row that count, [B].
         codec: how they cross.
     """
+    if not keys.shape[2]:
+        return keys, values
     return (
         _straight_through(keys, lambda x: encoded_keys(x, counts, codec)),
         _straight_through(values, lambda x: encoded_values(x, counts, codec)),

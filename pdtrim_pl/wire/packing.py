@@ -57,6 +57,9 @@ def unpacked(
             f"A packed block of {sum(counts)} positions under {codec} has {expected} bytes, and here are "
             f"{tuple(data.shape)} of {data.dtype}. The sender has another plan or policy, or the message is cut short."
         )
+    if not expected:
+        nothing = torch.empty(len(counts), heads, 0, width, dtype=dtype, device=data.device)
+        return Stream("none", False, nothing), Stream("none", False, nothing)
     reader = _Reader(data)
     keys = _Rows(codec.keys, codec.rotate_keys, codec.group, len(counts), heads, width, max(counts, default=0), dtype)
     values = _Rows(codec.values, codec.rotate_values, 0, len(counts), heads, width, max(counts, default=0), dtype)

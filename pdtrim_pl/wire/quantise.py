@@ -42,8 +42,8 @@ class Quantised:
 
 def step_of(steps: Tensor, largest: Tensor) -> Tensor:
     """Steps in fp32 from their bytes; both factors are exact, so one rounding is left."""
-    mantissa = (16 + steps % 16).float()
-    return largest * torch.ldexp(mantissa, -4 - torch.div(steps, 16, rounding_mode="floor").int())
+    powers = torch.tensor([2.0 ** (-4 - exponent) for exponent in range(16)], device=steps.device)
+    return largest * ((16 + steps % 16).float() * powers[(steps // 16).long()])
 
 
 def largest_step(low: Tensor, high: Tensor, bits: int) -> Tensor:
