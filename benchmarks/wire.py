@@ -32,7 +32,7 @@ from pdtrim_pl.selectors.allocation import codec_of
 from pdtrim_pl.staged import StagedCausalLM
 
 MODEL = "smollm2-135m"
-REDUCTIONS = (2.0, 3.0, 4.95, 6.0, 8.0)
+REDUCTIONS = (2.0, 3.0, 4.95, 6.0, 7.0)
 REPEATED, BETWEEN = 128, 320
 Rules = Mapping[int, Retention]
 

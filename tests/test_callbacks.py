@@ -17,7 +17,7 @@ from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringCon
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.export import load_stage
+from pdtrim_pl.export import load_plan_and_policy, load_stage
 from pdtrim_pl.losses import KL
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
