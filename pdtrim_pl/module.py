@@ -24,7 +24,6 @@ from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.metrics import QualityMeans
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.teacher import teacher_states
 from pdtrim_pl.evaluation.tokens import final_hidden, score_tokens
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, weighted_sum
 from pdtrim_pl.losses.pair import run_pair
@@ -74,10 +73,9 @@ class PDTrimModule(ResumableModule):
         if chunk_tokens < 1:
             raise UserError(f"`chunk_tokens` is {chunk_tokens}: give at least 1.")
         self.optimizer_of, self.lr_scheduler_of = optimizer, lr_scheduler
-        self.loading, self.chunk_tokens = loading, chunk_tokens
+        self.structure, self.loading, self.chunk_tokens = structure, loading, chunk_tokens
         check_adapter(architecture)
         self.architecture = architecture
-        self.pair = ModelPair(model, structure, loading, architecture)
         self._checked = False
         self._means: QualityMeans | None = None
 
@@ -85,6 +83,11 @@ class PDTrimModule(ResumableModule):
     @override
     def parallel(self) -> Parallel:
         return Parallel() if self._trainer is None else parallel_of(self._trainer.strategy)
+
+    @property
+    def pair(self) -> ModelPair:
+        """Which models are loaded, and how."""
+        return ModelPair(self.model_name, self.structure, self.loading, self.architecture)
 
     # Building
 
@@ -235,7 +238,7 @@ class PDTrimModule(ResumableModule):
     def _measure(self, batch: Batch) -> None:
         batch, min_chunks = self._shared_step(batch)
         scores = score_tokens(
-            final_hidden(self.student, batch), teacher_states(self.teacher, batch),
+            final_hidden(self.student, batch), final_hidden(self.teacher, batch),
             batch.response_ids[batch.response_mask], self.student.compared_logits, self.teacher.compared_logits,
             self.chunk_tokens,
             min_chunks,

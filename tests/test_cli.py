@@ -383,7 +383,7 @@ def test_memory_that_runs_out_comes_with_what_to_lower(
     failing(monkeypatch, fail)
     assert main(["fit"]) == 1
     line, hint = capsys.readouterr().err.splitlines()
-    assert line.startswith("pdtrim: error: SearchMemory ran out (")
+    assert line.startswith("pdtrim: error: Memory ran out (")
     assert said in line
     assert "Lower `data.batch_size`, `data.lengths.max_length` or `model.chunk_tokens`" in line
     assert "`pdtrim fit --dry_run` counts" in line

@@ -14,8 +14,7 @@ from torch import Tensor
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.tokens import CHUNK_TOKENS, Distributions, TokenScores, final_hidden, score_tokens
 from pdtrim_pl.losses import Head, chunks
-from pdtrim_pl.models.context import usable_context
-from pdtrim_pl.staged import Request, StagedCausalLM
+from pdtrim_pl.staged import StagedCausalLM
 
 STATES = 2 * 2**30
 """Bytes of hidden states that are kept, where nobody says how many."""
@@ -23,6 +22,9 @@ STATES = 2 * 2**30
 
 class TeacherReference:
     """The teacher's final hidden states over the responses of a data part, and distributions where there is room.
+
+    The teacher takes the same two passes as a student, though a whole one could do in one causal pass: the two round
+    differently, and a student that is its teacher would have a KL of 1e-3 nats in bf16, and not quite 0 in fp32.
 
     Each is made when it is first asked for, and kept as long as all that is kept fits. What does not fit is made again
     every time: the teacher runs again for states, its head for distributions.
@@ -71,7 +73,7 @@ class TeacherReference:
         """Final hidden states that predict one batch's response tokens, [N, H]."""
         if index in self._states:
             return self._states[index]
-        states = teacher_states(self.teacher, self.batches[index])
+        states = final_hidden(self.teacher, self.batches[index])
         if self._keeps_states[index]:
             self._states[index] = states
         return states
@@ -101,34 +103,6 @@ class TeacherReference:
             return kept.compare(head, hidden, self.targets[index], min_chunks=self.calls[index])
         scores = self.scores(index, hidden, head)
         return float(scores.kl.double().sum()), float(scores.nll.double().sum())
-
-
-def teacher_states(teacher: StagedCausalLM, batch: Batch) -> Tensor:
-    """Final hidden states of the real response tokens under the teacher's own plan and policy, [N, H].
-
-    A whole model in fp32 needs one causal pass over prompt and response: nothing of the prompt is lost between its
-    stages, so prefill and decode would compute the same. In 16 bits the two round differently, and a student that is
-    its teacher would have a KL of about 1e-3 nats: there both take the same two passes.
-    """
-    device = teacher.model.device.type
-    exact = teacher.model.dtype == torch.float32 and not torch.is_autocast_enabled(device)
-    tokens = int((batch.prompt_mask.sum(dim=1) + batch.response_mask.sum(dim=1)).max())
-    if not (exact and is_whole(teacher)) or tokens > usable_context(teacher.model.config.to_dict()):
-        return final_hidden(teacher, batch)  # which refuses a request that is too long
-    request = Request.of(*batch.request, "prefill")
-    ids, valid = (torch.cat([part["prefill"], part["decode"]], dim=1) for part in (request.tokens, request.valid))
-    out = teacher.prefill(ids, valid)
-    last = batch.prompt_ids.shape[1] - 1
-    return out.hidden[:, last:][batch.response_mask]
-
-
-def is_whole(model: StagedCausalLM) -> bool:
-    """Whether both stages run every block with the same weights, and everything is sent."""
-    plan = model.plan
-    every = tuple(range(plan.model.num_blocks))
-    own = any(plan.merged.values()) or any(plan.untied.values())
-    sends_all = model.policy is None or not model.policy.rules
-    return plan.prefill == plan.decode == every and sends_all and not own
 
 
 def _fitting(sizes: Sequence[int], budget: int) -> list[bool]:
