@@ -1,9 +1,11 @@
 """Shared fixtures: a byte-level tokenizer and a tiny random Llama, and the settings every test runs under."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 # Before any import of transformers or datasets, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,6 +43,16 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<bos>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """Undo what a command does to the package's loggers: later tests in this process look for log lines."""
+    loggers = [logging.getLogger(name) for name in ("pdtrim_pl", "callbacks")]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.fixture(scope="session")

@@ -335,7 +335,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, fail: Callable[[], object]) -> None
 def test_a_value_error_of_a_library_shows_where_it_comes_from(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing(monkeypatch, lambda: torch.distributions.Normal(torch.tensor([0.0]), torch.tensor([-1.0])))
+    failing(
+        monkeypatch, lambda: torch.distributions.Normal(torch.tensor([0.0]), torch.tensor([-1.0]), validate_args=True)
+    )
     assert main(["fit"]) == 1
     error = capsys.readouterr().err.splitlines()
     assert error[0] == "Traceback (most recent call last):"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from pdtrim_pl.staged import StagedCausalLM
 def expected(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a run in bf16 warns of on such a CPU."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    monkeypatch.setattr(logging.getLogger("pdtrim_pl"), "propagate", True)  # a command of an earlier test may end it
     loading._warn_once.cache_clear()
     return [SLOW_BF16] if request.param == "AVX2" else []
 
