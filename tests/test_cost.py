@@ -21,7 +21,7 @@ from pdtrim_pl.cli.dry_run import model_config
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, ModelRef, Retention, StagePlan, handled_positions
 from pdtrim_pl.sizing.cost import CostModel, Costs, CostTarget
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.cache import KVCache, Slots, attention_mask
+from pdtrim_pl.staged.cache import KVCache, Slots, attention_mask, keeper
 
 SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 LINE = ModelRef("line", "llama", 4)
@@ -122,8 +122,9 @@ def test_wire_bytes_are_those_that_the_transport_sends(
     plan = plan_of(model, data.draw(plans(4)))
     policy = data.draw(policies(plan, kv=model.kv_shape, codecs=True))
     handled = prompt_of(prompt)[:, : handled_positions(prompt, plan.boundary)]
-    cache = model.prefill(handled, plan=plan).cache
-    sent = sum(cache.blocks[index].sent(policy.rule(index)).nbytes for index in plan.decode)
+    cache, keep = model.prefill(handled, plan=plan).cache, keeper()
+    rules = {index: policy.rule(index) for index in plan.decode}
+    sent = sum(keep(cache.blocks[index], rule).packed(rule.codec).nbytes for index, rule in rules.items())
     assert CostModel.of(model, prompt, 4).wire_bytes(plan, policy) == sent
 
 

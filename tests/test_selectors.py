@@ -37,9 +37,13 @@ KV = KVShape(2, 8)
 def a_context(
     mass: Mapping[int, float], damage: Mapping[int, float] | None = None, decode: tuple[int, ...] = tuple(range(BLOCKS))
 ) -> SelectionContext:
-    """A context whose measurements are given; without `damage` asking for it fails."""
+    """A context whose measurements are given; asking for any other fails."""
     plan = StagePlan(ModelRef("tiny", "llama", BLOCKS), tuple(range(BLOCKS)), decode)
-    return SelectionContext(plan, KV, lambda: mass, lambda block, _: (damage or {})[block])
+    unknown: dict[object, float] = {}
+    return SelectionContext(
+        plan, KV, lambda: mass, lambda block, _: (damage or {})[block], lambda rules, _: unknown["energy"],
+        lambda rules: unknown["recall"],
+    )  # fmt: skip
 
 
 masses = st.lists(st.floats(0, 1), min_size=BLOCKS, max_size=BLOCKS).map(lambda values: dict(enumerate(values)))

@@ -19,6 +19,7 @@ from pdtrim_pl.plan.codec import FORMS, Form
 from pdtrim_pl.selectors import BudgetSelector, SelectionContext
 from pdtrim_pl.selectors.allocation import Allocation, codec_of
 from pdtrim_pl.staged import BlockKV, Slots, StagedCausalLM
+from pdtrim_pl.staged.cache import keeper
 from pdtrim_pl.wire.codecs import encoded_keys, encoded_values, transferred
 from pdtrim_pl.wire.packing import DamagedBlock, packed, packed_codes, unpacked, unpacked_codes
 from pdtrim_pl.wire.rotation import rotated
@@ -182,7 +183,7 @@ def test_prompts_of_which_decode_gets_nothing_cross_too(form: Form) -> None:
     whole = staged(one, response, plan=plan).hidden
     assert torch.equal(staged(one, response, plan=plan, policy=policy).hidden, whole)
     cache = staged.prefill(one[:, :0], plan=plan).cache
-    assert len(cache.blocks[0].sent(rule)) == 0
+    assert len(keeper()(cache.blocks[0], rule).packed(rule.codec)) == 0
     streams = unpacked(torch.empty(0, dtype=torch.uint8), [0, 0], rule.codec, 2, 8, torch.float32)
     assert [stream.decoded().shape[2] for stream in streams] == [0, 0]
 
@@ -192,7 +193,7 @@ def test_numbers_that_are_not_finite_are_told_where_they_are_written() -> None:
     values[0, 0, 2, 1] = torch.inf
     slots = Slots(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(FloatingPointError, match="Keys or values of the prompt are not finite"):
-        BlockKV(keys, values, slots).sent(Retention(codec=Codec("int4", "int4")))
+        BlockKV(keys, values, slots).packed(Codec("int4", "int4"))
 
 
 # The choice of bits

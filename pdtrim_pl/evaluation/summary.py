@@ -57,8 +57,8 @@ class Summary:
     export: str | None = None
     """Where the export lies."""
     recall: tuple[float, float, float] | None = None
-    """Recall of repeated prompts of teacher, dropped and distilled, each under what it sends; None where no prompt can
-    be repeated within the context."""
+    """Recall of repeated prompts of teacher, dropped and distilled, each under what it sends; None where it was not
+    measured."""
 
     @property
     def kv_reduction(self) -> float | None:
@@ -198,7 +198,7 @@ def summarise(
         distilled = quality_against(reference, student)
         dropped = quality_against(reference, base or teacher, plan=bare, policy=student.policy)
         again = requests_within(teacher, reference.batches, REPEATED)
-        recall = again and (
+        recall = (
             measure_recall(teacher, again),
             measure_recall(base or teacher, again, plan=bare, policy=student.policy),
             measure_recall(student, again),
@@ -215,7 +215,7 @@ def summarise(
         kv_full_bytes=policy.full_bytes(plan, kv_prompt_tokens),
         kv_sent_bytes=policy.sent_bytes(plan, kv_prompt_tokens),
         export=None if export is None else str(export),
-        recall=recall or None,
+        recall=recall,
     )
 
 

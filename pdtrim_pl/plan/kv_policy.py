@@ -43,6 +43,11 @@ class KVShape:
             raise UserError(f"`kv` needs at least one head and one dimension, got {self}.")
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Key/value heads, head dimension, bytes of an element: what `Codec.row_bytes` counts with."""
+        return self.num_key_value_heads, self.head_dim, BYTES_PER_ELEMENT[self.dtype]
+
+    @property
     def bytes_per_position(self) -> int:
         """Bytes of one position's key and value in one block."""
         return 2 * self.num_key_value_heads * self.head_dim * BYTES_PER_ELEMENT[self.dtype]
@@ -94,8 +99,7 @@ class KVRetentionPolicy:
 
     def block_bytes(self, block: int, positions: int) -> int:
         """Bytes of one block's KV on the wire, for a prompt of which the prefill node handled `positions`."""
-        kv = self.kv
-        return self.rule(block).bytes_sent(positions, kv.num_key_value_heads, kv.head_dim, BYTES_PER_ELEMENT[kv.dtype])
+        return self.rule(block).bytes_sent(positions, *self.kv.sizes)
 
     def codecs(self, plan: StagePlan) -> dict[str, list[int]]:
         """How blocks of D write what they send, in words -> those blocks; blocks without a codec are left out."""

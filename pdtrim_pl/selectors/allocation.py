@@ -6,16 +6,13 @@ contract; those of finer forms follow from them, for rounding noise falls by fou
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pdtrim_pl.plan import BYTES_PER_ELEMENT, NO_CODEC, Codec, Retention, handled_positions
+from pdtrim_pl.plan import NO_CODEC, Codec, Retention, handled_positions
 from pdtrim_pl.plan.codec import Form
 from pdtrim_pl.selectors.base import SelectionContext
-
-log = logging.getLogger(__name__)
 
 Side = Literal["keys", "values"]
 Part = tuple[int, Side]
@@ -148,12 +145,9 @@ class Allocation:
             choice = {**choice, part: form}
 
     def _part_bytes(self, side: Side, form: Form) -> int:
-        kv, plan = self.context.kv_shape, self.context.plan
-        positions = handled_positions(self.prompt_tokens, plan.boundary)
-        sizes = codec_of(form, form).part_bytes(
-            positions, kv.num_key_value_heads, kv.head_dim, BYTES_PER_ELEMENT[kv.dtype]
-        )
-        return sizes[0 if side == "keys" else 1]
+        positions = handled_positions(self.prompt_tokens, self.context.plan.boundary)
+        keys, values = codec_of(form, form).part_bytes(positions, *self.context.kv_shape.sizes)
+        return keys if side == "keys" else values
 
 
 def codec_of(keys: Form, values: Form) -> Codec:

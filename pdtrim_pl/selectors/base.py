@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import inf
 from pathlib import Path
@@ -21,15 +21,6 @@ from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
-
-def _not_measured(rules: Mapping[int, Retention]) -> float:
-    raise NotImplementedError
-
-
-def _no_energy(rules: Mapping[int, Retention], examples: int) -> float:
-    raise NotImplementedError
-
-
 REPEATED = 32
 """Calibration examples whose prompts are repeated, at most, to measure recall."""
 
@@ -43,16 +34,23 @@ class SelectionContext:
     measure_mass: Callable[[], Mapping[int, float]]
     damage: Callable[[int, Retention], float]
     """Mean KL(teacher || student) in nats per response token when only that block of D is trimmed by that rule."""
-    energy: Callable[[Mapping[int, Retention], int], float] = _no_energy
+    energy: Callable[[Mapping[int, Retention], int], float]
     """Mean KL(teacher || student) in nats per response token under some rules, over so many calibration requests and as
     many whose response repeats the prompt: running text hardly looks back, and losing the prompt looks free on it."""
-    recall: Callable[[Mapping[int, Retention]], float] = _not_measured
-    """Share of the tokens of repeated prompts that the student finds under some rules, teacher-forced."""
+    measure_recall: Callable[[Mapping[int, Retention]], float]
+    _recalled: dict[frozenset[tuple[int, Retention]], float] = field(default_factory=dict, init=False)
 
     @cached_property
     def mass(self) -> Mapping[int, float]:
         """Attention mass of the selector's rule, per block of D (see `evaluation.attention`)."""
         return self.measure_mass()
+
+    def recall(self, rules: Mapping[int, Retention]) -> float:
+        """Share of the tokens of repeated prompts that the student finds under some rules, teacher-forced."""
+        key = frozenset(rules.items())
+        if key not in self._recalled:
+            self._recalled[key] = self.measure_recall(rules)
+        return self._recalled[key]
 
     def sent_ratio(self, rules: Mapping[int, Retention], prompt_tokens: int = 1024) -> float:
         """Bytes of the unpruned model sending everything over bytes sent under `rules`, for one prompt."""
@@ -152,10 +150,9 @@ def selection_context(
         with eval_mode(student), eval_mode(teacher):
             return evaluator(examples).energy(plan, policy(rules))
 
-    @cache
-    def recalled(rules: frozenset[tuple[int, Retention]]) -> float:
+    def recall(rules: Mapping[int, Retention]) -> float:
         ranks.leave_if_asked()
-        chosen, requests = policy(dict(rules)), repeated()
+        chosen, requests = policy(rules), repeated()
 
         def found(batch: Batch) -> tuple[int, int]:
             return recalled_tokens(student, batch, plan=plan, policy=chosen)
@@ -167,9 +164,6 @@ def selection_context(
                 counts = [found(batch) for batch in requests]
         right, tokens = (sum(column) for column in zip(*counts, strict=True))
         return right / tokens
-
-    def recall(rules: Mapping[int, Retention]) -> float:
-        return recalled(frozenset(rules.items()))
 
     def mass() -> Mapping[int, float]:
         found, *_ = ranks.together(lambda: attention_mass(student, held, first=first, last=last, device=device))

@@ -70,7 +70,7 @@ class PairMeasures:
             plan, shape, mass,
             damage=lambda block, rule: self._kl(policy({block: rule}), self.plain),
             energy=lambda rules, examples: self._kl(policy(rules), self.plain + self.repeated),
-            recall=lambda rules: self._recall(policy(rules)),
+            measure_recall=lambda rules: self._recall(policy(rules)),
         )  # fmt: skip
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.plan import NO_CODEC, STAGES, KVRetentionPolicy, Retention, Stage, StagePlan
-from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots
+from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots, keeper
 from pdtrim_pl.wire.packing import unpacked
 
 RANKS: dict[Stage, int] = {"prefill": 0, "decode": 1}
@@ -129,16 +129,12 @@ def send_handover(link: Link, handover: Handover, plan: StagePlan, policy: KVRet
     vocabulary = 0 if handover.logits is None else handover.logits.shape[-1]
     header = link.send(torch.tensor([len(handover.tokens), vocabulary]))
     header += link.send(torch.stack([handover.cache.lengths, handover.tokens]).to(torch.int64))
-    kv_bytes = 0
-    kept: dict[tuple[int, Retention], tuple[Tensor, Slots]] = {}
+    kv_bytes, keep = 0, keeper()
     # One message per block: so few cost nothing beside the bytes, and packing copies one block at a time.
     for index in plan.decode:
         block, rule = handover.cache.blocks[index], policy.rule(index)
         assert block.keys.dtype == wire_dtype(policy)
-        key = (id(block.slots), rule.written_as(NO_CODEC))
-        if key not in kept:
-            kept[key] = block.slots.kept_by(rule)
-        kv_bytes += link.send(block.sent(rule, kept[key]))
+        kv_bytes += link.send(keep(block, rule).packed(rule.codec))
     if handover.logits is not None:
         header += link.send(handover.logits.float())
     settle(link.device)
@@ -156,17 +152,17 @@ def receive_handover(
     kv_bytes = 0
     slots: dict[Retention, Slots] = {}
     blocks: dict[int, BlockKV] = {}
+    handled = lengths.tolist()
+    heads, width, dtype = policy.kv.num_key_value_heads, policy.kv.head_dim, wire_dtype(policy)
     for index in plan.decode:
         rule = policy.rule(index)
         positions = rule.written_as(NO_CODEC)
         if positions not in slots:
-            slots[positions] = _slots(rule, lengths.tolist(), device)
-        handled = lengths.tolist()
+            slots[positions] = _slots(rule, handled, device)
         size = sum(policy.block_bytes(index, length) for length in handled)
         data = link.receive((size,), torch.uint8).to(device)
         kv_bytes += data.nbytes
         counts = [rule.kept(length) for length in handled]
-        heads, width, dtype = policy.kv.num_key_value_heads, policy.kv.head_dim, wire_dtype(policy)
         keys, values = unpacked(data, counts, rule.codec, heads, width, dtype)
         blocks[index] = BlockKV(keys.decoded().to(dtype), values.decoded().to(dtype), slots[positions])
     logits = None

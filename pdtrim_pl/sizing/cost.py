@@ -239,7 +239,7 @@ class CostModel:
 
 @lru_cache(maxsize=4096)
 def _sent_bytes(rule: Retention, positions: int, kv: KVShape) -> int:
-    return rule.bytes_sent(positions, kv.num_key_value_heads, kv.head_dim, BYTES_PER_ELEMENT[kv.dtype])
+    return rule.bytes_sent(positions, *kv.sizes)
 
 
 @lru_cache(maxsize=4096, typed=True)  # typed: 1 token is not a share of 1.0

@@ -5,7 +5,7 @@ Shapes: B batch, K key/value heads, N cached entries, T new tokens, D head dimen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,23 +66,18 @@ class BlockKV:
         keys, values = transferred(self.keys, self.values, self.slots.valid.sum(dim=1), codec)
         return BlockKV(keys, values, self.slots)
 
-    def sent(self, rule: Retention, kept: tuple[Tensor, Slots] | None = None) -> Tensor:
-        """The bytes that a rule puts on the wire of these entries, uint8.
-
-        Args:
-            rule: which positions, and how they are written.
-            kept: what `Slots.kept_by` says of the rule, where it is known.
+    def packed(self, codec: Codec) -> Tensor:
+        """These left-justified entries as the bytes that cross under a codec, uint8.
 
         Raises:
             FloatingPointError: keys or values that are to be rounded are not finite.
         """
-        block = self.at(*(kept or self.slots.kept_by(rule)))
-        counts = block.slots.valid.sum(dim=1)
-        if not block.keys.shape[2]:
+        if not self.keys.shape[2]:
             return torch.empty(0, dtype=torch.uint8, device=self.keys.device)
-        if not rule.codec.is_none and not bool(block.keys.isfinite().all() & block.values.isfinite().all()):
+        if not codec.is_none and not bool(self.keys.isfinite().all() & self.values.isfinite().all()):
             raise FloatingPointError("Keys or values of the prompt are not finite: export the pair in another `dtype`.")
-        keys, values = encoded_keys(block.keys, counts, rule.codec), encoded_values(block.values, counts, rule.codec)
+        counts = self.slots.valid.sum(dim=1)
+        keys, values = encoded_keys(self.keys, counts, codec), encoded_values(self.values, counts, codec)
         return packed(keys, values, counts.tolist())
 
 
@@ -99,18 +94,27 @@ class KVCache:
         """What decode gets of a prompt's cache under `policy`; gradients flow through it, and through codecs."""
         if policy is None:
             return self
-        kept: dict[tuple[int, Retention], tuple[Tensor, Slots]] = {}
-        blocks: dict[int, BlockKV] = {}
+        keep, blocks = keeper(), dict[int, BlockKV]()
         for index, block in self.blocks.items():
             rule = policy.rule(index)
-            if rule.is_whole:
-                blocks[index] = block
-                continue
-            key = (id(block.slots), rule.written_as(NO_CODEC))
-            if key not in kept:
-                kept[key] = block.slots.kept_by(rule)
-            blocks[index] = block.at(*kept[key]).transferred(rule.codec)
+            blocks[index] = block if rule.is_whole else keep(block, rule).transferred(rule.codec)
         return KVCache(blocks, self.lengths)
+
+
+def keeper() -> Callable[[BlockKV, Retention], BlockKV]:
+    """A function that takes the entries that a rule keeps of a block, left-justified.
+
+    Blocks that share their slots share those of what is kept.
+    """
+    known: dict[tuple[int, Retention], tuple[Tensor, Slots]] = {}
+
+    def keep(block: BlockKV, rule: Retention) -> BlockKV:
+        key = (id(block.slots), rule.written_as(NO_CODEC))
+        if key not in known:
+            known[key] = block.slots.kept_by(rule)
+        return block.at(*known[key])
+
+    return keep
 
 
 class OneBlockCache:

@@ -8,8 +8,8 @@ Shapes: B batch, K key/value heads, N entries of the longest row, D head dimensi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Stream:
     centres: Tensor | None = None
     """int8, shaped as `steps`."""
     group: int = 1
+    """Positions that share a step and a centre."""
 
     def decoded(self) -> Tensor:
         """The elements, [B, K, N, D]; fp32, or the cache's own type under `none`."""
@@ -119,15 +120,9 @@ def transferred(keys: Tensor, values: Tensor, counts: Tensor, codec: Codec) -> t
     )
 
 
-def group_count(positions: int, codec: Codec) -> int:
-    """Groups of key positions of a row."""
-    return ceil(positions / codec.group)
-
-
-def _straight_through(numbers: Tensor, encode: object) -> Tensor:
-    assert callable(encode)
+def _straight_through(numbers: Tensor, encode: Callable[[Tensor], Stream]) -> Tensor:
     with torch.no_grad():
-        seen: Tensor = encode(numbers.detach()).decoded().to(numbers.dtype)
+        seen = encode(numbers.detach()).decoded().to(numbers.dtype)
     return _StraightThrough.apply(numbers, seen) if numbers.requires_grad else seen
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_pl.plan.codec import CODE_BITS, Codec, Form
-from pdtrim_pl.wire.codecs import FP8, Stream, group_count
+from pdtrim_pl.wire.codecs import FP8, Stream
 
 
 class DamagedBlock(RuntimeError):
@@ -61,14 +61,13 @@ def unpacked(
         nothing = torch.empty(len(counts), heads, 0, width, dtype=dtype, device=data.device)
         return Stream("none", False, nothing), Stream("none", False, nothing)
     reader = _Reader(data)
-    keys = _Rows(codec.keys, codec.rotate_keys, codec.group, len(counts), heads, width, max(counts, default=0), dtype)
-    values = _Rows(codec.values, codec.rotate_values, 0, len(counts), heads, width, max(counts, default=0), dtype)
-    keys.allocate(data.device)
-    values.allocate(data.device)
+    shape = (len(counts), heads, max(counts), width)
+    keys = _Rows(codec.keys, codec.rotate_keys, codec.group, shape, dtype, data.device, means=True)
+    values = _Rows(codec.values, codec.rotate_values, 1, shape, dtype, data.device, means=False)
     for row, count in enumerate(counts):
         if count:
-            keys.read(reader, row, count, codec)
-            values.read(reader, row, count, codec)
+            keys.read(reader, row, count)
+            values.read(reader, row, count)
     return keys.stream(), values.stream()
 
 
@@ -103,15 +102,11 @@ def _row(stream: Stream, row: int, count: int) -> list[Tensor]:
         return [_bytes(stream.scales[row]), _bytes(elements)]
     assert stream.steps is not None
     assert stream.centres is not None
-    if stream.means is None:  # values: [K, N] -> [count, K]
-        parts = [_bytes(stream.scales[row])]
-        parameters = [each[row, :, :count].transpose(0, 1) for each in (stream.steps, stream.centres)]
-    else:  # keys: [K, G, D] -> [groups, K, D]
-        groups = ceil(count / stream.group)
-        parts = [_bytes(stream.means[row]), _bytes(stream.scales[row])]
-        parameters = [each[row, :, :groups].transpose(0, 1) for each in (stream.steps, stream.centres)]
+    parts = [] if stream.means is None else [_bytes(stream.means[row])]
+    places = ceil(count / stream.group)  # keys [K, G, D] -> [places, K, D], values [K, N] -> [places, K]
+    parameters = [each[row, :, :places].transpose(0, 1) for each in (stream.steps, stream.centres)]
     codes = packed_codes(elements.flatten(), CODE_BITS[stream.form])
-    return [*parts, *(_bytes(each.contiguous()) for each in parameters), codes]
+    return [*parts, *map(_bytes, (stream.scales[row], *parameters)), codes]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -132,45 +127,40 @@ class _Reader:
 
 
 class _Rows:
-    """One stream that is filled row by row."""
+    """One stream [B, K, N, D] that is filled row by row; the keys of integer forms have means."""
 
     def __init__(
-        self, form: Form, rotate: bool, group: int, rows: int, heads: int, width: int, entries: int,
-        dtype: torch.dtype,
+        self, form: Form, rotate: bool, group: int, shape: tuple[int, int, int, int], dtype: torch.dtype,
+        device: torch.device, *, means: bool,
     ) -> None:  # fmt: skip
         self.form, self.rotate, self.group = form, rotate, group
-        self.rows, self.heads, self.width, self.entries, self.dtype = rows, heads, width, entries, dtype
+        rows, heads, entries, width = shape
         self.scales: Tensor | None = None
         self.means: Tensor | None = None
         self.steps: Tensor | None = None
         self.centres: Tensor | None = None
-
-    def allocate(self, device: torch.device) -> None:
-        kind = {"none": self.dtype, "fp8": FP8}.get(self.form, torch.uint8)
-        shape = (self.rows, self.heads, self.entries, self.width)
+        kind = {"none": dtype, "fp8": FP8}.get(form, torch.uint8)
         self.raw = torch.zeros(shape, dtype=torch.uint8 if kind == FP8 else kind, device=device).view(kind)
-        if self.form == "none":
-            return
-        self.scales = torch.ones(shape[:2], dtype=torch.bfloat16, device=device)
-        if self.form == "fp8":
-            return
-        parameters: tuple[int, ...] = shape[:3]
-        if self.group:
-            self.means = torch.zeros(self.rows, self.heads, self.width, dtype=torch.bfloat16, device=device)
-            parameters = (self.rows, self.heads, ceil(self.entries / self.group), self.width)
-        self.steps = torch.zeros(parameters, dtype=torch.uint8, device=device)
-        self.centres = torch.zeros(parameters, dtype=torch.int8, device=device)
+        if form != "none":
+            self.scales = torch.ones(rows, heads, dtype=torch.bfloat16, device=device)
+        if form in CODE_BITS:
+            if means:
+                self.means = torch.zeros(rows, heads, width, dtype=torch.bfloat16, device=device)
+            parameters = (rows, heads, ceil(entries / group), *([width] if means else []))
+            self.steps = torch.zeros(parameters, dtype=torch.uint8, device=device)
+            self.centres = torch.zeros(parameters, dtype=torch.int8, device=device)
 
-    def read(self, reader: _Reader, row: int, count: int, codec: Codec) -> None:
-        heads, width = self.heads, self.width
+    def read(self, reader: _Reader, row: int, count: int) -> None:
+        _, heads, _, width = self.raw.shape
         if self.means is not None:
             self.means[row] = reader.take((heads, width), torch.bfloat16)
         if self.scales is not None:
             self.scales[row] = reader.take((heads,), torch.bfloat16)
-        if self.steps is not None and self.centres is not None:
-            each = (group_count(count, codec), heads, width) if self.group else (count, heads)
-            self.steps[row, :, : each[0]] = reader.take(each, torch.uint8).transpose(0, 1)
-            self.centres[row, :, : each[0]] = reader.take(each, torch.int8).transpose(0, 1)
+        for parameter in (self.steps, self.centres):
+            if parameter is not None:
+                places = ceil(count / self.group)
+                found = reader.take((places, heads, *parameter.shape[3:]), parameter.dtype)
+                parameter[row, :, :places] = found.transpose(0, 1)
         if self.form in CODE_BITS:
             bits = CODE_BITS[self.form]
             data = reader.take((ceil(count * heads * width * bits / 8),), torch.uint8)
@@ -183,6 +173,4 @@ class _Rows:
         for name, numbers in (("scales", self.scales), ("means", self.means)):
             if numbers is not None and not bool(torch.isfinite(numbers).all()):
                 raise DamagedBlock(f"The {name} of a packed block are not all finite: its bytes are damaged.")
-        return Stream(
-            self.form, self.rotate, self.raw, self.scales, self.means, self.steps, self.centres, self.group or 1
-        )
+        return Stream(self.form, self.rotate, self.raw, self.scales, self.means, self.steps, self.centres, self.group)

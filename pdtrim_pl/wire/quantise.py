@@ -37,13 +37,14 @@ class Quantised:
             bits: of a code.
             largest: fp32, broadcasts over the groups [...].
         """
-        return _values(self.codes, step_of(self.steps, largest), self.centres, bits)
+        offset = self.centres.float() * (2**bits / 64) - (2**bits - 1) / 2
+        return (self.codes.float() + offset[..., None]) * step_of(self.steps, largest)[..., None]
 
 
 def step_of(steps: Tensor, largest: Tensor) -> Tensor:
     """Steps in fp32 from their bytes; both factors are exact, so one rounding is left."""
-    powers = torch.tensor([2.0 ** (-4 - exponent) for exponent in range(16)], device=steps.device)
-    return largest * ((16 + steps % 16).float() * powers[(steps // 16).long()])
+    powers = ((123 - (steps // 16).int()) << 23).view(torch.float32)  # 2^(-4 - e), by its exponent's bits
+    return largest * ((16 + steps % 16).float() * powers)
 
 
 def largest_step(low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -92,11 +93,6 @@ def quantise(numbers: Tensor, valid: Tensor, low: Tensor, high: Tensor, largest:
         )  # fmt: skip
     assert best is not None
     return best
-
-
-def _values(codes: Tensor, step: Tensor, centres: Tensor, bits: int) -> Tensor:
-    offset = centres.float() * (2**bits / 64) - (2**bits - 1) / 2
-    return (codes.float() + offset[..., None]) * step[..., None]
 
 
 def _step_bytes(step: Tensor, largest: Tensor) -> Tensor:

@@ -19,10 +19,6 @@ def rotated(vectors: Tensor) -> Tensor:
     while half < size:
         pairs = out.reshape(*vectors.shape[:-1], -1, 2, half)
         upper, lower = pairs.unbind(dim=-2)
-        out = _joined(upper + lower, upper - lower).reshape(vectors.shape)
+        out = torch.stack([upper + lower, upper - lower], dim=-2).reshape(vectors.shape)
         half *= 2
     return out * (1 / sqrt(size))
-
-
-def _joined(first: Tensor, second: Tensor) -> Tensor:
-    return torch.stack([first, second], dim=-2)
