@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +10,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from callbacks.export_pair import ExportPair
-from callbacks.preemption import leave_search
 from callbacks.removal_rounds import (
     RemovalRounds,
     calibration_batches,
@@ -19,6 +17,7 @@ from callbacks.removal_rounds import (
     journal_file,
     lasts_until,
     removals_of,
+    searching_ranks,
 )
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
@@ -26,7 +25,6 @@ from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape
 from pdtrim_pl.selectors import KVSelector, selection_context
 from pdtrim_pl.staged.description import kv_shape_of
-from pdtrim_pl.strategies import parallel_of
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +87,7 @@ class KVRetention(Callback):
         module.apply_policy(None)
         shape = _wire_shape(trainer, module)
         with evaluating(module) as (student, teacher):
-            ranks = parallel_of(trainer.strategy, leave_if_asked=partial(leave_search, trainer))
+            ranks = searching_ranks(trainer)
             context = selection_context(
                 student, teacher, calibration_batches(trainer), shape, module.device, self.selector.first,
                 self.selector.last, memory=_memory(trainer), ranks=ranks, journal=journal_file(trainer),

@@ -22,6 +22,7 @@ from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Move, StagePlan, Target
 from pdtrim_pl.search import Guards, distillation_set
 from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
@@ -106,14 +107,18 @@ def scoring_context(
     trainer: Trainer, module: PDTrimModule, student: StagedCausalLM, teacher: StagedCausalLM, memory: SearchMemory
 ) -> ScoringContext:
     """The context of criteria and searches in a run. The first round puts its redundancy into the run's record."""
-    ranks = parallel_of(trainer.strategy, leave_if_asked=partial(leave_search, trainer))
     context = ScoringContext(
-        student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), ranks, journal_file(trainer),
-        memory,
+        student, teacher, calibration_batches(trainer), module.device, _Heartbeat(), searching_ranks(trainer),
+        journal_file(trainer), memory,
     )  # fmt: skip
     if not any(module.record.redundancy.values()):
         module.record.redundancy = context.redundancy
     return context
+
+
+def searching_ranks(trainer: Trainer) -> Parallel:
+    """The processes of a run, which leave between two evaluations of a search if they are asked to."""
+    return parallel_of(trainer.strategy, leave_if_asked=partial(leave_search, trainer))
 
 
 def lasts_until(epoch: int, trainer: Trainer) -> bool:
