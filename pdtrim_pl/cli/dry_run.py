@@ -14,7 +14,6 @@ from typing import Any, TextIO
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import Strategy
 from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
@@ -109,15 +108,8 @@ def layout_of(module: PDTrimModule, trainer: Namespace, model: PreTrainedConfig,
         UserError: a strategy or a precision that is refused.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, Strategy):
-        check_strategy(strategy)
-        check_freezing(strategy, module.loading.freeze_embeddings)
-    elif any(name in str(strategy) for name in ("deepspeed", "fsdp")):
-        raise UserError(
-            f"`trainer.strategy` is {strategy!r}, Lightning's own. Use `strategy: {{class_path: "
-            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or stage 1 or 3, or `strategy: "
-            "{class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`."
-        )
+    check_strategy(strategy)
+    check_freezing(strategy, module.loading.freeze_embeddings)
     short = str(trainer.precision or "32-true")
     precision = {"bf16": "bf16-mixed", "16": "16-mixed"}.get(short, short)  # as Lightning reads them
     loaded = _dtype(module.loading.dtype, model)

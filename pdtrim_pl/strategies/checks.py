@@ -54,12 +54,18 @@ def directory_stage(strategy: Strategy) -> int | None:
     return strategy.stage if isinstance(strategy, PDTrimDeepSpeedStrategy) else None
 
 
-def check_strategy(strategy: Strategy, stage: str = "fit") -> None:
-    """Refuse a strategy that would train something else than what the configuration says.
+def check_strategy(strategy: Strategy | str, stage: str = "fit") -> None:
+    """Refuse a strategy, or the name of one, that would train something else than what the configuration says.
 
     Raises:
         UserError: with the reason and the way out.
     """
+    if isinstance(strategy, str) and any(name in strategy for name in ("deepspeed", "fsdp")):
+        raise UserError(
+            f"`trainer.strategy` is {strategy!r}, Lightning's own. Use `strategy: {{class_path: "
+            "pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or stage 1 or 3, or `strategy: "
+            "{class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`."
+        )
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, PDTrimDeepSpeedStrategy):
         raise UserError(
             f"`trainer.strategy` is Lightning's own {type(strategy).__name__}, which scales accumulated gradients "
@@ -81,7 +87,7 @@ def check_strategy(strategy: Strategy, stage: str = "fit") -> None:
         )
 
 
-def check_freezing(strategy: Strategy, freeze_embeddings: bool) -> None:
+def check_freezing(strategy: Strategy | str, freeze_embeddings: bool) -> None:
     """Refuse frozen embeddings where they would be missing from checkpoints, or where nobody has tried them.
 
     Raises:
