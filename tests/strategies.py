@@ -76,7 +76,8 @@ def any_codec(draw: st.DrawFn) -> Codec:
     """Any way to write keys and values."""
     keys, values = draw(st.sampled_from(FORMS)), draw(st.sampled_from(FORMS))
     rotate = [draw(st.booleans()) and form != "none" for form in (keys, values)]
-    return Codec(keys, values, *rotate, draw(st.sampled_from((1, 3, 64))))
+    exact = 0 if keys == values == "none" else draw(st.integers(0, 4))
+    return Codec(keys, values, *rotate, draw(st.sampled_from((1, 3, 64))), exact)
 
 
 def _some_of(blocks: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,6 +156,8 @@ def test_damaged_bytes_are_refused(form: Form) -> None:
         ({"keys": "int5", "values": "none"}, "`codec.keys` is 'int5', not one of none, fp8"),
         ({"keys": "none", "values": "int4", "rotate": ["keys"]}, "`codec.rotate` names keys"),
         ({"keys": "int4", "values": "int4", "group": 0}, "`codec.group` is 0"),
+        ({"keys": "int4", "values": "int4", "exact": -1}, "`codec.exact` is -1"),
+        ({"keys": "none", "values": "none", "exact": 1}, "`codec.exact` names positions"),
         ({"keys": "int4", "values": "int4", "scale": 2}, r"`codec` has \['scale'\]"),
     ],
 )
@@ -220,6 +223,25 @@ def a_context(recall: float = 1.0) -> SelectionContext:
     return SelectionContext(PLAN, KVShape(2, 64), dict, lambda block, rule: 0.0, lambda rules, _: noise(rules), found)
 
 
+FORGETFUL = (2, 3)
+"""Blocks that lose nothing with their middle positions."""
+
+
+def test_blocks_that_do_not_look_back_are_trimmed_where_bits_alone_do_not_reach_the_reduction() -> None:
+    def energy(rules: Mapping[int, Retention], _: int) -> float:
+        lost = [block for block, rule in rules.items() if rule.keep != "all" and block not in FORGETFUL]
+        return noise(rules) + 100.0 * len(lost)
+
+    context = replace(a_context(), energy=energy, measure_recall=lambda rules: 1.0)
+    rules = BudgetSelector(8.0, prompt_tokens=512).select(context)
+    assert context.sent_ratio(rules, 512) >= 8.0
+    assert {block for block, rule in rules.items() if rule.keep != "all"} == set(FORGETFUL)
+    with pytest.raises(
+        ValueError, match=r"`reduction: 8.0` cannot be reached: with all keys and values in the coarsest"
+    ):
+        BudgetSelector(8.0, prompt_tokens=512, trim=False).select(context)
+
+
 @settings(max_examples=25)
 @given(reduction=st.floats(2.0, 6.5))
 def test_bits_go_where_they_help_most_and_the_budget_is_kept(reduction: float) -> None:
@@ -242,7 +264,9 @@ def test_exchanges_never_cost_bytes_or_quality() -> None:
     allocation = Allocation(context, ("int8", "int4", "int3", "int2"), 512)
     budget = KVRetentionPolicy("prefill", context.kv_shape).full_bytes(PLAN, 512) / 5
     allocation.measure()
-    allocation.damages = {part: dict.fromkeys(allocation.menu, 0.0) for part in allocation.parts}  # a bad prediction
+    allocation.offers = {
+        block: [replace(offer, damage=0.0) for offer in offers] for block, offers in allocation.offers.items()
+    }  # a bad prediction
     worst = allocation.cheapest(budget)
     better = allocation.exchanged(worst, budget)
     assert allocation.bytes_of(better) <= budget
@@ -262,7 +286,7 @@ def test_recall_is_never_traded_for_bytes(caplog: pytest.LogCaptureFixture) -> N
 
 def test_a_reduction_that_no_codec_reaches_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`reduction: 9` cannot be reached: with all keys and values in the coarsest"):
-        BudgetSelector(9, prompt_tokens=512).select(a_context())
+        BudgetSelector(9, prompt_tokens=512, trim=False).select(a_context())
     with pytest.raises(ValueError, match=r"`codecs` is \['int5'\]: give some of none, fp8"):
         BudgetSelector(codecs=["int5"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"`min_recall` is 1.5: give a share"):

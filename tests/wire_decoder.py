@@ -21,7 +21,10 @@ def decode_block(
         for part in ("keys", "values"):
             rotate = part in codec.get("rotate", ())
             group = codec.get("group", 64) if part == "keys" else 0
-            both.append(decode_part(reader, codec[part], rotate, group, (count, heads, width), dtype))
+            exact = min(codec.get("exact", 0), count)
+            first = decode_part(reader, "none", False, 0, (exact, heads, width), dtype)
+            rest = decode_part(reader, codec[part], rotate, group, (count - exact, heads, width), dtype)
+            both.append(np.concatenate([first, rest]))
         rows.append((both[0], both[1]))
     assert reader.place == len(data)
     return rows

@@ -31,7 +31,8 @@ class Codec:
     have them per position and head. `fp8` is e4m3 with one scale per head and row. `none` is the cache's own type.
 
     Raises:
-        UserError: an unknown form, a group below 1, or a rotation of what is not rounded.
+        UserError: an unknown form, a group below 1, a rotation of what is not rounded, or exact positions where
+            nothing is rounded.
     """
 
     keys: Form = "none"
@@ -41,6 +42,9 @@ class Codec:
     rotate_values: bool = False
     group: int = 64
     """Positions that share the step and the centre of a key channel."""
+    exact: int = 0
+    """The first kept positions, which cross in the cache's own type. The first token of a prompt is an attention sink:
+    its keys are far larger than all others and would coarsen the steps of their group."""
 
     def __post_init__(self) -> None:
         for name, form, rotated in (("keys", self.keys, self.rotate_keys), ("values", self.values, self.rotate_values)):
@@ -52,6 +56,10 @@ class Codec:
                 )
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
             raise UserError(f"`codec.group` is {self.group!r}: give a number of positions, at least 1.")
+        if isinstance(self.exact, bool) or not isinstance(self.exact, int) or self.exact < 0:
+            raise UserError(f"`codec.exact` is {self.exact!r}: give a number of positions, at least 0.")
+        if self.exact and self.is_none:
+            raise UserError("`codec.exact` names positions, and `codec` rounds none: leave it out.")
 
     @property
     def is_none(self) -> bool:
@@ -73,13 +81,15 @@ class Codec:
         """Bytes of the keys and of the values alone; arguments as of `row_bytes`."""
         if not positions:
             return 0, 0
+        exact = min(self.exact, positions)
+        whole, positions = exact * heads * width * element_bytes, positions - exact
         elements = positions * heads * width
         groups = ceil(positions / self.group) * heads * width
         keys = heads * width * SCALE_BYTES + groups * PARAMETER_BYTES
         values = positions * heads * PARAMETER_BYTES
         return (
-            _stream_bytes(self.keys, elements, heads, keys, element_bytes),
-            _stream_bytes(self.values, elements, heads, values, element_bytes),
+            whole + _stream_bytes(self.keys, elements, heads, keys, element_bytes),
+            whole + _stream_bytes(self.values, elements, heads, values, element_bytes),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -90,6 +100,8 @@ class Codec:
             out["rotate"] = rotated
         if self.keys in CODE_BITS:
             out["group"] = self.group
+        if self.exact:
+            out["exact"] = self.exact
         return out
 
     @classmethod
@@ -99,15 +111,15 @@ class Codec:
         Raises:
             UserError: an unknown key or value.
         """
-        unknown = sorted(set(data) - {"keys", "values", "rotate", "group"})
+        unknown = sorted(set(data) - {"keys", "values", "rotate", "group", "exact"})
         rotate = list(data.get("rotate", ()))
         if unknown or not set(rotate) <= {"keys", "values"}:
             raise UserError(
-                f"`codec` has {unknown or rotate}, and knows keys, values, rotate (of these two) and group."
+                f"`codec` has {unknown or rotate}, and knows keys, values, rotate (of these two), group and exact."
             )
         return cls(
             data.get("keys", "none"), data.get("values", "none"), "keys" in rotate, "values" in rotate,
-            data.get("group", 64),
+            data.get("group", 64), data.get("exact", 0),
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -118,7 +130,7 @@ NO_CODEC = Codec()
 
 
 def _stream_bytes(form: Form, elements: int, heads: int, parameters: int, element_bytes: int) -> int:
-    if form == "none":
+    if form == "none" or not elements:
         return elements * element_bytes
     if form == "fp8":
         return heads * SCALE_BYTES + elements

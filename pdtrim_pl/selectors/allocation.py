@@ -1,157 +1,217 @@
-"""How many bits keys and values of each block get, for a number of bytes: the least damage.
+"""Which positions each block sends and in how many bits, for a number of bytes: the least damage.
 
-A *part* is the keys or the values of one block. Damages of the two coarsest forms are measured part by part, under the
-contract; those of finer forms follow from them, for rounding noise falls by four with every bit, and the KL with it.
+A *side* is the keys or the values of one block. Damages of the two coarsest forms are measured side by side, under the
+contract. Those of finer forms follow from them, because rounding noise falls by four with every bit, and the KL with
+it. A block may also send its first and last positions alone; that damage is measured too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, product
 from typing import Literal
 
-from pdtrim_pl.plan import NO_CODEC, Codec, Retention, handled_positions
+from pdtrim_pl.plan import KEEP_ALL, NO_CODEC, Codec, Retention, handled_positions
 from pdtrim_pl.plan.codec import Form
 from pdtrim_pl.selectors.base import SelectionContext
 
 Side = Literal["keys", "values"]
-Part = tuple[int, Side]
-Choice = Mapping[Part, Form]
+SIDES: tuple[Side, ...] = ("keys", "values")
+Choice = Mapping[int, Retention]
 NOISE_BITS: Mapping[Form, float] = {"none": 16.0, "fp8": 5.0, "int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0}
 """Bits of an integer form that rounds as coarsely; e4m3 keeps three bits of a number, whatever its size."""
 MEASURED = 2
-"""Forms of a part that are measured, the coarsest ones."""
+"""Forms of a side that are measured, the coarsest ones."""
+TRIMMED_BITS = 4
+"""A trimmed block sends so few positions that bits are better saved elsewhere."""
+SINKS = 1
+"""First positions that cross as they are: in 3 bits this more than halves the KL for 1 % of the bytes."""
 STEPS = 60
 """Halvings of the interval of prices."""
 
 
+@dataclass(frozen=True)
+class Offer:
+    """One rule that a block may have."""
+
+    rule: Retention
+    size: int
+    """Bytes of one request."""
+    damage: float
+    """Predicted rise of the KL, nats."""
+
+
 @dataclass
 class Allocation:
-    """Chooses a form for every part.
+    """Chooses a rule for every block.
 
     Args:
         context: of the selector.
-        forms: what a part may be written as, besides `none`.
+        forms: what keys or values may be written as, besides `none`.
         prompt_tokens: length of the prompt at which bytes are counted.
         examples: requests that damages are measured on, and as many that repeat their prompt.
+        trimmed: the positions that a block may send instead of all; None: every block sends all.
     """
 
     context: SelectionContext
     forms: Sequence[Form]
     prompt_tokens: int
     examples: int = 8
-    damages: dict[Part, dict[Form, float]] = field(default_factory=dict)
+    trimmed: Retention | None = None
+    offers: dict[int, list[Offer]] = field(default_factory=dict)
+    """Of every block, from `measure`."""
 
     def __post_init__(self) -> None:
-        self.parts: list[Part] = [(block, side) for block in self.context.plan.decode for side in ("keys", "values")]
+        self.blocks = self.context.plan.decode
         self.menu: list[Form] = sorted({"none", *self.forms}, key=lambda form: -NOISE_BITS[form])
-        self._bytes = {(side, form): self._part_bytes(side, form) for side in ("keys", "values") for form in self.menu}
+        self._positions = handled_positions(self.prompt_tokens, self.context.plan.boundary)
+        if self.trimmed is not None:
+            fine = [form for form in self.menu if NOISE_BITS[form] >= TRIMMED_BITS]
+            self.trimmed = self.trimmed.written_as(codec_of(fine[-1], fine[-1]))
+
+    @property
+    def smallest(self) -> dict[int, Retention]:
+        """The choice of least bytes."""
+        return dict.fromkeys(self.blocks, min(self._rules(), key=self.size_of))
 
     def rules(self, choice: Choice) -> dict[int, Retention]:
-        """The rules of a choice; a block whose parts both cross as they are has none."""
-        codecs = {block: codec_of(choice[block, "keys"], choice[block, "values"]) for block in self.context.plan.decode}
-        return {block: Retention(codec=codec) for block, codec in codecs.items() if not codec.is_none}
+        """The rules of a choice; a block that sends everything as it is has none."""
+        return {block: rule for block, rule in choice.items() if not rule.is_whole}
+
+    def size_of(self, rule: Retention) -> int:
+        """Bytes of one block of one request."""
+        return rule.bytes_sent(self._positions, *self.context.kv_shape.sizes)
 
     def bytes_of(self, choice: Choice) -> int:
         """Bytes of one request."""
-        return sum(self._bytes[side, form] for (_, side), form in choice.items())
+        return sum(self.size_of(rule) for rule in choice.values())
 
     def energy(self, choice: Choice) -> float:
         """KL to the teacher under a choice, nats; every rank must call it."""
         return self.context.energy(self.rules(choice), self.examples)
 
     def measure(self) -> None:
-        """Measure every part alone; every rank must call it."""
-        nothing: dict[Part, Form] = dict.fromkeys(self.parts, "none")
-        base, coarse = self.energy(nothing), self.menu[-MEASURED:]
-        for part in self.parts:
-            found = {form: self.energy({**nothing, part: form}) - base for form in coarse}
-            finest = coarse[0]
-            for form in self.menu:
-                bits = NOISE_BITS[form] - NOISE_BITS[finest]
-                value = found.get(form, found[finest] * 4.0**-bits)
-                self.damages.setdefault(part, {})[form] = 0.0 if form == "none" else max(value, 0.0)
+        """Measure every side, and every block's trimmed positions, alone; every rank must call it."""
+        base = self.energy({})
+        for block in self.blocks:
+            sides = {side: self._side_damages(block, side, base) for side in SIDES}
+            lost = 0.0 if self.trimmed is None else max(self.energy({block: self.trimmed}) - base, 0.0)
+            for rule in self._rules():
+                damage = lost if rule == self.trimmed else sum(sides[side][form] for side, form in forms_of(rule))
+                self.offers.setdefault(block, []).append(Offer(rule, self.size_of(rule), damage))
 
-    def cheapest(self, budget: float) -> dict[Part, Form]:
-        """The choice of least predicted damage that takes at most `budget` bytes; the coarsest where none is so small.
+    def _side_damages(self, block: int, side: Side, base: float) -> dict[Form, float]:
+        coarse = [form for form in self.menu[-MEASURED:] if form != "none"]
+        damages: dict[Form, float] = {
+            form: max(self.energy({block: written(side, form)}) - base, 0.0) for form in coarse
+        }
+        finest = coarse[0]
+        for form in self.menu:
+            if form not in damages:
+                damages[form] = damages[finest] * 4.0 ** (NOISE_BITS[finest] - NOISE_BITS[form])
+        return {**damages, "none": 0.0}
+
+    def cheapest(self, budget: float) -> dict[int, Retention]:
+        """The choice of least predicted damage that takes at most `budget` bytes; the smallest where none is so small.
 
         One price for a byte, found by bisection (Lagrange); what is left of the budget goes where a byte helps most.
         """
         low, high = 1e-18, 1e6
-        best = dict.fromkeys(self.parts, self.menu[-1])
+        best = self.smallest
         for _ in range(STEPS):
             price = (low * high) ** 0.5
-            choice = {part: self._best_form(part, price) for part in self.parts}
+            choice = {
+                block: min(offers, key=lambda offer: offer.damage + price * offer.size).rule
+                for block, offers in self.offers.items()
+            }
             if self.bytes_of(choice) > budget:
                 low = price
             else:
                 high, best = price, choice
         return self.filled_up(best, budget)
 
-    def exchanged(self, choice: Choice, budget: float) -> dict[Part, Form]:
-        """Give one part a finer form and another one a coarser, as long as the joint energy falls; all ranks together.
+    def filled_up(self, choice: Choice, budget: float) -> dict[int, Retention]:
+        """Larger rules for a choice, one after the other where a byte helps most, up to `budget` bytes."""
+        filled = dict(choice)
+        while True:
+            left = budget - self.bytes_of(filled)
+            steps = [
+                ((now.damage - offer.damage) / (offer.size - now.size), block, offer.rule)
+                for block, now in self._offered(filled).items()
+                for offer in self.offers[block]
+                if 0 < offer.size - now.size <= left and offer.damage <= now.damage
+            ]
+            if not steps:
+                return filled
+            _, block, rule = max(steps, key=lambda step: step[0])
+            filled[block] = rule
 
-        What one step up saves and one step down costs is measured once for every part, with all others as chosen.
+    def exchanged(self, choice: Choice, budget: float) -> dict[int, Retention]:
+        """Give one block a larger rule and another one a smaller, as long as the joint energy falls.
+
+        What one step up saves and one step down costs is measured once for every block, with all others as chosen.
+        Every rank must call it.
         """
         best, energy = dict(choice), self.energy(choice)
-        saves = self._steps(best, -1, energy)
-        costs = self._steps(best, +1, energy)
-        sums = ((saves[up] + costs[down], up, down) for up in saves for down in costs if up != down)
-        pairs = sorted(sums, key=lambda pair: pair[0])
-        moved: set[Part] = set()
-        for gain, up, down in pairs:
-            if gain >= 0:
+        steps = [(block, rule) for block, rule in best.items() for rule in self._neighbours(rule)]
+        rises = {step: self.energy({**best, step[0]: step[1]}) - energy for step in steps}
+        more = {step: self.size_of(step[1]) - self.size_of(best[step[0]]) for step in steps}
+        pairs = [
+            (rises[up] + rises[down], up, down)
+            for up, down in product(steps, steps)
+            if more[up] > 0 > more[down] and up[0] != down[0]
+        ]
+        moved: set[int] = set()
+        for rise, up, down in sorted(pairs, key=lambda pair: pair[0]):
+            if rise >= 0:
                 break
-            if moved & {up, down}:
-                continue
-            tried = {**best, up: self._neighbour(best[up], -1), down: self._neighbour(best[down], +1)}
-            if self.bytes_of(tried) > budget:
+            tried = {**best, up[0]: up[1], down[0]: down[1]}
+            if moved & {up[0], down[0]} or self.bytes_of(tried) > budget:
                 continue
             found = self.energy(tried)
             if found >= energy:
                 break
             best, energy = tried, found
-            moved |= {up, down}
+            moved |= {up[0], down[0]}
         return best
 
-    def _steps(self, choice: Choice, step: int, energy: float) -> dict[Part, float]:
-        """Change of the joint energy if a part alone takes the next form, for all parts that can."""
-        changed = {part: {**choice, part: form} for part, form in self._neighbours(choice, step).items()}
-        return {part: self.energy(other) - energy for part, other in changed.items()}
+    def _offered(self, choice: Choice) -> dict[int, Offer]:
+        return {
+            block: next(offer for offer in self.offers[block] if offer.rule == rule) for block, rule in choice.items()
+        }
 
-    def _neighbours(self, choice: Choice, step: int) -> dict[Part, Form]:
-        found = {part: self._neighbour(form, step) for part, form in choice.items()}
-        return {part: form for part, form in found.items() if form != choice[part]}
+    def _rules(self) -> list[Retention]:
+        """Every rule that a block may have."""
+        whole = [KEEP_ALL.written_as(codec_of(keys, values)) for keys, values in product(self.menu, self.menu)]
+        return whole if self.trimmed is None else [*whole, self.trimmed]
 
-    def _neighbour(self, form: Form, step: int) -> Form:
-        """The next finer (-1) or coarser (+1) form; itself at the end."""
-        return self.menu[min(max(self.menu.index(form) + step, 0), len(self.menu) - 1)]
+    def _neighbours(self, rule: Retention) -> Iterator[Retention]:
+        """The rules that are one step away: the next form of one side, or trimmed positions."""
+        if rule == self.trimmed:
+            yield KEEP_ALL.written_as(codec_of(self.menu[-1], self.menu[-1]))
+            return
+        for form, other in [*pairwise(self.menu), *pairwise(self.menu[::-1])]:
+            if rule.codec.keys == form:
+                yield KEEP_ALL.written_as(codec_of(other, rule.codec.values))
+            if rule.codec.values == form:
+                yield KEEP_ALL.written_as(codec_of(rule.codec.keys, other))
+        if self.trimmed is not None:
+            yield self.trimmed
 
-    def _best_form(self, part: Part, price: float) -> Form:
-        return min(self.menu, key=lambda form: self.damages[part][form] + price * self._bytes[part[1], form])
 
-    def filled_up(self, choice: dict[Part, Form], budget: float) -> dict[Part, Form]:
-        """Finer forms for a choice, one after the other where a byte helps most, up to `budget` bytes."""
-        while True:
-            left = budget - self.bytes_of(choice)
-            offers = [
-                ((self.damages[part][choice[part]] - self.damages[part][form]) / more, part, form)
-                for part, form in self._neighbours(choice, -1).items()
-                if 0 < (more := self._bytes[part[1], form] - self._bytes[part[1], choice[part]]) <= left
-            ]
-            if not offers:
-                return choice
-            _, part, form = max(offers, key=lambda offer: offer[0])
-            choice = {**choice, part: form}
+def forms_of(rule: Retention) -> list[tuple[Side, Form]]:
+    """Forms of both sides."""
+    return [("keys", rule.codec.keys), ("values", rule.codec.values)]
 
-    def _part_bytes(self, side: Side, form: Form) -> int:
-        positions = handled_positions(self.prompt_tokens, self.context.plan.boundary)
-        keys, values = codec_of(form, form).part_bytes(positions, *self.context.kv_shape.sizes)
-        return keys if side == "keys" else values
+
+def written(side: Side, form: Form) -> Retention:
+    """The rule that sends all positions, of which one side is written in a form."""
+    return KEEP_ALL.written_as(codec_of(form, "none") if side == "keys" else codec_of("none", form))
 
 
 def codec_of(keys: Form, values: Form) -> Codec:
-    """The codec of two forms: what is rounded to integers is rotated before, which costs no byte and halves the KL."""
+    """The codec of two forms: what is rounded to integers is rotated before, and attention sinks cross as they are."""
     if keys == values == "none":
         return NO_CODEC
-    return Codec(keys, values, rotate_keys=keys.startswith("int"), rotate_values=values.startswith("int"))
+    return Codec(keys, values, rotate_keys=keys.startswith("int"), rotate_values=values.startswith("int"), exact=SINKS)

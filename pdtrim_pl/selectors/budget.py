@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import KEEP_ALL, KVRetentionPolicy, Retention
 from pdtrim_pl.plan.codec import FORMS, Form
-from pdtrim_pl.selectors.allocation import Allocation, Part
+from pdtrim_pl.selectors.allocation import Allocation
 from pdtrim_pl.selectors.base import KVSelector, SelectionContext
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,9 @@ class Effort:
 class BudgetSelector(KVSelector):
     """Reaches a reduction of the bytes on the wire at the least damage.
 
-    With codecs every position crosses, and keys and values of each block get the number of bits that costs the least KL
-    to the teacher for the bytes. With `codecs: [none]` blocks are trimmed to their first and last positions, as few as
+    With codecs, keys and values of each block get the number of bits, or the block the trimmed positions, that cost the
+    least KL to the teacher for the bytes. That KL counts requests that repeat their prompt, so blocks that find text in
+    the prompt keep it. With `codecs: [none]` blocks are trimmed to their first and last positions, as few as
     reach the reduction; prompts then lose their middle. The reduction counts against the unpruned model sending
     everything, so decode blocks that were dropped are part of it. The default is the figure of PDTrim (arXiv
     2509.04467).
@@ -56,6 +57,7 @@ class BudgetSelector(KVSelector):
         order: of trimming: `mass` takes blocks in descending attention mass; `damage` in ascending KL to the teacher
             when only that block is trimmed, which costs one decode pass over the calibration data a block.
         prompt_tokens: length of the prompt at which the bytes are counted.
+        trim: with codecs, whether a block may also send its first and last positions alone.
 
     Raises:
         UserError: an argument out of range; and from `select`, a reduction that cannot be reached.
@@ -71,6 +73,7 @@ class BudgetSelector(KVSelector):
         codecs: Sequence[Form] = INTEGERS,
         min_recall: float = 0.97,
         effort: Effort = Effort(),
+        trim: bool = True,
     ) -> None:
         super().__init__(first, last)
         if reduction < 1.0:
@@ -84,7 +87,7 @@ class BudgetSelector(KVSelector):
         if not 0.0 <= min_recall <= 1.0:
             raise UserError(f"`min_recall` is {min_recall!r}: give a share, from 0 to 1.")
         self.reduction, self.order, self.prompt_tokens = reduction, order, prompt_tokens
-        self.codecs, self.min_recall, self.effort = tuple(codecs), min_recall, effort
+        self.codecs, self.min_recall, self.effort, self.trim = tuple(codecs), min_recall, effort, trim
 
     @property
     def looks_at_mass(self) -> bool:
@@ -96,12 +99,12 @@ class BudgetSelector(KVSelector):
     # Codecs
 
     def _coded(self, context: SelectionContext) -> dict[int, Retention]:
-        allocation = Allocation(context, self.codecs, self.prompt_tokens, self.effort.examples)
+        trimmed = self.rule if self.trim else None
+        allocation = Allocation(context, self.codecs, self.prompt_tokens, self.effort.examples, trimmed)
         everything = KVRetentionPolicy(context.plan.boundary, context.kv_shape).full_bytes(
             context.plan, self.prompt_tokens
         )
-        coarsest = dict.fromkeys(allocation.parts, allocation.menu[-1])
-        self._check_codecs_reach(everything / allocation.bytes_of(coarsest))
+        self._check_codecs_reach(everything / allocation.bytes_of(allocation.smallest))
         allocation.measure()
         budget = everything / self.reduction
         choice = allocation.cheapest(budget)
@@ -117,13 +120,13 @@ class BudgetSelector(KVSelector):
         return dict(sorted(allocation.rules(choice).items()))
 
     def _above_the_floor(
-        self, context: SelectionContext, allocation: Allocation, choice: dict[Part, Form], budget: float
-    ) -> dict[Part, Form]:
+        self, context: SelectionContext, allocation: Allocation, choice: dict[int, Retention], budget: float
+    ) -> dict[int, Retention]:
         """The choice with as many more bytes as it needs to recall enough, found by bisection."""
         least = self.min_recall * context.recall({})  # of what the student finds when everything crosses
         if context.recall(allocation.rules(choice)) >= least:
             return choice
-        low, high = budget, float(allocation.bytes_of(dict.fromkeys(allocation.parts, allocation.menu[0])))
+        low, high = budget, float(allocation.bytes_of(dict.fromkeys(allocation.blocks, KEEP_ALL)))
         enough = allocation.filled_up(choice, high)
         for _ in range(FLOOR_STEPS):
             middle = (low * high) ** 0.5
@@ -138,8 +141,9 @@ class BudgetSelector(KVSelector):
         if most < self.reduction:
             raise UserError(
                 f"`reduction: {self.reduction}` cannot be reached: with all keys and values in the coarsest of "
-                f"`codecs: {list(self.codecs)}`, a prompt of {self.prompt_tokens} tokens sends {_floor(most):.2f} "
-                "times fewer bytes. Lower `reduction` to that, allow a coarser codec, or drop more decode blocks."
+                f"`codecs: {list(self.codecs)}`{' and all blocks trimmed' if self.trim else ''}, a prompt of "
+                f"{self.prompt_tokens} tokens sends {_floor(most):.2f} times fewer bytes. Lower `reduction` to that, "
+                "allow a coarser codec, or drop more decode blocks."
             )
 
     # Trimmed positions

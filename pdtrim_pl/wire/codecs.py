@@ -8,8 +8,8 @@ Shapes: B batch, K key/value heads, N entries of the longest row, D head dimensi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ from pdtrim_pl.wire.rotation import rotated
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+KEY_RANGES: Mapping[str, tuple[float, ...]] = {
+    "int8": (1.0 + 2.0**-6,), "int4": (1.0,), "int3": (1.0,), "int2": (1.2, 1.0, 0.9, 0.8)
+}  # fmt: skip
+"""Ranges that the encoder tries, as shares of a group's own. In two bits the squared error is less where the ends of a
+group are clipped. Keys are clipped less, because that shortens the largest of them and decode then finds less text."""
+VALUE_RANGES: Mapping[str, tuple[float, ...]] = {**KEY_RANGES, "int2": (1.2, 1.0, 0.9, 0.8, 0.7, 0.6)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +47,17 @@ class Stream:
     """int8, shaped as `steps`."""
     group: int = 1
     """Positions that share a step and a centre."""
+    exact: Tensor | None = None
+    """The first positions of every row in the cache's own type, [B, K, E, D]; `raw` and the rest begin behind them."""
 
     def decoded(self) -> Tensor:
-        """The elements, [B, K, N, D]; fp32, or the cache's own type under `none`."""
+        """The elements, [B, K, E + N, D]; fp32, or the cache's own type under `none`."""
+        if self.exact is not None and not self.raw.shape[2]:
+            return self.exact
+        rest = self._decoded()
+        return rest if self.exact is None else torch.cat([self.exact.to(rest.dtype), rest], dim=2)
+
+    def _decoded(self) -> Tensor:
         if self.form == "none":
             return self.raw
         assert self.scales is not None
@@ -65,6 +79,10 @@ class Stream:
 
 def encoded_keys(keys: Tensor, counts: Tensor, codec: Codec) -> Stream:
     """Keys [B, K, N, D] of which the first `counts` [B] of each row count."""
+    return _behind_exact(keys, counts, codec, _encoded_keys)
+
+
+def _encoded_keys(keys: Tensor, counts: Tensor, codec: Codec) -> Stream:
     form = codec.keys
     if form == "none":
         return Stream(form, False, keys)
@@ -79,13 +97,17 @@ def encoded_keys(keys: Tensor, counts: Tensor, codec: Codec) -> Stream:
     low, high = _bounds(centred, held)
     bits = CODE_BITS[form]
     scales = largest_step(low.flatten(2), high.flatten(2), bits)
-    found = quantise(centred, held, low, high, scales.float()[..., None, None], bits)
+    found = quantise(centred, held, low, high, scales.float()[..., None, None], bits, KEY_RANGES[form])
     codes = _ungrouped(found.codes)[:, :, : keys.shape[2]]
     return Stream(form, codec.rotate_keys, codes, scales, means, found.steps, found.centres, codec.group)
 
 
 def encoded_values(values: Tensor, counts: Tensor, codec: Codec) -> Stream:
     """Values [B, K, N, D] of which the first `counts` [B] of each row count."""
+    return _behind_exact(values, counts, codec, _encoded_values)
+
+
+def _encoded_values(values: Tensor, counts: Tensor, codec: Codec) -> Stream:
     form = codec.values
     if form == "none":
         return Stream(form, False, values)
@@ -96,7 +118,7 @@ def encoded_values(values: Tensor, counts: Tensor, codec: Codec) -> Stream:
     low, high = _bounds(numbers, valid)
     bits = CODE_BITS[form]
     scales = largest_step(low, high, bits)
-    found = quantise(numbers, valid, low, high, scales.float()[..., None], bits)
+    found = quantise(numbers, valid, low, high, scales.float()[..., None], bits, VALUE_RANGES[form])
     return Stream(form, codec.rotate_values, found.codes, scales, None, found.steps, found.centres)
 
 
@@ -118,6 +140,18 @@ def transferred(keys: Tensor, values: Tensor, counts: Tensor, codec: Codec) -> t
         _straight_through(keys, lambda x: encoded_keys(x, counts, codec)),
         _straight_through(values, lambda x: encoded_values(x, counts, codec)),
     )
+
+
+def _behind_exact(
+    numbers: Tensor, counts: Tensor, codec: Codec, encode: Callable[[Tensor, Tensor, Codec], Stream]
+) -> Stream:
+    """The first positions as they are, and the others encoded."""
+    if not codec.exact:
+        return encode(numbers, counts, codec)
+    exact, others = numbers[:, :, : codec.exact], numbers[:, :, codec.exact :]
+    if not others.shape[2]:
+        return Stream("none", False, others, exact=exact)
+    return replace(encode(others, (counts - codec.exact).clamp(min=0), codec), exact=exact)
 
 
 def _straight_through(numbers: Tensor, encode: Callable[[Tensor], Stream]) -> Tensor:

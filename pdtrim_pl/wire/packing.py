@@ -30,7 +30,8 @@ def packed(keys: Stream, values: Stream, counts: Sequence[int]) -> Tensor:
     parts: list[Tensor] = []
     for row, count in enumerate(counts):
         if count:
-            parts += _row(keys, row, count) + _row(values, row, count)
+            for stream in (keys, values):
+                parts += _row(stream, row, count)
     device = keys.raw.device
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
 
@@ -62,8 +63,8 @@ def unpacked(
         return Stream("none", False, nothing), Stream("none", False, nothing)
     reader = _Reader(data)
     shape = (len(counts), heads, max(counts), width)
-    keys = _Rows(codec.keys, codec.rotate_keys, codec.group, shape, dtype, data.device, means=True)
-    values = _Rows(codec.values, codec.rotate_values, 1, shape, dtype, data.device, means=False)
+    keys = _Rows(codec.keys, codec.rotate_keys, codec.group, codec.exact, shape, dtype, data.device, means=True)
+    values = _Rows(codec.values, codec.rotate_values, 1, codec.exact, shape, dtype, data.device, means=False)
     for row, count in enumerate(counts):
         if count:
             keys.read(reader, row, count)
@@ -94,6 +95,13 @@ def unpacked_codes(data: Tensor, count: int, bits: int) -> Tensor:
 
 def _row(stream: Stream, row: int, count: int) -> list[Tensor]:
     """The parts of one row, in order."""
+    exact = 0 if stream.exact is None else min(stream.exact.shape[2], count)
+    first = [] if stream.exact is None else [_bytes(stream.exact[row, :, :exact].transpose(0, 1))]
+    return first if exact == count else [*first, *_rounded_row(stream, row, count - exact)]
+
+
+def _rounded_row(stream: Stream, row: int, count: int) -> list[Tensor]:
+    """The parts of the positions behind the exact ones."""
     elements = stream.raw[row, :, :count].transpose(0, 1).contiguous()  # [count, K, D]
     if stream.form == "none":
         return [_bytes(elements)]
@@ -130,17 +138,22 @@ class _Rows:
     """One stream [B, K, N, D] that is filled row by row; the keys of integer forms have means."""
 
     def __init__(
-        self, form: Form, rotate: bool, group: int, shape: tuple[int, int, int, int], dtype: torch.dtype,
+        self, form: Form, rotate: bool, group: int, exact: int, shape: tuple[int, int, int, int], dtype: torch.dtype,
         device: torch.device, *, means: bool,
     ) -> None:  # fmt: skip
         self.form, self.rotate, self.group = form, rotate, group
         rows, heads, entries, width = shape
+        exact = min(exact, entries)
+        self.exact = torch.zeros(rows, heads, exact, width, dtype=dtype, device=device)
+        entries -= exact
         self.scales: Tensor | None = None
         self.means: Tensor | None = None
         self.steps: Tensor | None = None
         self.centres: Tensor | None = None
         kind = {"none": dtype, "fp8": FP8}.get(form, torch.uint8)
-        self.raw = torch.zeros(shape, dtype=torch.uint8 if kind == FP8 else kind, device=device).view(kind)
+        self.raw = torch.zeros(
+            (rows, heads, entries, width), dtype=torch.uint8 if kind == FP8 else kind, device=device
+        ).view(kind)
         if form != "none":
             self.scales = torch.ones(rows, heads, dtype=torch.bfloat16, device=device)
         if form in CODE_BITS:
@@ -152,6 +165,11 @@ class _Rows:
 
     def read(self, reader: _Reader, row: int, count: int) -> None:
         _, heads, _, width = self.raw.shape
+        exact = min(self.exact.shape[2], count)
+        self.exact[row, :, :exact] = reader.take((exact, heads, width), self.exact.dtype).transpose(0, 1)
+        count -= exact
+        if not count:
+            return
         if self.means is not None:
             self.means[row] = reader.take((heads, width), torch.bfloat16)
         if self.scales is not None:
@@ -173,4 +191,6 @@ class _Rows:
         for name, numbers in (("scales", self.scales), ("means", self.means)):
             if numbers is not None and not bool(torch.isfinite(numbers).all()):
                 raise DamagedBlock(f"The {name} of a packed block are not all finite: its bytes are damaged.")
-        return Stream(self.form, self.rotate, self.raw, self.scales, self.means, self.steps, self.centres, self.group)
+        return Stream(
+            self.form, self.rotate, self.raw, self.scales, self.means, self.steps, self.centres, self.group, self.exact
+        )

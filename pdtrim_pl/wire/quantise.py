@@ -9,13 +9,14 @@ Shapes: the last dimension is a group; every other one is a group of its own. `l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-RANGES = (1.2, 1.0, 0.9, 0.8, 0.7, 0.6)
-"""Ranges that the encoder tries, as shares of a group's own: with few bits, clipping the ends is better."""
+WIDEST = 1.2
+"""Of the ranges that an encoder may try, as a share of a group's own."""
 TINY = 2.0**-100
 
 
@@ -50,7 +51,7 @@ def step_of(steps: Tensor, largest: Tensor) -> Tensor:
 def largest_step(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """A bf16 number of which every step is a fraction: the step of the widest group [..., groups] over its last dim."""
     widest = torch.maximum((high - low) / (2**bits - 1), _reaching(low, high, bits)).amax(dim=-1)
-    return (widest * (RANGES[0] / 1.5)).clamp_min(TINY).to(torch.bfloat16)
+    return (widest * (WIDEST / 1.5)).clamp_min(TINY).to(torch.bfloat16)
 
 
 def _reaching(low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -58,7 +59,9 @@ def _reaching(low: Tensor, high: Tensor, bits: int) -> Tensor:
     return (high + low).abs() / 2 * (64 / 2**bits) / 126
 
 
-def quantise(numbers: Tensor, valid: Tensor, low: Tensor, high: Tensor, largest: Tensor, bits: int) -> Quantised:
+def quantise(
+    numbers: Tensor, valid: Tensor, low: Tensor, high: Tensor, largest: Tensor, bits: int, ranges: Sequence[float]
+) -> Quantised:
     """Round groups of numbers, trying several ranges and keeping that of the least squared error.
 
     Args:
@@ -68,10 +71,11 @@ def quantise(numbers: Tensor, valid: Tensor, low: Tensor, high: Tensor, largest:
         high: greatest, [...].
         largest: from `largest_step`, fp32, broadcasts over the groups.
         bits: of a code.
+        ranges: that are tried, as shares of a group's own, at most `WIDEST`.
     """
     best: Quantised | None = None
     least, reaching = torch.full_like(low, torch.inf), _reaching(low, high, bits)
-    for share in RANGES if bits < 8 else (1.0 + 2.0**-6,):
+    for share in ranges:
         steps = _step_bytes(torch.maximum((high - low) * (share / (2**bits - 1)), reaching), largest)
         step = step_of(steps, largest)
         unit = step * (2**bits / 64)
@@ -79,8 +83,6 @@ def quantise(numbers: Tensor, valid: Tensor, low: Tensor, high: Tensor, largest:
         offset = (2**bits - 1) / 2 - centres.float() * (2**bits / 64)
         codes = (numbers / step[..., None] + offset[..., None]).round().clamp(0, 2**bits - 1).to(torch.uint8)
         found = Quantised(codes, steps, centres)
-        if bits == 8:
-            return found
         error = ((found.values(bits, largest) - numbers).square() * valid).sum(dim=-1)
         if best is None:
             best, least = found, error
