@@ -10,15 +10,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from callbacks.kv_retention import KVRetention
-from callbacks.removal_rounds import RemovalRounds, scoring_context
+from callbacks.kv_retention import KVRetention, wire_shape
+from callbacks.removal_rounds import RemovalRounds, calibration_batches, journal_file, scoring_context
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, Retention, StagePlan
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, StagePlan
 from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
+from pdtrim_pl.search.joint import PolicyOf
+from pdtrim_pl.selectors import WireMenu, policies_within, selection_context
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class JointDrop(RemovalRounds):
         epochs: epochs with a round, from 0. Each of n rounds goes one n-th of the way to the target.
         request: prompt and response lengths that the costs are counted for.
         guards: blocks that must stay, and a cap per stage.
-        retention: what a block with trimmed KV sends.
+        wire: what blocks may send where `wire_bytes` is below 1.
         annealing: improve the greedy choice by simulated annealing; null does not.
         merging: offer merges beside plain drops: one block, fitted to two neighbours of a stage, stands for both.
         memory: how much a search may keep on the models' device.
@@ -59,7 +61,7 @@ class JointDrop(RemovalRounds):
         epochs: list[int],
         request: RequestShape = RequestShape(),
         guards: Guards = Guards(),
-        retention: Retention = Retention("first_last", 4, 0.2),
+        wire: WireMenu = WireMenu(),
         annealing: Annealing | None = Annealing(),
         merging: Merging | None = None,
         memory: SearchMemory = SearchMemory(),
@@ -74,7 +76,7 @@ class JointDrop(RemovalRounds):
                 "both. Set it to false, or merge with BlockDrop."
             )
         super().__init__("joint drops", epochs, guards, merging, memory)
-        self.target, self.request, self.retention, self.annealing = target, request, retention, annealing
+        self.target, self.request, self.wire, self.annealing = target, request, wire, annealing
 
     @property
     @override
@@ -111,19 +113,36 @@ class JointDrop(RemovalRounds):
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher, self.memory)
             merges = self.merges(trainer, context, module.plan, *STAGES)
-            plan, policy = self._chosen(context, module.plan, round, merges)
+            policies = self._policies(trainer, module, context, round)
+            plan, policy = self._chosen(context, module.plan, round, merges, policies)
         sent = None if policy is None else policy.to_json(plan)
         structure, sent = context.ranks.agree((plan.to_json(), sent))
         module.apply_plan(StagePlan.from_json(structure))
         module.apply_policy(None if sent is None else KVRetentionPolicy.from_json(sent))
 
+    def _policies(self, trainer: Trainer, module: PDTrimModule, context: ScoringContext, round: int) -> PolicyOf | None:
+        """From a plan to the policy that meets the round's share of the wire; None where the wire is left alone."""
+        share = self.share(round).wire_bytes
+        if share == 1:
+            return None
+        measured = selection_context(
+            context.student, context.teacher, calibration_batches(trainer), wire_shape(trainer, module), module.device,
+            memory=self.memory, ranks=context.ranks, journal=journal_file(trainer),
+        )  # fmt: skip
+        return policies_within(share, measured, self.wire, self.request.prompt)
+
     def _chosen(
-        self, context: ScoringContext, start: StagePlan, round: int, merges: Sequence[Move]
+        self,
+        context: ScoringContext,
+        start: StagePlan,
+        round: int,
+        merges: Sequence[Move],
+        policies: PolicyOf | None,
     ) -> tuple[StagePlan, KVRetentionPolicy | None]:
         cost = CostModel.of(context.student, self.request.prompt, self.request.response)
         target = self.share(round)
         search = JointSearch(
-            context.evaluator, start, target, cost, guards=self.guards, retention=self.retention, merges=merges,
+            context.evaluator, start, target, cost, guards=self.guards, policy_of=policies, merges=merges,
             merging=self.merging,
         )  # fmt: skip
         state, _ = search.greedy(context.progress)

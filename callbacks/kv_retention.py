@@ -85,7 +85,7 @@ class KVRetention(Callback):
     def _choose(self, trainer: Trainer, module: PDTrimModule) -> None:
         log.info("Choosing which KV entries to send.")
         module.apply_policy(None)
-        shape = _wire_shape(trainer, module)
+        shape = wire_shape(trainer, module)
         with evaluating(module) as (student, teacher):
             ranks = searching_ranks(trainer)
             context = selection_context(
@@ -114,7 +114,7 @@ class KVRetention(Callback):
         self.done = bool(state_dict["done"])
 
 
-def _wire_shape(trainer: Trainer, module: PDTrimModule) -> KVShape:
+def wire_shape(trainer: Trainer, module: PDTrimModule) -> KVShape:
     """The KV as it will cross: in the element type of the export, not in that of the weights that train."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     dtypes = [callback.dtype for callback in callbacks if isinstance(callback, ExportPair)]

@@ -23,7 +23,7 @@ from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import KVRetentionPolicy, Retention, StagePlan, Structure
 from pdtrim_pl.search import Annealing, Guards, choose_drops
-from pdtrim_pl.selectors import BudgetSelector, Effort, MassSelector
+from pdtrim_pl.selectors import BudgetSelector, Effort, MassSelector, WireMenu
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 
@@ -401,7 +401,8 @@ def test_a_span_that_cannot_be_replaced_is_refused(tiny_llama_dir: Path, tmp_pat
 
 def test_one_search_over_both_stages_meets_its_target_in_rounds(tiny_llama_dir: Path, tmp_path: Path) -> None:
     target = CostTarget(prefill_flops=0.8, decode_bytes=0.8, wire_bytes=0.4)
-    drops = JointDrop(target, [0, 2], RequestShape(16, 8), Guards(0, 0), Retention("first_last", 1, 1), Annealing(10))
+    menu = WireMenu(("int8", "int4"), Retention("first_last", 1, 1), examples=2)
+    drops = JointDrop(target, [0, 2], RequestShape(16, 8), Guards(0, 0), menu, Annealing(10))
     structure = Structure(relation="free")
     seed_everything(0, verbose=False)
     module = module_for(tiny_llama_dir, structure=structure)

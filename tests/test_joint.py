@@ -11,8 +11,10 @@ from tiny_models import tiny_model
 
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.plan import Retention, StagePlan
+from pdtrim_pl.plan import Move, Retention, StagePlan
 from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
+from pdtrim_pl.search.joint import JointState
+from pdtrim_pl.selectors import WireMenu, policies_within, selection_context
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -26,9 +28,14 @@ def model() -> StagedCausalLM:
     return model
 
 
-def joint(model: StagedCausalLM, target: CostTarget, guards: Guards | None = None) -> JointSearch:
+def joint(
+    model: StagedCausalLM, target: CostTarget, guards: Guards | None = None,
+    menu: WireMenu = WireMenu(("none",), SHORT, examples=1),
+) -> JointSearch:  # fmt: skip
     evaluator, cost = Evaluator(model, model, batches()), CostModel.of(model, prompt=9, response=6)
-    return JointSearch(evaluator, model.plan, target, cost, guards=guards or Guards(0, 0), retention=SHORT)
+    context = selection_context(model, model, batches(), model.kv_shape, "cpu")
+    policies = None if target.wire_bytes == 1 else policies_within(target.wire_bytes, context, menu, 9)
+    return JointSearch(evaluator, model.plan, target, cost, guards=guards or Guards(0, 0), policy_of=policies)
 
 
 def cost_of(model: StagedCausalLM, prefill: int, decode: int) -> CostTarget:
@@ -70,13 +77,13 @@ def test_every_state_meets_the_target_and_spares_what_it_can(model: StagedCausal
     state = search.greedy()[0]
     for _ in range(60):
         assert search.excess(state) == 0
-        assert all(search.excess(state.without(choice)) > 0 for choice in state.choices)
+        assert all(search.excess(state.without(move)) > 0 for move in state.removals)
         candidate = search.candidate(state)
         if candidate.policy is not None:
             candidate.policy.check(candidate.plan)
         other = search.neighbour(state, draw)
-        assert other is not None
-        state = other
+        assert other is not None or not state.removals
+        state = other or state
 
 
 def test_choosing_one_stage_anew_never_hurts_and_meets_the_target(model: StagedCausalLM) -> None:
@@ -89,11 +96,25 @@ def test_choosing_one_stage_anew_never_hurts_and_meets_the_target(model: StagedC
     assert energy == search.energy(state) <= before
 
 
+def test_what_decode_loses_leaves_more_bits_to_the_others(model: StagedCausalLM) -> None:
+    search = joint(model, CostTarget(wire_bytes=0.5), menu=WireMenu(("int8", "int4"), None, examples=1))
+    whole = search.candidate(JointState())
+    fewer = search.candidate(JointState((Move("decode", (2,)),)))
+    assert whole.policy is not None
+    assert fewer.policy is not None
+    assert not search.excess(JointState()), "codecs alone meet the target"
+    assert all(rule.keep == "all" for rule in whole.policy.rules.values())
+    bytes_of_a_block = [
+        found.policy.sent_bytes(found.plan, 9) / len(found.plan.decode) for found in (whole, fewer) if found.policy
+    ]
+    assert bytes_of_a_block[1] > bytes_of_a_block[0]
+
+
 def test_nothing_is_trimmed_where_the_wire_may_cost_everything(model: StagedCausalLM) -> None:
     search = joint(model, CostTarget(decode_bytes=0.85))
     state, _ = search.greedy()
     assert search.excess(state) == 0
-    assert state.trims == ()
+    assert search.candidate(state).policy is None
 
 
 def test_the_final_plan_and_policy_have_the_energy_that_the_search_says(model: StagedCausalLM) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 
 from pdtrim_pl.criteria.base import Progress
@@ -12,7 +12,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import Evaluator
 from pdtrim_pl.evaluation.neighbours import Candidate
 from pdtrim_pl.merging.settings import Merging
-from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, Retention, StagePlan
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, Stage, StagePlan
 from pdtrim_pl.search.choose import warn_if_deep
 from pdtrim_pl.search.greedy import LeastRise, Option, grow
 from pdtrim_pl.search.guards import Guards
@@ -20,44 +20,30 @@ from pdtrim_pl.search.rounds import order
 from pdtrim_pl.search.space import Space, after, fits
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
-FIRST_LAST = Retention("first_last", 4, 0.2)
-KINDS = ("prefill", "decode", "wire")
-
-
-@dataclass(frozen=True)
-class Trim:
-    """Decode block `block` is sent only the first and last prompt positions."""
-
-    block: int
+PolicyOf = Callable[[StagePlan], KVRetentionPolicy | None]
+"""The policy that a plan is searched with."""
 
 
 @dataclass(frozen=True)
 class JointState:
-    """Removals of both stages, and the blocks whose KV is trimmed."""
+    """Removals of both stages."""
 
     removals: tuple[Move, ...] = ()
-    trims: tuple[int, ...] = ()
 
-    def with_(self, choice: Move | Trim) -> JointState:
-        """This state and one more choice."""
-        if isinstance(choice, Trim):
-            return replace(self, trims=tuple(sorted({*self.trims, choice.block})))
-        return replace(self, removals=tuple(sorted([*self.removals, choice], key=_by_stage)))
+    def with_(self, move: Move) -> JointState:
+        """This state and one more removal."""
+        return JointState(tuple(sorted([*self.removals, move], key=_by_stage)))
 
-    def without(self, choice: Move | Trim) -> JointState:
-        """This state without one of its choices."""
-        if isinstance(choice, Trim):
-            return replace(self, trims=tuple(block for block in self.trims if block != choice.block))
-        return replace(self, removals=tuple(move for move in self.removals if move != choice))
-
-    @property
-    def choices(self) -> list[Move | Trim]:
-        """Everything that was chosen."""
-        return [*self.removals, *(Trim(block) for block in self.trims)]
+    def without(self, move: Move) -> JointState:
+        """This state without one of its removals."""
+        return JointState(tuple(other for other in self.removals if other != move))
 
 
 class JointSearch(Space[JointState]):
     """Plans and policies that meet a target, at the least energy.
+
+    The policy follows from the plan: it takes the bytes that the wire may cost, at the least damage. So a removal in
+    decode leaves more bytes to the blocks that stay.
 
     Args:
         evaluator: the energy.
@@ -65,7 +51,7 @@ class JointSearch(Space[JointState]):
         target: the most that prefill, decode and the wire may cost.
         cost: from plan and policy to costs.
         guards: blocks that no removal may touch, and a cap a stage.
-        retention: what a trimmed block sends; none is trimmed where `wire_bytes` of the target is 1.
+        policy_of: the policy of a plan; by default the student's, restricted to the plan.
         merges: merges that may be chosen beside drops; none is made in both stages at once.
         merging: how they were fitted.
 
@@ -75,7 +61,7 @@ class JointSearch(Space[JointState]):
 
     def __init__(
         self, evaluator: Evaluator, start: StagePlan, target: CostTarget, cost: CostModel, *,
-        guards: Guards | None = None, retention: Retention = FIRST_LAST, merges: Sequence[Move] = (),
+        guards: Guards | None = None, policy_of: PolicyOf | None = None, merges: Sequence[Move] = (),
         merging: Merging | None = None,
     ) -> None:  # fmt: skip
         super().__init__(evaluator)
@@ -87,26 +73,25 @@ class JointSearch(Space[JointState]):
         assert all(merge.target != "both" for merge in merges)
         self.merging = merging or Merging()
         guards = guards or Guards()
-        self.start, self.target, self.cost, self.guards, self.retention = start, target, cost, guards, retention
-        self.policy = evaluator.candidate(start).policy
+        self.start, self.target, self.cost, self.guards = start, target, cost, guards
+        self._policy_of = policy_of or (lambda plan: evaluator.candidate(plan).policy)
+        self._policies: dict[tuple[int, ...], KVRetentionPolicy | None] = {}
         drops = (
             Move(stage, (block,))
             for stage in STAGES
             for block in start.drop_candidates(stage, guards.protect_first, guards.protect_last)
         )
-        known = {} if self.policy is None else self.policy.rules
-        trims = (Trim(block) for block in start.decode if target.wire_bytes < 1 and block not in known)
-        self.pool: list[Move | Trim] = [*drops, *merges, *trims]
+        self.pool: list[Move] = [*drops, *merges]
 
     def candidate(self, state: JointState) -> Candidate:
         plan = after(self.start, state.removals, self.merging)
-        return Candidate(plan, self._policy(state, plan))
+        return Candidate(plan, self._policy(plan))
 
     def final(self, state: JointState, round: int, energy: float) -> Candidate:
         """Plan and policy of the state that a search returned, the plan's history saying so."""
         plan = after(self.start, state.removals, self.merging, round=round, criterion="joint", score=energy)
         warn_if_deep(plan)
-        return Candidate(plan, self._policy(state, plan))
+        return Candidate(plan, self._policy(plan))
 
     def excess(self, state: JointState) -> float:
         """By how much the state costs too much; 0 where the target is met."""
@@ -114,45 +99,43 @@ class JointSearch(Space[JointState]):
         return self.target.excess(self.cost.shares(candidate.plan, candidate.policy))
 
     def greedy(self, progress: Progress = lambda line: None) -> tuple[JointState, float]:
-        """One choice after another, the least rise of energy for what it brings nearer to the target; see `LeastRise`.
+        """One removal after another, the least rise of energy for what it brings nearer to the target; see `LeastRise`.
 
         Raises:
             UserError: the target cannot be reached.
         """
-        state = self._reached(self._grown(JointState(), KINDS, progress))
+        state = self._reached(self._grown(JointState(), STAGES, progress))
         return state, self.known_energy(state)
 
     def improved(
         self, state: JointState, progress: Progress = lambda line: None, over: Callable[[], bool] = lambda: False
     ) -> tuple[JointState, float]:
-        """Choose anew for prefill alone, for decode alone, for the wire alone, in turns, for as long as it helps.
+        """Choose anew for prefill alone and for decode alone, in turns, for as long as it helps.
 
-        Exchanges of single choices do not get from a plan that drops the same blocks in both stages to one that does
+        Exchanges of single removals do not get from a plan that drops the same blocks in both stages to one that does
         not, for every KV-only block on the way costs prefill something.
         """
         energy, idle = self.known_energy(state), 0
-        for kind in cycle(KINDS):
-            kept = state
-            for choice in state.choices:
-                kept = kept.without(choice) if _kind(choice) == kind else kept
-            other = state if kept == state else self._grown(kept, (kind,), progress)
+        for stage in cycle(STAGES):
+            kept = JointState(tuple(move for move in state.removals if move.target != stage))
+            other = state if kept == state else self._grown(kept, (stage,), progress)
             idle += 1
             if other is not None and other != state and self.known_energy(other) < energy:
                 state, energy, idle = other, self.known_energy(other), 0
-            if idle == len(KINDS) or over():
+            if idle == len(STAGES) or over():
                 break
         return state, energy
 
-    def _grown(self, state: JointState, kinds: Sequence[str], progress: Progress) -> JointState | None:
-        """A state that meets the target, by choices of some kinds; None where they do not reach it."""
-        grown = grow(_Nearer(self, kinds), state, LeastRise(self), self.known_energy(state), progress)
+    def _grown(self, state: JointState, stages: Sequence[Stage], progress: Progress) -> JointState | None:
+        """A state that meets the target, by removals of some stages; None where they do not reach it."""
+        grown = grow(_Nearer(self, stages), state, LeastRise(self), self.known_energy(state), progress)
         return self._without_needless(grown.state, random.Random(0)) if grown.reached else None
 
     def _reached(self, state: JointState | None) -> JointState:
         if state is None:
             raise UserError(
                 f"`target` {self.target} cannot be reached with everything chosen that may be. Raise its shares, "
-                f"loosen `guards` {self.guards}, or let `retention` keep less than {self.retention}."
+                f"loosen `guards` {self.guards}, or allow coarser `wire.codecs`."
             )
         return state
 
@@ -172,19 +155,19 @@ class JointSearch(Space[JointState]):
         return self._reached(self._met(state, random.Random(0)))
 
     def neighbour(self, state: JointState, draw: random.Random) -> JointState | None:
-        """Exchange one choice for one of its kind, then choose on until the target is met, and undo what it spares."""
-        if not state.choices:
+        """Exchange one removal for another of its stage, remove on until the target is met, undo what that spares."""
+        if not state.removals:
             return None
-        out = draw.choice(state.choices)
+        out = draw.choice(state.removals)
         left = state.without(out)
-        same = [choice for choice in self._open(left) if choice != out and _kind(choice) == _kind(out)]
+        same = [move for move in self._open(left) if move != out and move.target == out.target]
         if same:
             left = left.with_(draw.choice(same))
         met = self._met(left, draw)
         return state if met is None else self._without_needless(met, draw)
 
     def _met(self, state: JointState, draw: random.Random) -> JointState | None:
-        """A state that meets the target, by drawn choices; None where they lead nowhere."""
+        """A state that meets the target, by drawn removals; None where they lead nowhere."""
         excess = self.excess(state)
         while excess > 0:
             options = self.nearer(state, excess)
@@ -194,19 +177,17 @@ class JointSearch(Space[JointState]):
             excess = self.excess(state)
         return state
 
-    def nearer(self, state: JointState, excess: float, kinds: Sequence[str] = KINDS) -> list[Option[JointState]]:
-        """The states with one choice more that are nearer to the target; the gain is how much nearer."""
-        more = [(choice, state.with_(choice)) for choice in self._open(state) if _kind(choice) in kinds]
-        options = [Option(choice, other, excess - self.excess(other)) for choice, other in more]
+    def nearer(self, state: JointState, excess: float, stages: Sequence[Stage] = STAGES) -> list[Option[JointState]]:
+        """The states with one removal more that are nearer to the target; the gain is how much nearer."""
+        more = [(move, state.with_(move)) for move in self._open(state) if move.target in stages]
+        options = [Option(move, other, excess - self.excess(other)) for move, other in more]
         return [option for option in options if option.gain > 0]
 
-    def _open(self, state: JointState) -> list[Move | Trim]:
-        """What may be chosen beside a state's choices."""
+    def _open(self, state: JointState) -> list[Move]:
+        """What may be removed beside a state's removals."""
         plan = self.candidate(state).plan
-        moves = [choice for choice in self.pool if isinstance(choice, Move) and fits(choice, state.removals)]
-        allowed = [move for move in moves if move not in state.removals and self._keeps_enough(plan, move)]
-        trims = [c for c in self.pool if isinstance(c, Trim) and c.block in plan.decode and c.block not in state.trims]
-        return [*allowed, *trims]
+        moves = [move for move in self.pool if fits(move, state.removals)]
+        return [move for move in moves if move not in state.removals and self._keeps_enough(plan, move)]
 
     def _keeps_enough(self, plan: StagePlan, move: Move) -> bool:
         assert move.target != "both"
@@ -215,43 +196,36 @@ class JointSearch(Space[JointState]):
         return left >= 1 and (cap is None or plan.model.num_blocks - left <= cap)
 
     def _without_needless(self, state: JointState, draw: random.Random) -> JointState:
-        """Undo choices, in a drawn order, without which the target is met too."""
-        for choice in draw.sample(state.choices, len(state.choices)):
-            spared = state.without(choice)
+        """Undo removals, in a drawn order, without which the target is met too."""
+        for move in draw.sample(state.removals, len(state.removals)):
+            spared = state.without(move)
             if self.excess(spared) == 0:
                 state = spared
-        trims = set(self.candidate(state).plan.decode)
-        return replace(state, trims=tuple(block for block in state.trims if block in trims))
+        return state
 
-    def _policy(self, state: JointState, plan: StagePlan) -> KVRetentionPolicy | None:
-        rules = {block: self.retention for block in state.trims if block in plan.decode}
-        if self.policy is None and not rules:
-            return None
-        known = {} if self.policy is None else dict(self.policy.restricted_to(plan).rules)
-        return KVRetentionPolicy(plan.boundary, self.evaluator.student.kv_shape, {**known, **rules})
+    def _policy(self, plan: StagePlan) -> KVRetentionPolicy | None:
+        if plan.decode not in self._policies:
+            self._policies[plan.decode] = self._policy_of(plan)
+        return self._policies[plan.decode]
 
 
 @dataclass(frozen=True)
 class _Nearer:
-    """How a joint search's states grow towards its target, by choices of some kinds alone."""
+    """How a joint search's states grow towards its target, by removals of some stages alone."""
 
     search: JointSearch
-    kinds: Sequence[str]
+    stages: Sequence[Stage]
 
     def reached(self, state: JointState) -> bool:
         return self.search.excess(state) <= 0
 
     def options(self, state: JointState) -> list[Option[JointState]]:
-        return self.search.nearer(state, self.search.excess(state), self.kinds)
+        return self.search.nearer(state, self.search.excess(state), self.stages)
 
     def step(self, state: JointState, progress: Progress) -> Progress:
-        made, excess = len(state.choices), self.search.excess(state)
-        progress(f"{made} choices made for {' and '.join(self.kinds)}, costs still {excess:.3f} too high")
+        made, excess = len(state.removals), self.search.excess(state)
+        progress(f"{made} removals made for {' and '.join(self.stages)}, costs still {excess:.3f} too high")
         return progress
-
-
-def _kind(choice: Move | Trim) -> str:
-    return "wire" if isinstance(choice, Trim) else choice.target
 
 
 def _by_stage(move: Move) -> tuple[str, tuple[int, ...], int]:

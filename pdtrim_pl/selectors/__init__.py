@@ -10,7 +10,9 @@ A new selector is a subclass of `KVSelector` with one method. For example, to tr
 from pdtrim_pl.selectors.base import KVSelector, SelectionContext, selection_context
 from pdtrim_pl.selectors.budget import BudgetSelector, Effort
 from pdtrim_pl.selectors.mass import MassSelector, NoSelector
+from pdtrim_pl.selectors.menu import WireMenu, policies_within
 
 __all__ = [
-    "BudgetSelector", "Effort", "KVSelector", "MassSelector", "NoSelector", "SelectionContext", "selection_context",
+    "BudgetSelector", "Effort", "KVSelector", "MassSelector", "NoSelector", "SelectionContext", "WireMenu",
+    "policies_within", "selection_context",
 ]  # fmt: skip

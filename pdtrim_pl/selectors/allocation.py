@@ -73,7 +73,7 @@ class Allocation:
     @property
     def smallest(self) -> dict[int, Retention]:
         """The choice of least bytes."""
-        return dict.fromkeys(self.blocks, min(self._rules(), key=self.size_of))
+        return dict.fromkeys(self.blocks, self._smallest_rule)
 
     def rules(self, choice: Choice) -> dict[int, Retention]:
         """The rules of a choice; a block that sends everything as it is has none."""
@@ -106,24 +106,31 @@ class Allocation:
         damages: dict[Form, float] = {
             form: max(self.energy({block: written(side, form)}) - base, 0.0) for form in coarse
         }
+        if not coarse:
+            return {"none": 0.0}
         finest = coarse[0]
         for form in self.menu:
             if form not in damages:
                 damages[form] = damages[finest] * 4.0 ** (NOISE_BITS[finest] - NOISE_BITS[form])
         return {**damages, "none": 0.0}
 
-    def cheapest(self, budget: float) -> dict[int, Retention]:
+    def cheapest(self, budget: float, blocks: Sequence[int] | None = None) -> dict[int, Retention]:
         """The choice of least predicted damage that takes at most `budget` bytes; the smallest where none is so small.
 
         One price for a byte, found by bisection (Lagrange); what is left of the budget goes where a byte helps most.
+
+        Args:
+            budget: bytes of one request.
+            blocks: that send something; by default all blocks of the context's plan.
         """
+        blocks = self.blocks if blocks is None else blocks
         low, high = 1e-18, 1e6
-        best = self.smallest
+        best = dict.fromkeys(blocks, self._smallest_rule)
         for _ in range(STEPS):
             price = (low * high) ** 0.5
             choice = {
-                block: min(offers, key=lambda offer: offer.damage + price * offer.size).rule
-                for block, offers in self.offers.items()
+                block: min(self.offers[block], key=lambda offer: offer.damage + price * offer.size).rule
+                for block in blocks
             }
             if self.bytes_of(choice) > budget:
                 low = price
@@ -175,6 +182,10 @@ class Allocation:
             best, energy = tried, found
             moved |= {up[0], down[0]}
         return best
+
+    @property
+    def _smallest_rule(self) -> Retention:
+        return min(self._rules(), key=self.size_of)
 
     def _offered(self, choice: Choice) -> dict[int, Offer]:
         return {

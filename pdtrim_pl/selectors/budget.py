@@ -12,11 +12,11 @@ from pdtrim_pl.plan import KEEP_ALL, KVRetentionPolicy, Retention
 from pdtrim_pl.plan.codec import FORMS, Form
 from pdtrim_pl.selectors.allocation import Allocation
 from pdtrim_pl.selectors.base import KVSelector, SelectionContext
+from pdtrim_pl.selectors.menu import INTEGERS
 
 log = logging.getLogger(__name__)
 
 Order = Literal["mass", "damage"]
-INTEGERS: tuple[Form, ...] = ("int8", "int4", "int3", "int2")
 FLOOR_STEPS = 7
 """Halvings of the interval of bytes where too little is recalled."""
 
