@@ -9,12 +9,12 @@ from pdtrim_pl.evaluation.tokens import TokenScores
 
 
 class QualityMeans:
-    """Running means of token scores, in fp64 where the device has it.
+    """Running means of token scores, in fp64 if the device supports it.
 
-    No submodule of a LightningModule: `precision: bf16-true` would cast its sums.
+    This is not an `nn.Module`, so that `precision: bf16-true` does not cast the sums.
 
     Args:
-        device: where the scores are.
+        device: device of the scores.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,12 +24,12 @@ class QualityMeans:
             mean.set_dtype(exact).to(device)
 
     def update(self, scores: TokenScores) -> None:
-        """Add the tokens of one batch."""
+        """Add the scores of one batch."""
         for name, column in vars(scores).items():
             self._means[name].update(column)
 
     def compute(self) -> dict[str, float]:
-        """Response perplexities, KL in nats and top-1 agreement; a collective where there are several ranks."""
+        """Response perplexities, KL in nats and top-1 agreement. With several ranks this is a collective."""
         means = {name: float(metric.compute()) for name, metric in self._means.items()}
         return {
             "ppl": float(torch.tensor(means["nll"]).exp()),
