@@ -1,7 +1,7 @@
-"""How many bits keys and values of each block get, for a number of bytes: the least damage.
+"""Bit allocation: choose the bits of keys and values of each block, for the least damage within a number of bytes.
 
-A *part* is the keys or the values of one block. Damages of the two coarsest forms are measured part by part, under the
-contract; those of finer forms follow from them, for rounding noise falls by four with every bit, and the KL with it.
+A *part* is the keys or the values of one block. The damage of the two coarsest forms is measured for each part, under
+the contract. The damage of finer forms is extrapolated: with every bit, rounding noise and KL fall by a factor of four.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Side = Literal["keys", "values"]
 Part = tuple[int, Side]
 Choice = Mapping[Part, Form]
 NOISE_BITS: Mapping[Form, float] = {"none": 16.0, "fp8": 5.0, "int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0}
-"""Bits of an integer form that rounds as coarsely; e4m3 keeps three bits of a number, whatever its size."""
+"""Bits of the integer form with the same rounding noise. e4m3 keeps three bits of mantissa at every magnitude."""
 MEASURED = 2
-"""Forms of a part that are measured, the coarsest ones."""
+"""Number of forms that are measured for each part: the coarsest ones."""
 STEPS = 60
-"""Halvings of the interval of prices."""
+"""Number of bisection steps on the price of a byte."""
 
 
 @dataclass
@@ -30,10 +30,11 @@ class Allocation:
     """Chooses a form for every part.
 
     Args:
-        context: of the selector.
-        forms: what a part may be written as, besides `none`.
-        prompt_tokens: length of the prompt at which bytes are counted.
-        examples: requests that damages are measured on, and as many that repeat their prompt.
+        context: context of the selector.
+        forms: forms that a part may have, besides `none`.
+        prompt_tokens: length of the prompt for which bytes are counted.
+        examples: number of calibration requests to measure damage on; as many requests that repeat their prompt are
+            added.
     """
 
     context: SelectionContext
@@ -48,20 +49,20 @@ class Allocation:
         self._bytes = {(side, form): self._part_bytes(side, form) for side in ("keys", "values") for form in self.menu}
 
     def rules(self, choice: Choice) -> dict[int, Retention]:
-        """The rules of a choice; a block whose parts both cross as they are has none."""
+        """The rules of a choice. A block whose parts are both `none` has no rule."""
         codecs = {block: codec_of(choice[block, "keys"], choice[block, "values"]) for block in self.context.plan.decode}
         return {block: Retention(codec=codec) for block, codec in codecs.items() if not codec.is_none}
 
     def bytes_of(self, choice: Choice) -> int:
-        """Bytes of one request."""
+        """Bytes of one request under a choice."""
         return sum(self._bytes[side, form] for (_, side), form in choice.items())
 
     def energy(self, choice: Choice) -> float:
-        """KL to the teacher under a choice, nats; every rank must call it."""
+        """KL(teacher || student) under a choice, nats. Every rank must call it."""
         return self.context.energy(self.rules(choice), self.examples)
 
     def measure(self) -> None:
-        """Measure every part alone; every rank must call it."""
+        """Measure the damage of every part alone. Every rank must call it."""
         nothing: dict[Part, Form] = dict.fromkeys(self.parts, "none")
         base, coarse = self.energy(nothing), self.menu[-MEASURED:]
         for part in self.parts:
@@ -73,9 +74,10 @@ class Allocation:
                 self.damages.setdefault(part, {})[form] = 0.0 if form == "none" else max(value, 0.0)
 
     def cheapest(self, budget: float) -> dict[Part, Form]:
-        """The choice of least predicted damage that takes at most `budget` bytes; the coarsest where none is so small.
+        """The choice of least predicted damage within `budget` bytes; the coarsest choice if none is small enough.
 
-        One price for a byte, found by bisection (Lagrange); what is left of the budget goes where a byte helps most.
+        Bisection finds one price of a byte for all parts (Lagrange multiplier). The rest of the budget is then spent
+        where a byte reduces the damage most.
         """
         low, high = 1e-18, 1e6
         best = dict.fromkeys(self.parts, self.menu[-1])
@@ -89,9 +91,10 @@ class Allocation:
         return self.filled_up(best, budget)
 
     def exchanged(self, choice: Choice, budget: float) -> dict[Part, Form]:
-        """Give one part a finer form and another one a coarser, as long as the joint energy falls; all ranks together.
+        """Exchange bits: make one part finer and another one coarser, as long as the joint energy falls.
 
-        What one step up saves and one step down costs is measured once for every part, with all others as chosen.
+        The saving of a finer form and the cost of a coarser one are measured once for every part, with all other parts
+        as chosen. Every rank must call it.
         """
         best, energy = dict(choice), self.energy(choice)
         saves = self._steps(best, -1, energy)
@@ -115,7 +118,7 @@ class Allocation:
         return best
 
     def _steps(self, choice: Choice, step: int, energy: float) -> dict[Part, float]:
-        """Change of the joint energy if a part alone takes the next form, for all parts that can."""
+        """For each part that has a next form: the change of the joint energy if only this part takes it."""
         changed = {part: {**choice, part: form} for part, form in self._neighbours(choice, step).items()}
         return {part: self.energy(other) - energy for part, other in changed.items()}
 
@@ -124,14 +127,14 @@ class Allocation:
         return {part: form for part, form in found.items() if form != choice[part]}
 
     def _neighbour(self, form: Form, step: int) -> Form:
-        """The next finer (-1) or coarser (+1) form; itself at the end."""
+        """The next finer (-1) or coarser (+1) form; the same form at the end of the menu."""
         return self.menu[min(max(self.menu.index(form) + step, 0), len(self.menu) - 1)]
 
     def _best_form(self, part: Part, price: float) -> Form:
         return min(self.menu, key=lambda form: self.damages[part][form] + price * self._bytes[part[1], form])
 
     def filled_up(self, choice: dict[Part, Form], budget: float) -> dict[Part, Form]:
-        """Finer forms for a choice, one after the other where a byte helps most, up to `budget` bytes."""
+        """Make parts finer, one after the other, where a byte reduces the damage most, up to `budget` bytes."""
         while True:
             left = budget - self.bytes_of(choice)
             offers = [
@@ -151,7 +154,7 @@ class Allocation:
 
 
 def codec_of(keys: Form, values: Form) -> Codec:
-    """The codec of two forms: what is rounded to integers is rotated before, which costs no byte and halves the KL."""
+    """The codec of two forms. Integer forms rotate before rounding: this costs no byte and halves the KL."""
     if keys == values == "none":
         return NO_CODEC
     return Codec(keys, values, rotate_keys=keys.startswith("int"), rotate_values=values.startswith("int"))

@@ -25,7 +25,7 @@ from pdtrim_pl.plan import (
     StagePlan,
     handled_positions,
 )
-from pdtrim_pl.sizing.memory import meta_model
+from pdtrim_pl.sizing.shape import meta_model
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
 
