@@ -1,4 +1,4 @@
-"""One search over both stages and what crosses between them, against a target of costs. For `relation: free`."""
+"""A joint search over the blocks of both stages and the KV policy, to meet a cost target. For `relation: free`."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ KINDS = ("prefill", "decode", "wire")
 
 @dataclass(frozen=True)
 class Trim:
-    """Decode block `block` is sent only the first and last prompt positions."""
+    """The choice to send only the first and last prompt positions to decode block `block`."""
 
     block: int
 
 
 @dataclass(frozen=True)
 class JointState:
-    """Removals of both stages, and the blocks whose KV is trimmed."""
+    """Removals in both stages, and the blocks whose KV is trimmed."""
 
     removals: tuple[Move, ...] = ()
     trims: tuple[int, ...] = ()
 
     def with_(self, choice: Move | Trim) -> JointState:
-        """This state and one more choice."""
+        """This state with one more choice."""
         if isinstance(choice, Trim):
             return replace(self, trims=tuple(sorted({*self.trims, choice.block})))
         return replace(self, removals=tuple(sorted([*self.removals, choice], key=_by_stage)))
@@ -52,25 +52,25 @@ class JointState:
 
     @property
     def choices(self) -> list[Move | Trim]:
-        """Everything that was chosen."""
+        """All choices of this state."""
         return [*self.removals, *(Trim(block) for block in self.trims)]
 
 
 class JointSearch(Space[JointState]):
-    """Plans and policies that meet a target, at the least energy.
+    """Searches for a plan and a policy that meet a cost target with the least energy.
 
     Args:
-        evaluator: the energy.
+        evaluator: measures the energy.
         start: the plan before the search, of `relation: free`.
-        target: the most that prefill, decode and the wire may cost.
-        cost: from plan and policy to costs.
-        guards: blocks that no removal may touch, and a cap a stage.
-        retention: what a trimmed block sends; none is trimmed where `wire_bytes` of the target is 1.
-        merges: merges that may be chosen beside drops; none is made in both stages at once.
-        merging: how they were fitted.
+        target: maximum costs of prefill, decode and wire.
+        cost: computes the costs of a plan and a policy.
+        guards: limits on removals.
+        retention: what a trimmed block sends. No block is trimmed if `wire_bytes` of the target is 1.
+        merges: merges that may be chosen, besides drops. Each must be in one stage only.
+        merging: settings with which they were fitted.
 
     Raises:
-        UserError: the plan has another relation, or nothing that may be chosen reaches the target.
+        UserError: the plan has another relation.
     """
 
     def __init__(
@@ -103,18 +103,18 @@ class JointSearch(Space[JointState]):
         return Candidate(plan, self._policy(state, plan))
 
     def final(self, state: JointState, round: int, energy: float) -> Candidate:
-        """Plan and policy of the state that a search returned, the plan's history saying so."""
+        """Plan and policy of the state that a search returned. The history of the plan records round and energy."""
         plan = after(self.start, state.removals, self.merging, round=round, criterion="joint", score=energy)
         warn_if_deep(plan)
         return Candidate(plan, self._policy(state, plan))
 
     def excess(self, state: JointState) -> float:
-        """By how much the state costs too much; 0 where the target is met."""
+        """By how much the costs of the state exceed the target; 0 if it meets the target. See `CostTarget.excess`."""
         candidate = self.candidate(state)
         return self.target.excess(self.cost.shares(candidate.plan, candidate.policy))
 
     def greedy(self, progress: Progress = lambda line: None) -> tuple[JointState, float]:
-        """One choice after another, the least rise of energy for what it brings nearer to the target; see `LeastRise`.
+        """Greedy search: the next choice has the least rise of energy per reduction of the excess; see `LeastRise`.
 
         Raises:
             UserError: the target cannot be reached.
@@ -125,10 +125,10 @@ class JointSearch(Space[JointState]):
     def improved(
         self, state: JointState, progress: Progress = lambda line: None, over: Callable[[], bool] = lambda: False
     ) -> tuple[JointState, float]:
-        """Choose anew for prefill alone, for decode alone, for the wire alone, in turns, for as long as it helps.
+        """Undo all choices for prefill and choose them again; then for decode; then for the wire; until nothing helps.
 
-        Exchanges of single choices do not get from a plan that drops the same blocks in both stages to one that does
-        not, for every KV-only block on the way costs prefill something.
+        Exchanges of single choices cannot replace this. If a plan drops the same blocks in both stages, each exchange
+        creates a KV-only block, which costs prefill time.
         """
         energy, idle = self.known_energy(state), 0
         for kind in cycle(KINDS):
@@ -144,7 +144,7 @@ class JointSearch(Space[JointState]):
         return state, energy
 
     def _grown(self, state: JointState, kinds: Sequence[str], progress: Progress) -> JointState | None:
-        """A state that meets the target, by choices of some kinds; None where they do not reach it."""
+        """Grow a state with choices of some kinds until it meets the target; None if it cannot be met."""
         grown = grow(_Nearer(self, kinds), state, LeastRise(self), self.known_energy(state), progress)
         return self._without_needless(grown.state, random.Random(0)) if grown.reached else None
 
@@ -157,10 +157,12 @@ class JointSearch(Space[JointState]):
         return state
 
     def state_of(self, plan: StagePlan) -> JointState:
-        """The state whose plan drops what another plan of the same model lacks, to start a search from it.
+        """The state with the drops of another plan of the same model, as a start of a search.
+
+        Further choices are drawn at random if this state does not meet the target.
 
         Raises:
-            UserError: the plan merges blocks or keeps one that the start has lost, or the target cannot be reached.
+            UserError: `plan` merges blocks or keeps a block that `start` has lost, or the target cannot be reached.
         """
         state = JointState()
         for stage in STAGES:
@@ -172,7 +174,7 @@ class JointSearch(Space[JointState]):
         return self._reached(self._met(state, random.Random(0)))
 
     def neighbour(self, state: JointState, draw: random.Random) -> JointState | None:
-        """Exchange one choice for one of its kind, then choose on until the target is met, and undo what it spares."""
+        """Exchange one choice for another of its kind, add choices until the target is met, and undo needless ones."""
         if not state.choices:
             return None
         out = draw.choice(state.choices)
@@ -184,7 +186,7 @@ class JointSearch(Space[JointState]):
         return state if met is None else self._without_needless(met, draw)
 
     def _met(self, state: JointState, draw: random.Random) -> JointState | None:
-        """A state that meets the target, by drawn choices; None where they lead nowhere."""
+        """Add random choices until the state meets the target; None if it cannot be met."""
         excess = self.excess(state)
         while excess > 0:
             options = self.nearer(state, excess)
@@ -195,13 +197,13 @@ class JointSearch(Space[JointState]):
         return state
 
     def nearer(self, state: JointState, excess: float, kinds: Sequence[str] = KINDS) -> list[Option[JointState]]:
-        """The states with one choice more that are nearer to the target; the gain is how much nearer."""
+        """States with one more choice that are nearer to the target. Their gain is the reduction of the excess."""
         more = [(choice, state.with_(choice)) for choice in self._open(state) if _kind(choice) in kinds]
         options = [Option(choice, other, excess - self.excess(other)) for choice, other in more]
         return [option for option in options if option.gain > 0]
 
     def _open(self, state: JointState) -> list[Move | Trim]:
-        """What may be chosen beside a state's choices."""
+        """Choices that can be added to a state."""
         plan = self.candidate(state).plan
         moves = [choice for choice in self.pool if isinstance(choice, Move) and fits(choice, state.removals)]
         allowed = [move for move in moves if move not in state.removals and self._keeps_enough(plan, move)]
@@ -215,7 +217,7 @@ class JointSearch(Space[JointState]):
         return left >= 1 and (cap is None or plan.model.num_blocks - left <= cap)
 
     def _without_needless(self, state: JointState, draw: random.Random) -> JointState:
-        """Undo choices, in a drawn order, without which the target is met too."""
+        """Undo, in random order, choices without which the target is still met."""
         for choice in draw.sample(state.choices, len(state.choices)):
             spared = state.without(choice)
             if self.excess(spared) == 0:
@@ -233,7 +235,7 @@ class JointSearch(Space[JointState]):
 
 @dataclass(frozen=True)
 class _Nearer:
-    """How a joint search's states grow towards its target, by choices of some kinds alone."""
+    """The `Growth` of a joint search: choices of some kinds lead towards its target."""
 
     search: JointSearch
     kinds: Sequence[str]
