@@ -88,6 +88,15 @@ class ResumableModule(LightningModule):
         """Train under `policy` from now on."""
         self.student.apply_policy(policy)
 
+    def optimized_parameters(self) -> list[nn.Parameter]:
+        """The parameters for a new optimizer, in the order that its states in a checkpoint have.
+
+        Frozen parameters are included, so that a resumed run has the same parameter groups as the run it continues.
+        """
+        added = self._weights_of(self._added)
+        known = {id(parameter) for parameter in added}
+        return [*(parameter for parameter in self.student.parameters() if id(parameter) not in known), *added]
+
     def _own_weights(self) -> list[tuple[Stage, int]]:
         """(stage, block) pairs of weights that belong to one stage."""
         return [(stage, index) for stage, blocks in self.student.untied.items() for index in blocks]

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
+from transformers.configuration_utils import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -188,6 +189,18 @@ class PromptResponseDataModule(LightningDataModule):
     def fitting_dataloader(self) -> DataLoader[Example]:
         """The whole training part in a fixed order, the same on every rank, for local fits of blocks."""
         return self._fixed("train")
+
+    def check_fits(self, config: PretrainedConfig) -> None:
+        """Refuse a model that is too small for the tokenizer or for the lengths of the examples.
+
+        Args:
+            config: configuration of the model that is trimmed.
+
+        Raises:
+            UserError: a token has no embedding in the model, or examples exceed its context.
+        """
+        check_vocabulary(max(self.tokenizer.get_vocab().values()) + 1, config.vocab_size)
+        check_context(self.lengths.max_length, usable_context(config.to_dict()))
 
     def _fixed(self, name: str) -> DataLoader[Example]:
         return DataLoader(

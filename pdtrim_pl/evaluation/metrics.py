@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torchmetrics import MeanMetric
 
-from pdtrim_pl.evaluation.tokens import TokenScores
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.tokens import final_hidden, score_tokens
+from pdtrim_pl.staged import StagedCausalLM
 
 
 class QualityMeans:
@@ -23,8 +25,14 @@ class QualityMeans:
         for mean in self._means.values():
             mean.set_dtype(exact).to(device)
 
-    def update(self, scores: TokenScores) -> None:
-        """Add the scores of one batch."""
+    def measure(
+        self, student: StagedCausalLM, teacher: StagedCausalLM, batch: Batch, chunk_tokens: int, min_chunks: int
+    ) -> None:
+        """Run both models on one batch, and add the scores of its response tokens; see `score_tokens`."""
+        scores = score_tokens(
+            final_hidden(student, batch), final_hidden(teacher, batch), batch.response_ids[batch.response_mask],
+            student.compared_logits, teacher.compared_logits, chunk_tokens, min_chunks,
+        )  # fmt: skip
         for name, column in vars(scores).items():
             self._means[name].update(column)
 

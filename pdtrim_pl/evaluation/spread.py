@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import TypeVar
 
 from pdtrim_pl.data.collate import Batch
@@ -32,3 +33,14 @@ def measured_by_ranks(
 def shared_steps(ranks: Parallel, batches: Sequence[Batch]) -> list[Batch]:
     """The batches in a form that ranks can run at the same time: with sharded weights, all need a decode pass."""
     return list(batches) if ranks.whole else [batch.with_decode() for batch in batches]
+
+
+def shared_step(ranks: Parallel, batch: Batch, chunk_tokens: int) -> tuple[Batch, int]:
+    """One batch of this rank in a form that ranks can run at the same time, and the number of calls of the heads.
+
+    With sharded weights every forward pass is a collective: no rank may leave out the decode pass or a chunk of logits.
+    The number of calls is 0 (no minimum) with whole weights.
+    """
+    if ranks.whole:
+        return batch, 0
+    return batch.with_decode(), ranks.largest(ceil(int(batch.response_mask.sum()) / chunk_tokens))
