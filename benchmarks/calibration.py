@@ -1,26 +1,26 @@
-"""How calibration text, its size and the rule of choice change the quality of what is left, on text no rule has seen.
+"""Effect of the calibration text, its size and the rule of choice on the quality of a pruned model on held-out text.
 
     python benchmarks/calibration.py --text wikitext=TRAIN.raw --text c4=C4.jsonl --held_out VALID.raw [--output CSV]
     python benchmarks/calibration.py --target prefill --again 0.5 --text wikitext=TRAIN.raw --held_out VALID.raw
     python benchmarks/calibration.py --chosen CSV --held_out VALID.raw --skip 96 [--output CSV]
 
-Blocks leave both stages, or prefill alone, one after another. With `--again` the first text is also tried with that
-share of its prompts repeated (`data.parts.repeated_prompts`: the response is then the prompt once more). Every choice
-is judged by its KL and NLL on held-out text, and by its recall: the share of held-out tokens it finds when whole
-windows are repeated (`look_back`, see `pdtrim_pl.evaluation.recall`). The third line judges an earlier run's choices
-on other text: what a default is chosen by must not be what a table reports.
+Blocks are dropped one after another, from both stages or from prefill only. With `--again`, the first text is also
+tried with this share of repeated prompts (`data.parts.repeated_prompts`: the response is the prompt again). Every
+choice is evaluated by KL and NLL on held-out text, and by recall (column `look_back`, see
+`pdtrim_pl.evaluation.recall`). The third command evaluates the choices of an earlier run on other text, since a table
+must not report the text that a default was chosen on.
 
-Candidates are scored on parts of eight windows; a candidate whose KL is more than twice the best after the first part
-is not scored on the others (no rule would choose it). Rules:
+Candidates are scored on parts of eight windows. A candidate with more than twice the best KL on the first part is not
+scored on the others, since no rule would choose it. Rules:
 
     cosine   the most redundant blocks by cosine of input and output, chosen at once (ShortGPT)
     nll      least mean response NLL (SLEB)
     kl       least mean KL to the teacher
-    kl_pool  the same among the twelve most redundant blocks by cosine
+    kl_pool  least mean KL among the twelve most redundant blocks by cosine
     kl_se    least mean KL plus its standard error over the parts
     kl_worst least KL on the worst part
-    kl_cross cross-fitted: the three best on one half of the parts, of those the best on the other half, and the
-             reverse; of the two winners the one with the lower mean KL
+    kl_cross cross-fitted: take the three best on one half of the parts, and of these the best on the other half; do the
+             same with the halves exchanged; of the two winners, take the one with the lower mean KL
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PART, POOL, SHORTLIST, HOPELESS = 8, 12, 3, 2.0
 Blocks = tuple[tuple[int, ...], tuple[int, ...]]
 COLLATE = Collator(pad_id=0)
 Scores = Mapping[int, Sequence[Energy]]
-"""Of every candidate block, on each part."""
+"""Candidate block -> its energies on the parts."""
 
 
 def _kl(parts: Sequence[Energy]) -> float:
@@ -100,7 +100,7 @@ RULES: dict[str, Callable[[Scores], int]] = {
 
 @dataclass
 class Walk:
-    """One rule on so many windows of a text, and what it has dropped so far."""
+    """One rule on a number of windows of a text, with the plan that it has reached so far."""
 
     rule: str
     windows: int
@@ -109,7 +109,7 @@ class Walk:
 
 
 class Bench:
-    """A model and the parts of one calibration text."""
+    """A model, and the parts of one calibration text."""
 
     def __init__(
         self, student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], target: Target
@@ -120,12 +120,12 @@ class Bench:
         self.full = full_plan(student, target)
 
     def scores(self, plan: StagePlan, blocks: Sequence[int], parts: int) -> dict[int, list[Energy]]:
-        """Of every candidate block that has a chance, on the first so many parts."""
+        """Energies of the candidate blocks on the first `parts` parts, without hopeless candidates."""
         first = self._on(0, plan, blocks)
         limit = HOPELESS * min(energy.kl for energy in first.values())
-        able = [block for block in blocks if first[block].kl <= limit]
-        found = [self._on(part, plan, able) for part in range(parts)]
-        return {block: [energies[block] for energies in found] for block in able}
+        promising = [block for block in blocks if first[block].kl <= limit]
+        found = [self._on(part, plan, promising) for part in range(parts)]
+        return {block: [energies[block] for energies in found] for block in promising}
 
     def _on(self, part: int, plan: StagePlan, blocks: Sequence[int]) -> dict[int, Energy]:
         trials = {block: plan.drop(self.target, block) for block in blocks}
@@ -137,20 +137,20 @@ class Bench:
         return {block: self.known[keys[block]] for block in blocks}
 
     def influence(self, parts: int) -> dict[int, float]:
-        """Cosine redundancy of the full model's blocks, lower is more redundant."""
+        """1 - cosine of input and output of each block in the full model; lower means more redundant."""
         context = ScoringContext(self.student, self.teacher, self.batches[:parts])
         return CosineRedundancy().score(context, self.full, self.target, self.full.drop_candidates(self.target))
 
 
 def full_plan(student: StagedCausalLM, target: Target) -> StagePlan:
-    """The unpruned model; where prefill alone is thinned, decode handles the prompt's last token (as in POP)."""
+    """The plan of the unpruned model. If only prefill loses blocks, decode handles the last prompt token (POP)."""
     if target == "both":
         return StagePlan.full(student.plan.model, "unified")
     return StagePlan.full(student.plan.model, "prefill_only", "decode")
 
 
 def left(plan: StagePlan) -> Blocks:
-    """What is left of the model; in which order the other blocks went makes no difference."""
+    """Key of a plan: the blocks that are left. The order of the drops makes no difference."""
     return plan.prefill, plan.decode
 
 
@@ -175,7 +175,7 @@ def main() -> None:
 def choices(
     options: argparse.Namespace, student: StagedCausalLM, teacher: StagedCausalLM
 ) -> Iterator[tuple[list[object], StagePlan]]:
-    """What every rule chooses on every set: the first columns of its line, and the plan."""
+    """The choice of every rule on every set: the first columns of its row, and the plan."""
     for name, batches, sizes in sources(options):
         bench = Bench(student, teacher, batches, options.target)
         for made in searched(bench, sizes, options):
@@ -185,7 +185,7 @@ def choices(
 
 
 def chosen(options: argparse.Namespace, student: StagedCausalLM) -> Iterator[tuple[list[object], StagePlan]]:
-    """The same of an earlier run, from its file."""
+    """The choices of an earlier run, from its CSV file; results as of `choices`."""
     with open(options.chosen, newline="") as file:
         for row in csv.DictReader(file):
             target: Target = "both" if row["target"] == "both" else "prefill"
@@ -196,7 +196,7 @@ def chosen(options: argparse.Namespace, student: StagedCausalLM) -> Iterator[tup
 
 
 class Judge:
-    """KL, NLL and look-back of plans on held-out text; each is measured once."""
+    """Measures KL, NLL and recall of plans on held-out text. Every plan is measured once."""
 
     def __init__(self, student: StagedCausalLM, teacher: StagedCausalLM, held_out: Sequence[Batch]) -> None:
         self.student, self.teacher, self.held_out = student, teacher, held_out
@@ -215,19 +215,19 @@ class Judge:
 
 
 def sources(options: argparse.Namespace) -> Iterator[tuple[str, list[Batch], list[int]]]:
-    """Name, parts and sizes of every calibration set."""
+    """Name, parts and sizes (in windows) of every calibration set."""
     for index, given in enumerate(options.text):
         name, path = given.split("=", 1)
         sizes = options.sizes if index == 0 else [options.windows]
         parts = read(options, path, max(sizes))
         yield name, parts, sizes
         if options.again and index == 0:
-            mixed = read(options, path, options.windows, options.again)[::-1]  # windows as they are come first
+            mixed = read(options, path, options.windows, options.again)[::-1]  # unchanged windows come first
             yield f"{name}, {options.again:g} said again", mixed, [options.windows]
 
 
 def searched(bench: Bench, sizes: Sequence[int], options: argparse.Namespace) -> list[Walk]:
-    """Every rule on every size, to the highest count; what one walk has evaluated the others know."""
+    """Run every rule on every size up to the highest count. The rules share their evaluations."""
     influence = {size: bench.influence(size // PART) for size in sizes}
     walks = [Walk(rule, size, bench.full) for size in sizes for rule in rules_on(size, options)]
     for count in range(1, max(options.counts) + 1):
@@ -244,12 +244,12 @@ def searched(bench: Bench, sizes: Sequence[int], options: argparse.Namespace) ->
 
 
 def rules_on(size: int, options: argparse.Namespace) -> list[str]:
-    """All that were asked for where there are parts enough to speak of, else those that need one."""
+    """The rules to run on a size: all on `options.windows`; on other sizes only those that can use a single part."""
     return [rule for rule in options.rules if size == options.windows or rule in ("nll", "kl")]
 
 
 def one_shot(bench: Bench, windows: int, influence: Mapping[int, float], counts: Sequence[int]) -> Walk:
-    """The most redundant blocks of the full model, by cosine; no energy belongs to them."""
+    """Drop the most redundant blocks of the full model by cosine. This rule has no energy."""
     walk, order = Walk("cosine", windows, bench.full), sorted(influence, key=lambda block: (influence[block], block))
     for count in counts:
         plan = bench.full
@@ -260,7 +260,7 @@ def one_shot(bench: Bench, windows: int, influence: Mapping[int, float], counts:
 
 
 def read(options: argparse.Namespace, path: str, windows: int, again: float = 0.0) -> list[Batch]:
-    """The first windows of a text, in batches of one part; a share of them said again."""
+    """The first windows of a text, in batches of one part. A share `again` of them has repeated prompts."""
     data = PromptResponseDataModule(
         options.model, TextSource(path), Lengths(options.prompt + options.response, options.prompt, options.prompt),
         Parts(validation=0, calibration=windows, repeated_prompts=again), eval_batch_size=PART,
@@ -274,15 +274,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="embedded name, directory or Hub id")
     parser.add_argument("--text", action="append", default=[], help="NAME=SOURCE; sizes vary on the first")
-    parser.add_argument("--chosen", help="CSV file of an earlier run: judge its choices, make none")
-    parser.add_argument("--held_out", required=True, help="source of the text that judges")
-    parser.add_argument("--judged", type=int, default=96, help="windows of it, a multiple of 8")
-    parser.add_argument("--skip", type=int, default=0, help="windows at its beginning to leave out, a multiple of 8")
+    parser.add_argument("--chosen", help="CSV file of an earlier run: evaluate its choices, make no new ones")
+    parser.add_argument("--held_out", required=True, help="source of the held-out text")
+    parser.add_argument("--judged", type=int, default=96, help="windows of the held-out text, a multiple of 8")
+    parser.add_argument("--skip", type=int, default=0, help="first windows of it to leave out, a multiple of 8")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="windows, multiples of 8")
-    parser.add_argument("--windows", type=int, default=32, help="where all rules are compared; one of the sizes")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="cosine is always there")
+    parser.add_argument("--windows", type=int, default=32, help="the size on which all rules run; one of --sizes")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="cosine always runs too")
     parser.add_argument("--target", choices=["both", "prefill"], default="both", help="the stage that loses blocks")
-    parser.add_argument("--again", type=float, default=0.0, help="share of windows said again in one more set")
+    parser.add_argument("--again", type=float, default=0.0, help="share of repeated prompts in one more set")
     parser.add_argument("--counts", type=int, nargs="+", default=[3, 6])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of every prompt")
     parser.add_argument("--response", type=int, default=64, help="tokens of every response")

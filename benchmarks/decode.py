@@ -1,11 +1,12 @@
-"""Time of one decode step of the full plan, against Hugging Face's own `generate` on the same weights.
+"""Time of one decode step of the full plan, compared with Hugging Face's own `generate` on the same weights.
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py [--json]
 
-Both sides take the same random prompts without padding, choose greedily, and stop at no token. They take turns step by
-step, for machines are shared: after every token of `generate`, the decode loop makes one. A ratio is ours over theirs,
-the median over such pairs; prefill is not counted. `ratio_b1` and `ratio_b8` are each the worst over the prompts of
-that batch size. `cpu_ratio` is the same by the clock of this process, into which the turns of others do not enter.
+Both sides run the same random prompts without padding, decode greedily, and have no stop token. They take turns step by
+step, since the machine may be shared: after every token of `generate`, the decode loop makes one token. A ratio is our
+time divided by theirs, as the median over such pairs of steps. Prefill is not counted. `ratio_b1` and `ratio_b8` are
+the worst ratios of a batch size over all prompt lengths. `cpu_ratio` uses the CPU time of this process, which other
+processes do not affect.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.decoding import DecodeLoop, stream
 
 Clocks = tuple[float, float]
-"""Seconds: of the wall, and of this process on its CPUs."""
+"""Wall-clock seconds, and CPU seconds of this process."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Time of one step of either side."""
+    """Times of one step of both sides."""
 
     ours: Clocks
     theirs: Clocks
 
 
 class Turns(StoppingCriteria):
-    """Stops nothing. `generate` asks it after every token: it notes the time, then lets the other side take a step."""
+    """Never stops. `generate` calls it after every token: it records the time, and lets our side take a step."""
 
     def __init__(self, loop: DecodeLoop) -> None:
         self.loop = loop
@@ -52,7 +53,7 @@ class Turns(StoppingCriteria):
         since, between = self._since, clocks()
         next(self.loop)
         self._since = clocks()
-        if since is not None:  # else the first token, prefill's
+        if since is not None:  # None at the first token, which prefill predicts
             self.steps.append(Step(passed(between, self._since), passed(since, between)))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -96,7 +97,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def models(options: argparse.Namespace) -> tuple[StagedCausalLM, PreTrainedModel]:
-    """Ours and theirs, each with weights of its own: a model whose blocks have gates runs in no other way."""
+    """Our model and the Hugging Face model. Each has its own weights, since a gated model cannot run by itself."""
     ours, theirs = (load_causal_lm(options.model, dtype=getattr(torch, options.dtype)).eval() for _ in range(2))
     assert theirs.generation_config is not None
     theirs.generation_config.eos_token_id = None
@@ -106,7 +107,7 @@ def models(options: argparse.Namespace) -> tuple[StagedCausalLM, PreTrainedModel
 def measured(
     ours: StagedCausalLM, theirs: PreTrainedModel, batch: int, prompt: int, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Medians over steps that the two sides take by turns."""
+    """Medians over the steps of one batch size and prompt length."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, theirs.config.vocab_size, (batch, prompt), generator=draw)
     new = 1 + options.warmup + options.steps

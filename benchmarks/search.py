@@ -1,11 +1,11 @@
-"""What the evaluator saves against evaluating every candidate from the beginning, for the same greedy choice.
+"""Work that the evaluator saves in a greedy search, compared with a full evaluation of every candidate.
 
     python benchmarks/search.py [--json]
 
-Both sides take the same drops from decode, then from prefill, by least KL to the teacher on the same calibration set,
-and both keep the teacher's probabilities. The naive side runs every candidate through both stages to the end. Work
-is counted as tokens times blocks that ran; times are compared as a ratio, for these machines are shared. One repeat
-runs the two sides one after the other; medians over repeats are reported.
+Both sides drop blocks from decode, then from prefill, by least KL to the teacher on the same calibration set. Both keep
+the teacher's probabilities. The naive side runs every candidate through both stages on all batches. Work is counted as
+(token, block) passes. Times are compared as a ratio, since the machine may be shared. A repeat runs both sides one
+after the other; medians over repeats are reported.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def timed(side, student: StagedCausalLM, batches: list[Batch], drops: int) -> Re
 
 
 def naive(evaluator: Evaluator, plan: StagePlan, target: Target) -> StagePlan:
-    """Every candidate from the first block to the last batch."""
+    """Evaluate every candidate with all blocks on all batches."""
     blocks = plan.drop_candidates(target)
     trials = [plan.drop(target, block) for block in blocks]
     energies = [evaluator.energy(trial) for trial in trials]
@@ -99,7 +99,7 @@ def naive(evaluator: Evaluator, plan: StagePlan, target: Target) -> StagePlan:
 
 
 def fast(evaluator: Evaluator, plan: StagePlan, target: Target) -> StagePlan:
-    """As criteria and searches do it."""
+    """Choose the best candidate in the way of criteria and searches."""
     evaluator.rebase(plan)
     trials = [evaluator.candidate(plan.drop(target, block)) for block in plan.drop_candidates(target)]
     return trials[evaluator.best(trials)[0]].plan

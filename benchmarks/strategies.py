@@ -1,13 +1,13 @@
-"""Memory and speed of distillation under each strategy, on random Llama weights and random tokens.
+"""Memory and speed of distillation under each strategy, with random Llama weights and random tokens.
 
     python benchmarks/strategies.py                         # one GPU, a 1.2B Llama, bf16
     python benchmarks/strategies.py --devices 8 --strategies zero2 zero3 fsdp
     python benchmarks/strategies.py --tiny --accelerator cpu --devices 2 --strategies ddp fsdp   # does it run at all?
 
-Every strategy runs in processes of its own: one epoch of the full model, a drop from each stage, one epoch more. A line
-of JSON for each: tokens of prompt and response per second over all devices (median step of the last epoch, its first
-two steps left out), peak memory of the first device, losses. ZeRO and FSDP train in bf16 (ZeRO with
-fp32 masters), the others in bf16-mixed, so that losses agree only roughly.
+Every strategy runs in its own processes: one epoch with the full model, one drop from each stage, and one more epoch.
+The output has a line of JSON for each strategy: prompt and response tokens per second over all devices (from the median
+step of the last epoch without its first two steps), peak memory of the first device, and losses. ZeRO trains in
+bf16-true with fp32 copies of the weights, the others train in bf16-mixed. So the losses agree only roughly.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ENGINES = ("zero1", "zero2", "zero3")
 
 
 class RandomTokens(LightningDataModule):
-    """The same random requests in every run."""
+    """Random requests, the same in every run."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class RandomTokens(LightningDataModule):
 
 
 class Meter(Callback):
-    """Times of steps, and their losses."""
+    """Records the time and the loss of every step."""
 
     def __init__(self) -> None:
         self.seconds: list[tuple[int, float]] = []

@@ -1,11 +1,12 @@
-"""Quality against bytes on the wire: keys and values in few bits, bits chosen block by block, and trimmed positions.
+"""Quality against bytes on the wire: low-bit codecs, bits chosen block by block, and trimmed positions.
 
     python benchmarks/wire.py TUNE.raw TEST.raw [--json] [--prompt 448] [--response 64] [--tune 4] [--test 8]
 
-Runs on the dense embedded model, untrained. Bits are chosen on the first file, which no row reports. The second file
-gives the figures: KL to the model that sends everything, in nats, and recall, the share of a text of 128 tokens that is
-found when it is repeated behind 320 others. Bytes count against bf16, with scales. `--json` prints one object: rows
-(name, ratio, kl, recall) and `ahead_everywhere`: whether no other row has fewer bytes and less KL than one of ours.
+Runs on the dense embedded model without training. Bits are chosen on the first file. All figures are measured on the
+second file: KL in nats to the model that sends everything, and recall: the share of a text of 128 tokens that is
+predicted when the text is repeated after 320 other tokens. The ratio of bytes is relative to bf16 and includes scales.
+`--json` prints one object with `rows` (name, ratio, kl, recall) and `ahead_everywhere`: True if, at ratios of 3 and
+more, no other row has both fewer bytes and less KL than one of ours.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ def main() -> int:
     ours = [row for row in rows if row["name"].startswith("ours")]
     others = [row for row in rows if not row["name"].startswith("ours")]
     ahead = not any(row["ratio"] >= own["ratio"] >= 3 and row["kl"] <= own["kl"] for own in ours for row in others)
-    told = {
+    report = {
         "model": MODEL, "prompt": options.prompt, "response": options.response, "rows": rows,
         "ahead_everywhere": ahead, "threads": torch.get_num_threads(), "processor": platform.processor(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
     if options.json:
-        print(json.dumps(told))
+        print(json.dumps(report))
         return 0
     for row in rows:
         print(f"{row['name']:40s} {row['ratio']:6.2f}x  KL {row['kl']:.4f}  recall {row['recall']:.3f}")
@@ -81,7 +82,7 @@ class Bench:
         self.again = self._repeated(test)
 
     def policies(self, options: argparse.Namespace) -> list[tuple[str, Rules]]:
-        """Every row's rules."""
+        """Name and rules of every row."""
         blocks = self.model.plan.decode
         rows: list[tuple[str, Rules]] = [("everything", {})]
         rows.append(("first 4 and last 20 %", dict.fromkeys(blocks, Retention("first_last", 4, 0.2))))
@@ -115,7 +116,7 @@ class Bench:
         return [Collator(0)([Example(row[:prompt], row[prompt:])]) for row in rows]
 
     def _repeated(self, tokens: torch.Tensor) -> list[Batch]:
-        """Repeated texts; the first quarter of the repetition belongs to the prompt, so that it is known as one."""
+        """Requests that repeat a text. The first quarter of the repetition is part of the prompt, as a cue."""
         known = REPEATED // 4
         batches = []
         for start in range(0, 18_000, 3_000):

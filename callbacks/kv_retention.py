@@ -24,12 +24,13 @@ from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape
 from pdtrim_pl.selectors import KVSelector, selection_context
+from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged.description import kv_shape_of
 
 log = logging.getLogger(__name__)
 
 
-class KVRetention(Callback):
+class KVRetention(Callback, TellsLoad):
     """Sets the KV retention policy right after the last round of drops.
 
     The remaining epochs distil the student under the policy. List it after every BlockDrop.
@@ -53,6 +54,10 @@ class KVRetention(Callback):
     @override
     def state_key(self) -> str:
         return "KVRetention"
+
+    @override
+    def load(self) -> CallbackLoad:
+        return CallbackLoad(selection=self.selector.load())
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,13 +1,16 @@
-"""Everything this package uses of its dependencies that is not their public interface, and the behaviour it relies on.
+"""Everything private that this package uses of its dependencies, and the behaviour that it relies on.
 
-`tests/test_compat.py` tests each of these alone, so that a release that changes one fails there, by name. What our
-classes override cannot stand here: `torch.nn.Module._apply`, through which `to`, `half` and `cuda` move a module's
-tensors (`staged/gate.py`, `staged/structure.py`), and in `cli/lightning_cli.py` `LightningCLI._parse_ckpt_path`, called
-before anything is built, `_run_subcommand`, which runs the trainer's command, `_prepare_subcommand_kwargs`, whose
-result that command gets, and `_get`.
+`tests/test_compat.py` tests each function alone. If a release of a dependency changes one, the failing test names it.
 
-Functions import what they need themselves: a serving process starts without Lightning and DeepSpeed, and a command line
-is parsed without torch. Hence `Any`.
+Private methods that our classes override cannot be listed as functions here:
+
+- `torch.nn.Module._apply`, by which `to`, `half` and `cuda` move tensors (`staged/gate.py`, `staged/structure.py`);
+- in `cli/lightning_cli.py`: `LightningCLI._parse_ckpt_path`, which is called before anything is built;
+  `_run_subcommand`, which runs the trainer's command; `_prepare_subcommand_kwargs`, whose result is passed to this
+  command; and `_get`.
+
+Functions import their dependencies themselves, and types are `Any`. So a serving process starts without Lightning and
+DeepSpeed, and a command line is parsed without torch.
 """
 
 from __future__ import annotations
@@ -27,29 +30,29 @@ if TYPE_CHECKING:
 
 
 def optimizer_step_is_due(trainer: Any) -> bool:
-    """Inside `training_step`: whether the optimizer steps after this batch.
+    """Whether the optimizer steps after this batch; call it inside `training_step`.
 
-    True at every `accumulate_grad_batches`-th batch and at the last one of an epoch.
+    True for every `accumulate_grad_batches`-th batch and for the last batch of an epoch.
     """
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def ddp_settings(strategy: Any) -> Mapping[str, Any]:
-    """Keyword arguments that a `DDPStrategy` gives to `DistributedDataParallel`."""
+    """Keyword arguments that a `DDPStrategy` passes to `DistributedDataParallel`."""
     settings: Mapping[str, Any] = strategy._ddp_kwargs
     return settings
 
 
 def hand_out_weights(strategy: Any, weights: Mapping[str, Tensor]) -> None:
-    """Under ZeRO-3: put rank 0's whole weights into the shards of all ranks; names that it has not stay as they are."""
+    """Under ZeRO-3: copy whole weights of rank 0 into the shards of all ranks. Missing weights do not change."""
     strategy._restore_zero_state({"state_dict": weights}, strict=False)
 
 
 class LoopProgress:
-    """Names in the `loops` of a Lightning checkpoint, and of the counts below them.
+    """Keys in the `loops` of a Lightning checkpoint.
 
-    Each progress has `total` and `current` with `ready`, `started`, `processed` and `completed`, counted up in this
-    order: before a batch, after its loading, after its step, after its `on_train_batch_end`.
+    Each progress has `total` and `current`, each with the counts `ready`, `started`, `processed` and `completed`. They
+    are incremented in this order: before a batch, after it is loaded, after its step, after its `on_train_batch_end`.
     """
 
     FIT: ClassVar[str] = "fit_loop"
@@ -64,16 +67,16 @@ class LoopProgress:
 
 
 def attention_of(model: PreTrainedModel) -> Any:
-    """Name of the attention implementation that a model's blocks look up at every call: sdpa, eager or another."""
+    """Name of a model's attention implementation, such as `sdpa` or `eager`. Its blocks read it at every call."""
     return model.config._attn_implementation
 
 
 def has_model_file(path: str, name: str) -> bool:
-    """Whether a model has a file of that name; in offline mode the Hub's cache answers.
+    """Whether a model has a file. In offline mode, only the local cache of the Hub is searched.
 
     Args:
         path: a directory or a Hub id.
-        name: of the file.
+        name: name of the file.
     """
     from transformers.utils.hub import has_file
 
@@ -81,7 +84,7 @@ def has_model_file(path: str, name: str) -> bool:
 
 
 def model_file(path: str, name: str) -> str:
-    """Where one file of a model lies. A Hub model's file is downloaded first, unless the cache has it.
+    """Local path of a file of a model. A file of a Hub model is downloaded unless the cache has it.
 
     Raises:
         OSError: there is no such file.
@@ -113,7 +116,7 @@ def dataset_fingerprint(dataset: Dataset) -> str:
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
-    """Options of a parser without their dashes, each once, and those of its subcommands without the command's name."""
+    """Options of a parser and of its subcommands, each once, without leading dashes."""
     options: list[str] = []
     for action in parser._actions:
         if isinstance(action.choices, dict):  # subcommands
@@ -123,7 +126,7 @@ def options_of(parser: ArgumentParser) -> list[str]:
 
 
 def refusing_parser(parser: ArgumentParser, error: Exception | None) -> ArgumentParser:
-    """The parser that refused a command line: of the subcommand that jsonargparse notes in its error, else `parser`."""
+    """The parser that refused a command line: that of the subcommand which jsonargparse's error names, or `parser`."""
     found: ArgumentParser = parser if error is None else vars(error).get("subcommand_parser", parser)
     return found
 
@@ -132,7 +135,7 @@ def refusing_parser(parser: ArgumentParser, error: Exception | None) -> Argument
 
 
 def remove_gradient_hooks(wrapper: DistributedDataParallel) -> None:
-    """Make a DDP wrapper that is given up sum no gradients any more."""
+    """Stop a DDP wrapper that is being discarded from summing gradients."""
     wrapper._remove_autograd_hooks()
 
 
@@ -140,19 +143,19 @@ def remove_gradient_hooks(wrapper: DistributedDataParallel) -> None:
 
 
 def own_shard(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a weight under ZeRO-3, flat."""
+    """The part of a weight that this rank holds under ZeRO-3, as a flat tensor."""
     shard: Tensor = vars(parameter)["ds_tensor"]
     return shard
 
 
 def fp32_parts(engine: Any, stage: int) -> list[Tensor]:
-    """This rank's fp32 copies of the weights, one flat tensor a group; their `grad` is what the optimizer reads."""
+    """The fp32 copies of weights on this rank, one flat tensor per group. The optimizer reads their `grad`."""
     zero = engine.optimizer
     return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
 
 
 def clear_optimizer_state(engine: Any, stage: int, parameter: nn.Parameter) -> None:
-    """Make the momenta of one weight zero. The count of steps, which all weights of a shard share, stays."""
+    """Set the momenta of one weight to zero. The step count does not change: all weights of a shard share it."""
     import torch
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -164,23 +167,23 @@ def clear_optimizer_state(engine: Any, stage: int, parameter: nn.Parameter) -> N
             if torch.is_tensor(state) and state.shape == flat.shape:
                 safe_set_local_optimizer_state(parameter, zeros, key)
         return
-    mapping = vars(parameter)["_hp_mapping"]  # None where the shard is another rank's
+    mapping = vars(parameter)["_hp_mapping"]  # None if another rank holds the shard
     for key in [] if mapping is None or mapping.optim_fragment is None else mapping.get_optim_state_keys():
         safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter, dtype=torch.float32), key)
 
 
 def recovery_script_step(engine: Any) -> tuple[Any, str]:
-    """Object and name of the method with which an engine writes its recovery script beside a checkpoint's shards.
+    """Object and name of the method with which an engine writes its recovery script beside the shards.
 
-    `engine.checkpoint_engine.makedirs(path)` and `.save(state_dict, path)` write the rest; nothing else does as long as
-    `save_latest` is False.
+    Everything else in a checkpoint is written by `engine.checkpoint_engine.makedirs(path)` and `.save(state_dict,
+    path)`, if `save_latest` is False.
     """
     assert callable(engine._copy_recovery_script)
     return engine, "_copy_recovery_script"
 
 
 def model_state_file(directory: str, stage: int) -> str:
-    """The file of a DeepSpeed checkpoint directory that holds the run's own state."""
+    """Path of the file in a DeepSpeed checkpoint directory that holds the state of the run."""
     from deepspeed.utils.zero_to_fp32 import get_model_state_file
 
     return str(get_model_state_file(directory, stage))

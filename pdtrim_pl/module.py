@@ -1,13 +1,12 @@
-"""The LightningModule: a frozen teacher, a student under a stage plan, and the losses between them.
+"""The LightningModule: it builds teacher and student, distils the student, and measures it.
 
-What it saves and how it continues stands in `checkpoints/resumable.py`.
+Saving and resuming is in the base class, `checkpoints/resumable.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import ceil
 from uuid import uuid4
 
 import torch
@@ -20,16 +19,15 @@ from typing_extensions import override
 from pdtrim_pl.checkpoints.continuation import check_same_checkpoint
 from pdtrim_pl.checkpoints.fast_dev_run import save_nothing_in_a_trial
 from pdtrim_pl.checkpoints.resumable import ResumableModule
-from pdtrim_pl.data import Batch, PromptResponseDataModule, check_context, check_vocabulary
+from pdtrim_pl.data import Batch, PromptResponseDataModule
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.metrics import QualityMeans
 from pdtrim_pl.evaluation.mode import eval_mode
-from pdtrim_pl.evaluation.tokens import final_hidden, score_tokens
+from pdtrim_pl.evaluation.spread import shared_step
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, weighted_sum
 from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
-from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Structure
@@ -40,17 +38,21 @@ from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, 
 
 
 class PDTrimModule(ResumableModule):
-    """Distils a student whose stages lose blocks from a teacher that keeps them.
+    """Distils a student, whose stages lose blocks, from a frozen teacher that keeps all blocks.
 
     Args:
         model: name, path or Hub id of the model to trim; `smollm2-135m` is embedded.
         losses: weighted list of losses; forward KL by default.
-        optimizer: from parameters to an optimizer.
-        lr_scheduler: from an optimizer to a scheduler that is stepped after every optimizer step; constant by default.
-        structure: relation, boundary, and files to start from.
-        loading: element types, teacher, attention, gradient checkpointing.
-        chunk_tokens: response tokens whose logits are alive at a time.
-        architecture: adapter of the model's family, where the package has none; it serves a teacher of that family too.
+        optimizer: makes an optimizer from parameters.
+        lr_scheduler: makes a scheduler from an optimizer. The scheduler is stepped after every optimizer step. By
+            default the learning rate is constant.
+        structure: relation, boundary, and the plan and policy files to start from.
+        loading: element types, teacher, attention implementation, gradient checkpointing.
+        chunk_tokens: number of response tokens whose logits are in memory at once.
+        architecture: adapter of the model's family, if the package has none. A teacher of this family uses it too.
+
+    Raises:
+        UserError: a setting is invalid.
     """
 
     teacher: StagedCausalLM
@@ -86,13 +88,13 @@ class PDTrimModule(ResumableModule):
 
     @property
     def pair(self) -> ModelPair:
-        """Which models are loaded, and how."""
+        """Settings of the models that are loaded."""
         return ModelPair(self.model_name, self.structure, self.loading, self.architecture)
 
     # Building
 
     def check_models(self) -> None:
-        """Refuse models that cannot be trimmed or are not whole, before anything is tokenised or a weight is read.
+        """Refuse models that cannot be trimmed or are incomplete, before data is tokenised and weights are read.
 
         Raises:
             UserError: see `ModelPair.check`.
@@ -109,7 +111,7 @@ class PDTrimModule(ResumableModule):
             check_masters(self.trainer.strategy, str(self.trainer.precision), dtype_of(self.loading.dtype))
         check_same_checkpoint(self.parallel, self.found_checkpoint)
         if "student" not in self._modules:
-            self.check_models()  # not in `configure_model`, where ZeRO-3 would have its way with it
+            self.check_models()  # not in `configure_model`, where ZeRO-3 shards every model that is built
         save_nothing_in_a_trial(self.trainer)
         self.run_name = self.trainer.strategy.broadcast(uuid4().hex)
 
@@ -119,7 +121,7 @@ class PDTrimModule(ResumableModule):
             return
         model, plan, policy = self.pair.student()
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            check_masters(self._trainer.strategy, str(self._trainer.precision), model.dtype)  # `auto` is known now
+            check_masters(self._trainer.strategy, str(self._trainer.precision), model.dtype)  # `auto` is resolved
         teacher = self.pair.teacher(plan.boundary, model.config.vocab_size)
         if self._trainer is not None and self._trainer.is_global_zero:
             device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
@@ -133,18 +135,12 @@ class PDTrimModule(ResumableModule):
         if self.loading.freeze_embeddings:
             self.student.freeze_embeddings()
         if self._trainer is None or not self._trainer.strategy.restore_checkpoint_after_setup:
-            # An engine, though, must be built over the same parameters in every run: `on_fit_start` freezes then.
+            # DeepSpeed must be set up with the same parameters in every run: there `on_fit_start` freezes.
             self.student.freeze_unused()
         self.teacher = teacher
-        self._check_data()
-
-    def _check_data(self) -> None:
-        """Refuse a data module whose tokenizer or lengths do not fit the model."""
         data = self._data()
         if data is not None:
-            config = self.student.model.config
-            check_vocabulary(max(data.tokenizer.get_vocab().values()) + 1, config.vocab_size)
-            check_context(data.lengths.max_length, usable_context(config.to_dict()))
+            data.check_fits(model.config)
 
     def _data(self) -> PromptResponseDataModule | None:
         data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
@@ -161,11 +157,7 @@ class PDTrimModule(ResumableModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        # Also blocks that are frozen now: a resumed run then finds the same parameter groups as the one it continues.
-        later = self._weights_of(self._added)
-        known = {id(parameter) for parameter in later}
-        first = [parameter for parameter in self.student.parameters() if id(parameter) not in known]
-        optimizer = self.optimizer_of(first + later)
+        optimizer = self.optimizer_of(self.optimized_parameters())
         if self.lr_scheduler_of is None:
             return optimizer
         scheduler = self.lr_scheduler_of(optimizer)
@@ -181,20 +173,10 @@ class PDTrimModule(ResumableModule):
         return loss
 
     def distilled(self, batch: Batch) -> Distilled:
-        """Run student and teacher on one batch and gather what losses look at."""
-        batch, min_chunks = self._shared_step(batch)
+        """Run student and teacher on one batch, and collect the input of the losses."""
+        batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens)
         watched = any(term.watches_blocks for term in self.losses)
         return run_pair(self.student, self.teacher, batch, watch_blocks=watched, min_chunks=min_chunks)
-
-    def _shared_step(self, batch: Batch) -> tuple[Batch, int]:
-        """The batch as this rank must run it, and how often every rank must call the heads.
-
-        With sharded weights every pass is a collective: no rank may leave out the decode pass, or a chunk of logits.
-        """
-        parallel = self.parallel
-        if parallel.whole:
-            return batch, 0
-        return batch.with_decode(), parallel.largest(ceil(int(batch.response_mask.sum()) / self.chunk_tokens))
 
     # Evaluation
 
@@ -226,8 +208,8 @@ class PDTrimModule(ResumableModule):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Greedy responses, [B, at most R]; a row that has ended repeats its stop token."""
-        # The model may not know the end of a chat's turn; the tokenizer does.
+        """Generate responses greedily, [B, at most R]. A row that has ended repeats its stop token."""
+        # The stop tokens of the tokenizer are needed too: the model may not know the end of a chat's turn.
         data = self._data()
         stop_ids = stop_ids_of(self.student.model, None if data is None else data.tokenizer)
         return generate(
@@ -236,15 +218,9 @@ class PDTrimModule(ResumableModule):
         )  # fmt: skip
 
     def _measure(self, batch: Batch) -> None:
-        batch, min_chunks = self._shared_step(batch)
-        scores = score_tokens(
-            final_hidden(self.student, batch), final_hidden(self.teacher, batch),
-            batch.response_ids[batch.response_mask], self.student.compared_logits, self.teacher.compared_logits,
-            self.chunk_tokens,
-            min_chunks,
-        )  # fmt: skip
         assert self._means is not None
-        self._means.update(scores)
+        batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens)
+        self._means.measure(self.student, self.teacher, batch, self.chunk_tokens, min_chunks)
 
     def _log_quality(self, prefix: str) -> dict[str, float]:
         assert self._means is not None
@@ -255,6 +231,6 @@ class PDTrimModule(ResumableModule):
 
 @contextmanager
 def evaluating(module: PDTrimModule) -> Iterator[tuple[StagedCausalLM, StagedCausalLM]]:
-    """Student and teacher in eval mode, without gradients, at the trainer's precision; the mode is restored."""
+    """Student and teacher in eval mode, without gradients, in the trainer's precision. Restores the mode at the end."""
     with eval_mode(module.student), torch.no_grad(), module.trainer.precision_plugin.forward_context():
         yield module.student, module.teacher

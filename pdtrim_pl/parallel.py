@@ -1,4 +1,4 @@
-"""The processes of a run: how they agree, gather, share work and wait. No Lightning here."""
+"""Communication between the processes of a run: agree, gather, split work, wait. Imports no Lightning."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from pdtrim_pl.errors import AnotherRankFailed, RankLost
 
 T = TypeVar("T")
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
-"""Makes sharded weights whole on every rank for as long as its context lasts; every rank must enter it."""
+"""A context manager that makes sharded weights whole on every rank. It is a collective: every rank must enter it."""
 
 _OUTCOME, _READ = "outcome", "read"
 _PATIENCE = 60
-"""Seconds until rank 0 believes that a rank which has not asked for the outcome never will."""
+"""Maximum seconds that rank 0 waits for the other ranks to read the outcome."""
 
 
 class Parallel:
-    """How one process of a run stands among the others, and what it does with weights that they share.
+    """Communication between the processes of a run, and access to weights that they share.
 
-    This class is a process that runs alone. Every strategy has a subclass (`pdtrim_pl.strategies.parallel_of`).
-    What it calls a collective every rank must call, equally often and in the same order.
+    This class serves a process that runs alone. Every strategy has a subclass (`pdtrim_pl.strategies.parallel_of`).
+    All ranks must call a collective the same number of times, and all collectives in the same order.
 
     Args:
-        leave_if_asked: called by every rank before every evaluation and, in `check_in`, every group of local fits;
-            raises where the run has to leave the machine.
+        leave_if_asked: called by every rank before every evaluation and, in `check_in`, before every group of local
+            fits. It raises if the process has to stop.
     """
 
     rank: int = 0
     size: int = 1
+    """Number of ranks."""
     host: str = "localhost"
-    """Where rank 0 runs, as the others reach it."""
+    """Address of rank 0's machine for the other ranks."""
     whole: bool = True
     """Whether every rank holds whole weights. If not (ZeRO-3, FSDP), every forward pass is a collective."""
 
@@ -46,18 +47,18 @@ class Parallel:
     # Values
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's value on every rank. Collective.
+        """The value of rank 0, on every rank. Collective.
 
-        Rounding may differ between ranks, and what they choose must not.
+        Measured values may differ between ranks by rounding; choices that depend on them must not.
         """
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in order of rank, on every rank. Collective."""
+        """The values of all ranks in the order of ranks, on every rank. Collective."""
         return [value]
 
     def hand_out(self, tensor: Tensor, source: int) -> None:
-        """Write the tensor of rank `source` into that of every other rank. Collective."""
+        """Copy the tensor of rank `source` into the tensor of every other rank. Collective."""
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values. Collective."""
@@ -66,75 +67,76 @@ class Parallel:
     # Weights
 
     def whole_weights(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Make sharded weights whole on every rank for as long as the context lasts. Changes are lost. Collective."""
+        """Make sharded weights whole on every rank inside the `with` block. Changes are lost. Collective."""
         return nullcontext()
 
     def own_part(self, parameter: nn.Parameter) -> Tensor:
-        """What this rank holds of a weight."""
+        """The part of a weight that this rank holds."""
         return parameter
 
     def write_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Put rank 0's value into a parameter that trains, and into all copies of it. Collective.
+        """Write the value of rank 0 into a parameter and into all copies of it. Collective.
 
         Args:
-            parameter: or this rank's shard of it.
+            parameter: the parameter, or this rank's shard of it.
             value: the whole weight.
         """
         with torch.no_grad():
             parameter.copy_(value)
 
     def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
-        """Make the optimizers forget what they know of written weights, and train created ones from now on."""
+        """Reset the optimizer states of `written` parameters, and add `created` parameters to the optimizers."""
 
     def forget_gradients(self) -> None:
-        """After a plan has changed: keep no gradient of a block that takes none any more."""
+        """Clear stored gradients after a change of plan, so that dropped blocks are not updated with old ones."""
 
     # Work
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returns on every rank, in order of rank, on every rank. If it fails on one, all raise.
+        """Run `work` on every rank and return all results in the order of ranks. If it fails on one rank, all raise.
 
-        Without this, the others would wait for a rank that has left. With sharded weights they wait inside a forward
-        pass, where nobody can tell them: there the failing rank ends, and its launcher ends the others (`srun
-        --kill-on-bad-exit`, as in `jobs/`).
+        Otherwise the other ranks would wait forever for a rank that failed. With sharded weights this is not possible,
+        since the others wait inside a forward pass. There the failing rank exits, and the launcher must end the others
+        (`srun --kill-on-bad-exit`, as in `jobs/`).
 
         Args:
-            work: has no collective in it where weights are whole, except `check_in`.
+            work: the work of this rank. With whole weights it must not contain a collective other than `check_in`.
 
         Raises:
-            AnotherRankFailed: on the ranks whose own work went well.
+            AnotherRankFailed: another rank failed. The failing rank raises its own error.
         """
         failure: Exception | None = None
         value: Any = None
         try:
             value = work()
         except AnotherRankFailed:
-            raise  # every rank knows
-        except Exception as error:  # whatever it is, it is raised again, once the others know
+            raise  # all ranks already know
+        except Exception as error:  # any error is raised again below, after the other ranks were informed
             if not self.whole:
                 raise
             failure = error
-        told = self.gather((value, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        results = self.gather((value, None if failure is None else f"{type(failure).__name__}: {failure}"))
         if failure is not None:
             raise failure
-        for rank, (_, text) in enumerate(told):
+        for rank, (_, text) in enumerate(results):
             if text is not None:
                 raise AnotherRankFailed(f"Rank {rank} failed, so every rank leaves. There: {text}")
-        return [value for value, _ in told]
+        return [value for value, _ in results]
 
     def check_in(self) -> None:
-        """Go on if every rank does; called by every rank equally often in the middle of long work.
+        """Synchronise in the middle of long work, and stop if another rank has failed. Collective.
 
         Raises:
-            AnotherRankFailed: another rank has left its work with an error.
+            AnotherRankFailed: another rank has failed.
         """
         self.together(lambda: None)
         self.leave_if_asked()
 
     def peers(self, items: Sequence[T]) -> list[list[T]]:
-        """Per item of this rank, those that are worked on with it: itself, or what all ranks run at that time.
+        """For each item of this rank, the items that all ranks work on at the same time.
 
-        Under ZeRO-3 and FSDP every rank must run the same number of items: one without an item repeats the last.
+        With whole weights every rank works alone, and each item is its only peer. Under ZeRO-3 and FSDP every rank must
+        run the same number of items: a rank without an item repeats the last one.
         """
         size, last = self.size, len(items) - 1
         if self.whole:
@@ -143,18 +145,19 @@ class Parallel:
 
 
 def on_first_rank(ranks: Parallel, work: Callable[[], None], *, every: float = 1.0) -> None:
-    """Have rank 0 do what it alone can do, while the others wait for as long as it takes; every rank must call it.
+    """Run `work` on rank 0 only, while the other ranks wait without a time limit. Every rank must call it.
 
-    They ask a store on rank 0's machine. In a collective they could not wait: it gives up after 30 minutes, and an
-    export of a large model, measured before and verified behind, may take longer.
+    The other ranks poll a store on rank 0's machine. A collective would time out after 30 minutes, and the export of a
+    large model, with its measurement and verification, may take longer.
 
     Args:
-        ranks: of the run.
-        work: has no collective in it.
-        every: seconds between two questions.
+        ranks: the ranks of the run.
+        work: the work of rank 0. It must not contain a collective.
+        every: seconds between two polls.
 
     Raises:
-        AnotherRankFailed: on the others, where rank 0 failed; `RankLost` where it is gone.
+        AnotherRankFailed: rank 0 failed. Raised on the other ranks.
+        RankLost: rank 0 is gone. Raised on the other ranks.
     """
     if ranks.size == 1:
         work()
@@ -168,6 +171,7 @@ def on_first_rank(ranks: Parallel, work: Callable[[], None], *, every: float = 1
 
 
 def _tell(store: TCPStore, others: int, work: Callable[[], None], every: float) -> None:
+    """On rank 0: run `work`, publish its outcome (empty for success), and wait until the others have read it."""
     outcome = "It was interrupted."
     try:
         work()
@@ -175,7 +179,7 @@ def _tell(store: TCPStore, others: int, work: Callable[[], None], every: float) 
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
         raise
-    finally:  # an interrupt too: nobody shall wait for a rank that leaves
+    finally:  # also after an interrupt, so that no rank waits for this one
         store.set(_OUTCOME, outcome)
         until = time.monotonic() + _PATIENCE
         while store.add(_READ, 0) < others and time.monotonic() < until:  # the store ends with this process
@@ -183,6 +187,7 @@ def _tell(store: TCPStore, others: int, work: Callable[[], None], every: float) 
 
 
 def _ask(store: TCPStore, every: float) -> None:
+    """On the other ranks: wait for the outcome, and raise if rank 0 failed or is gone."""
     try:
         while not store.check([_OUTCOME]):
             time.sleep(every)

@@ -14,23 +14,24 @@ from lightning.pytorch import Callback
 from tiny_models import tiny_model
 from torch import Tensor
 
-from callbacks import BlockDrop, ExportPair, PlanLogger, SpanMerge
+from callbacks import BlockDrop, ExportPair, KVRetention, PlanLogger, SpanMerge
 from pdtrim_pl.cli import main as cli
 from pdtrim_pl.cli.dry_run import load_of, model_config, run
 from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.selectors import BudgetSelector, Effort, KVSelector, MassSelector, NoSelector, SelectorLoad
 from pdtrim_pl.sizing.memory import (
     GIB,
     HOST_BYTES,
     Layout,
     Load,
     MemoryEstimate,
-    Shape,
     block_elements,
     memory_per_process,
 )
+from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.staged import StagedCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +211,49 @@ def test_a_dry_run_counts_the_largest_merges_of_all_callbacks(tiny_llama_dir: Pa
     span = SpanMerge(1, merging=Merging(pairs_at_once=1), trailing_blocks=3)
     asked = ([], drops[:1], drops, [span], [*drops, span], [SpanMerge(1, merging=large, trailing_blocks=1)])
     assert [load_of(module, data, callbacks).fitted_at_once for callbacks in asked] == [0, 0, 6, 8, 8, 6]
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        (NoSelector(), SelectorLoad(eager_attention=True)),
+        (MassSelector(), SelectorLoad(eager_attention=True)),
+        (BudgetSelector(2.0, codecs=["none"]), SelectorLoad(eager_attention=True)),
+        (BudgetSelector(2.0, codecs=["none"], order="damage"), SelectorLoad(calibration=True, eager_attention=True)),
+        (BudgetSelector(), SelectorLoad(examples=8)),
+        (BudgetSelector(effort=Effort(examples=3, exchanges=True)), SelectorLoad(examples=3)),
+    ],
+)
+def test_a_dry_run_counts_what_the_selector_keeps(
+    selector: KVSelector, expected: SelectorLoad, tiny_llama_dir: Path
+) -> None:
+    module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
+    load = load_of(module, data, [PlanLogger(), KVRetention(selector)])
+    assert load.selection == expected
+    assert not load.searches
+    assert load_of(module, data, [BlockDrop("decode", LastN(), {0: 1}), KVRetention(selector)]).searches
+    assert load_of(module, data).selection is None
+
+
+def test_a_selection_needs_its_prompt_caches_or_the_scores_of_eager_attention(eight: Shape) -> None:
+    layout = Layout(student_bytes=2, teacher_bytes=2, compute_bytes=2)
+    load = replace(LOAD, calibration=64, eval_batch=16, chunk_tokens=0, searches=False, search_cache_bytes=10**15)
+
+    def needed(**changes: Any) -> int:
+        # One token a training batch: what is kept while a policy is chosen decides.
+        asked = replace(load, batch=0, **changes)
+        return memory_per_process(eight, eight, layout, asked).device["activations or search"]
+
+    assert needed() == 0
+    position = 2 * (32 * (2 * 1024 + 4096) + 4096)
+    of_example = 4096 * position
+    assert needed(selection=SelectorLoad(examples=8)) == 8 * 3 * of_example, "and as many, twice as long, that repeat"
+    assert needed(selection=SelectorLoad(examples=100)) == 64 * 3 * of_example, "no more than there are"
+    assert needed(selection=SelectorLoad(calibration=True)) == 64 * of_example
+    capped = needed(selection=SelectorLoad(calibration=True), search_cache_bytes=1000)
+    assert capped == 1000 + 64 * 4096 * 2 * 4096
+    scores = needed(selection=SelectorLoad(eager_attention=True))
+    assert scores == 16 * 32 * 4096**2 * 8 + 16 * 4096 * 2 * 32 * 2 * 1024
 
 
 def test_an_export_that_measures_loads_the_untrained_student_beside_another_teacher(

@@ -219,7 +219,7 @@ def test_a_teacher_whose_tokenizer_has_another_token_in_a_place_is_refused(
     vocabulary["another"] = vocabulary.pop(old)
     path.write_text(json.dumps(content), encoding="utf-8")
     module = PDTrimModule(str(tiny_llama_dir), loading=Loading(teacher=str(folder)))
-    with pytest.raises(ValueError, match=r"the id 200 is the token 'another' there"):
+    with pytest.raises(ValueError, match=r"the id 200 is the token 'another' in the teacher"):
         module.configure_model()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from threading import get_ident
+from typing import Any
 
 import pytest
 import torch
@@ -16,18 +17,20 @@ from tiny_models import tiny_model
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
-from pdtrim_pl.evaluation.evaluator import SearchMemory
+from pdtrim_pl.evaluation.evaluator import Evaluator, SearchMemory
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, ModelRef, Retention, StagePlan
 from pdtrim_pl.selectors import (
     BudgetSelector,
+    Effort,
     KVSelector,
     MassSelector,
     NoSelector,
     SelectionContext,
     selection_context,
 )
+from pdtrim_pl.sizing.memory import REPEATED_LENGTH
 from pdtrim_pl.staged import StagedCausalLM
 
 BLOCKS = 6
@@ -196,6 +199,47 @@ def test_prompts_run_once_however_many_blocks_are_tried(monkeypatch: pytest.Monk
         passes.append((ours.count("prefill"), ours.count("decode"), theirs.count("prefill")))
     batches = len(calibration())
     assert passes == [(batches, 2 * batches, batches), (batches, 5 * batches, batches)], "one decode is the base's"
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        NoSelector(1, 0.2),
+        MassSelector(0.5, 1, 0.2),
+        BudgetSelector(2.0, 1, 0.2, codecs=["none"]),
+        BudgetSelector(2.0, 1, 0.2, codecs=["none"], order="damage"),
+        BudgetSelector(2.0, effort=Effort(examples=2)),
+        BudgetSelector(2.0, min_recall=0.0, effort=Effort(examples=3, exchanges=True)),
+    ],
+    ids=["none", "mass", "budget by mass", "budget by damage", "budget of bits", "budget of exchanged bits"],
+)
+def test_a_selector_keeps_and_runs_what_its_load_says(selector: KVSelector, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = a_pair()
+    kept, widths, eager = list[int](), list[int](), list[object]()
+
+    class Counting(Evaluator):
+        def __init__(self, student: Any, teacher: Any, batches: Sequence[Batch], **settings: Any) -> None:
+            kept.append(sum(len(batch.prompt_ids) for batch in batches))
+            widths.extend(batch.prompt_ids.shape[1] + batch.response_ids.shape[1] for batch in batches)
+            super().__init__(student, teacher, batches, **settings)
+
+    def mass(*args: Any, **kwargs: Any) -> dict[int, float]:
+        eager.append(args)
+        return attention_mass(*args, **kwargs)
+
+    monkeypatch.setattr("pdtrim_pl.selectors.base.Evaluator", Counting)
+    monkeypatch.setattr("pdtrim_pl.selectors.base.attention_mass", mass)
+    requests = calibration()
+    context = selection_context(student, teacher, requests, student.kv_shape, "cpu", selector.first, selector.last)
+    selector.select(context)
+    if selector.looks_at_mass:  # the report shows it, whatever the choice looks at
+        assert context.mass
+    load = selector.load()
+    whole, parts = sum(len(batch.prompt_ids) for batch in requests), 2 * load.examples
+    assert kept == ([whole] if load.calibration else [parts] if parts else [])
+    assert bool(eager) == load.eager_attention
+    longest = max(batch.prompt_ids.shape[1] + batch.response_ids.shape[1] for batch in requests)
+    assert max(widths, default=0) <= REPEATED_LENGTH * longest
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -1,1 +1,1 @@
-"""What a run keeps so that it can be continued: written whole, read with care."""
+"""Checkpoints: what a run saves to be continued. They are written atomically and checked when they are read."""

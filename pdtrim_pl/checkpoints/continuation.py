@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and what a killed save has left beside it."""
+"""Choose the checkpoint that a run continues from, and clean up what a killed save has left beside it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from pdtrim_pl.staged import StagedCausalLM
 log = logging.getLogger(__name__)
 
 SETTINGS = ("seed_everything", "model", "data")
-"""Sections of a configuration that tell one run of a folder from another; the trainer's may change on the way."""
+"""Sections of a configuration that identify a run. The `trainer` section may change when a run is continued."""
 
 
 class Continuation:
-    """What a run asks of a checkpoint that it is to continue from.
+    """The properties of a run that a checkpoint must match for the run to continue from it.
 
     Args:
         model: name, path or Hub id of the model that is trimmed.
-        processes: how many processes train.
-        zero_stage: DeepSpeed's, whose checkpoints are directories of shards; None where they are files.
-        architecture: adapter of the model's family, where the package has none.
-        config: the run's resolved YAML; empty where nobody knows it.
+        processes: number of processes that train.
+        zero_stage: ZeRO stage of DeepSpeed, whose checkpoints are directories of shards; None for checkpoint files.
+        architecture: adapter of the model's family, if the package has none.
+        config: resolved YAML of the run; empty if it is unknown.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Continuation:
         self.architecture, self.config = architecture, config
 
     def check(self, path: Path) -> None:
-        """Refuse a checkpoint that is damaged, or not one of such a run.
+        """Refuse a checkpoint that is damaged or does not match the run.
 
         Raises:
-            UserError: with the reason.
+            UserError: the run cannot continue from it. The message gives the reason.
         """
         if self.zero_stage is None:
             check_file(path)
@@ -71,7 +71,7 @@ class Continuation:
         saved.check(ShardedCheckpoint.of(stage, self.processes, student), path)
 
     def _student(self, state: CheckpointState) -> StagedCausalLM:
-        """The student of such a checkpoint, without memory for its weights."""
+        """The student that a checkpoint belongs to, on the meta device (without memory for weights)."""
         state.check_model(ModelRef(self.model, self._config.model_type, self._config.num_hidden_layers))
         state.check_processes(self.processes)
         with torch.device("meta"):
@@ -89,37 +89,41 @@ class Continuation:
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """A checkpoint that can be read."""
+    """A readable checkpoint."""
 
     path: Path
     time: int
+    """Modification time in nanoseconds."""
     state: CheckpointState
 
-    def has_left(self, other: _Found) -> bool:
-        """Whether it is of the same run, went back behind `other` later, and took another way from there."""
+    def supersedes(self, other: _Found) -> bool:
+        """Whether the run was later restarted from before `other`, and this checkpoint belongs to the new branch.
+
+        Both checkpoints are of the same run, this one is newer, and their losses differ at some step.
+        """
         theirs = dict(other.state.record.losses)
-        parted = any(theirs.get(step, loss) != loss for step, loss in self.state.record.losses)
-        return self.state.run == other.state.run and self.time > other.time and parted
+        differ = any(theirs.get(step, loss) != loss for step, loss in self.state.record.losses)
+        return self.state.run == other.state.run and self.time > other.time and differ
 
 
 def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation | None = None) -> Path | None:
-    """The furthest checkpoint that a run can continue from; damaged and foreign ones are named in the log.
+    """The checkpoint with the most optimizer steps that a run can continue from; the newest one of these.
 
-    The furthest is the one with most optimizer steps, and the newest of those. Of a run that was once continued from
-    an earlier checkpoint on purpose, what it left behind does not count. Where the folders hold checkpoints of several
-    runs, only those of runs with this one's settings count (`SETTINGS`).
+    Checkpoints that are damaged or do not match the run are skipped with a warning. If a run was restarted from an
+    earlier checkpoint, the checkpoints of its abandoned branch come last. If the folders hold checkpoints of several
+    runs, only those with this run's settings (`SETTINGS`) are used.
 
-    A directory of shards that was finished counts also where a kill kept it from getting its name; see `settle`.
+    A complete directory of shards is used even if the process was killed before it was renamed; see `settle`.
 
     Args:
-        *folders: where the run's `ModelCheckpoint`s write; they may be missing.
-        run: refuse what is not of such a run.
+        *folders: folders of the run's `ModelCheckpoint`s. They may be missing.
+        run: the run that continues; by default every readable checkpoint matches.
 
     Returns:
-        None where there is no checkpoint at all.
+        Path of the checkpoint; None if there is no checkpoint.
 
     Raises:
-        UserError: there are checkpoints, and every one is damaged or foreign.
+        UserError: there are checkpoints, but all are damaged or do not match the run.
     """
     faults: list[str] = []
 
@@ -137,8 +141,8 @@ def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation 
             if state is not None:
                 found.append(_Found(path, path.stat().st_mtime_ns, state))
     foreign = _of_other_runs(found, run)
-    left = [one for one in found if any(other.has_left(one) for other in found)]
-    for one in sorted(found, key=lambda one: (one not in left, one.state.step, one.time, one.path.name), reverse=True):
+    stale = [one for one in found if any(other.supersedes(one) for other in found)]
+    for one in sorted(found, key=lambda one: (one not in stale, one.state.step, one.time, one.path.name), reverse=True):
         try:
             if one in foreign:
                 raise UserError(f"It is of another run: its settings differ in {_difference(one.state, run)}.")
@@ -157,10 +161,10 @@ def latest_valid_checkpoint(*folders: str | os.PathLike[str], run: Continuation 
 
 
 def check_same_checkpoint(ranks: Parallel, path: str | os.PathLike[str] | None) -> None:
-    """Refuse a run whose processes continue from different checkpoints: each looks for `last` on its own.
+    """Refuse a run whose processes found different checkpoints for `last`. Each process searches on its own.
 
     Raises:
-        UserError: on every rank, with what they found.
+        UserError: the checkpoints differ. Raised on every rank; the message lists them.
     """
     found: dict[str, list[int]] = {}
     for rank, other in enumerate(ranks.gather(None if path is None else os.fspath(path))):
@@ -174,10 +178,11 @@ def check_same_checkpoint(ranks: Parallel, path: str | os.PathLike[str] | None) 
 
 
 def settle(folder: str | os.PathLike[str]) -> None:
-    """Put right what killed saves have left in a folder of checkpoints.
+    """Clean up a folder of checkpoints after killed saves.
 
-    A directory of shards that was finished gets its name, one that lost its name to none gets it back, and the rest
-    goes. One process calls it, while none writes or reads there.
+    A complete directory of shards gets its final name. A previous checkpoint whose replacement is incomplete gets its
+    name back. Everything else that is unfinished is deleted. Only one process may call this, while no other process
+    reads or writes there.
     """
     for left in sorted(Path(folder).glob("*.unfinished")):
         path = left.with_name(left.name.removesuffix(".unfinished"))
@@ -199,7 +204,7 @@ def settle(folder: str | os.PathLike[str]) -> None:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    yield from (path for path in folder.glob("*.ckpt") if path.exists())  # not a link to one that is gone
+    yield from (path for path in folder.glob("*.ckpt") if path.exists())  # leaves out dangling links
     yield from (path for name in (unfinished, earlier) for path in folder.glob(name("*.ckpt")) if is_whole(path))
 
 
@@ -210,10 +215,10 @@ def _write_beside(path: Path) -> None:
 
 
 def _of_other_runs(found: Sequence[_Found], run: Continuation | None) -> list[_Found]:
-    """Where there are several runs: those whose settings this one has never had.
+    """If the checkpoints are of several runs: those of runs that never had this run's settings. Else none.
 
     Raises:
-        UserError: that would be all of them.
+        UserError: no run has this run's settings.
     """
     runs = {one.state.run for one in found}
     if run is None or len(runs) < 2:
@@ -229,7 +234,7 @@ def _of_other_runs(found: Sequence[_Found], run: Continuation | None) -> list[_F
 
 
 def _difference(state: CheckpointState, run: Continuation | None) -> str:
-    """The sections of the settings that differ; empty where none does, or one side is unknown."""
+    """Names of the sections that differ; empty if none differs, or if one configuration is unknown."""
     if run is None or not run.config or not state.config:
         return ""
     ours, theirs = _sections(run.config), _sections(state.config)

@@ -1,4 +1,4 @@
-"""A trial, `trainer.fast_dev_run`: a few batches show whether a configuration works, and nothing is left behind."""
+"""Trial runs (`trainer.fast_dev_run`): they run a few batches to test a configuration, and save nothing."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ log = logging.getLogger(__name__)
 
 
 def trial_batches(trainer: Trainer) -> int | None:
-    """Batches that a trial takes of every data set; None in a real run."""
+    """Number of batches of each data part in a trial; None in a real run."""
     return int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
 
 
 def limited(batches: Iterable[Any], trainer: Trainer) -> list[Any]:
-    """All batches, or the first few in a trial."""
+    """All batches; in a trial, the first few."""
     return list(islice(batches, trial_batches(trainer)))
 
 
 def save_nothing_in_a_trial(trainer: Trainer) -> None:
-    """Take the callbacks that save checkpoints out of a trial.
+    """Remove the callbacks that save checkpoints from a trial.
 
-    Lightning's ModelCheckpoint with `save_last` saves at the end of training even then, and a run that continues from
-    `last` would go on from the trial.
+    Lightning's ModelCheckpoint with `save_last` saves at the end of training even in a trial. A later run that
+    continues from `last` would then continue the trial.
     """
     if trial_batches(trainer) is None:
         return

@@ -1,4 +1,4 @@
-"""The progress of Lightning's loops in a checkpoint, put right where a continued run would miss some of its hooks."""
+"""Correct the progress of Lightning's loops in a checkpoint, so that a continued run calls every hook."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pdtrim_pl.compat import LoopProgress as At
 
 
 def resumable_loops(loops: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """The `loops` of a checkpoint such that a run continued from it goes through every hook that is still to come.
+    """The `loops` of a checkpoint, such that a run continued from it calls every hook that is still to come.
 
-    Saved at the end of an epoch's last batch, Lightning 2.6 takes the epoch for done and the next one for begun: the
-    continued run has neither that validation nor the next `on_train_epoch_start`, so a round of drops would be lost
-    without a word. Such a checkpoint is made to say where the run was: before the first batch of validation, or, where
-    none is due, at the end of the epoch. Any other is left as it is.
+    If a checkpoint is saved at the end of the last batch of an epoch, Lightning 2.6 treats this epoch as finished and
+    the next one as started. The continued run then skips the validation of this epoch and `on_train_epoch_start` of the
+    next one, so a round of drops would be lost silently. This function changes such a checkpoint: it says that the run
+    is before the first batch of validation or, if no validation is due, at the end of the epoch. Other checkpoints are
+    not changed.
     """
     fit = loops.get(At.FIT)
     if fit is None or not _after_last_batch(fit):

@@ -1,4 +1,4 @@
-"""Every random generator that a training step may draw from, as values a checkpoint can hold."""
+"""Save and restore every random generator that a training step may use."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import distributed
 
 RandomState = dict[str, Any]
-"""One process's generators: tensors, numbers and lists, so that a checkpoint loads with `weights_only`."""
+"""State of the generators of one process. It holds only tensors, numbers and lists, so that a checkpoint loads with
+`weights_only`."""
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The generators of Python, NumPy and torch in this process, and of `device` where that is a GPU."""
+    """State of the generators of Python, NumPy and torch in this process, and of `device` if it is a GPU."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     assert isinstance(keys, np.ndarray)
@@ -27,7 +28,7 @@ def random_state(device: torch.device) -> RandomState:
 
 
 def restore_random_state(state: RandomState, device: torch.device) -> None:
-    """Continue every generator where `random_state` saw it; a GPU's only on a GPU."""
+    """Restore the generators from `random_state`. The state of a GPU is restored only on a GPU."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -38,7 +39,7 @@ def restore_random_state(state: RandomState, device: torch.device) -> None:
 
 
 def random_states(device: torch.device) -> list[RandomState]:
-    """Those of every process, by rank. With several processes all of them must call it."""
+    """The states of all processes, by rank. This is a collective: every process must call it."""
     mine = random_state(device)
     if not (distributed.is_available() and distributed.is_initialized()):
         return [mine]

@@ -1,4 +1,4 @@
-"""The part of the module that saves a run and continues it."""
+"""The base class of the module: it saves and continues runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pdtrim_pl.plan import KVRetentionPolicy, Stage, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 RANDOM_STATES = "pdtrim_random"
-"""Key of the random generators of every process in a checkpoint."""
+"""Key of the random generators of all processes in a checkpoint."""
 
 
 class ResumableModule(LightningModule):
-    """A student whose plan, policy, record and random generators are in its checkpoints. A subclass builds it."""
+    """Saves plan, policy, record and random generators of a run in its checkpoints. A subclass builds the student."""
 
     student: StagedCausalLM
 
@@ -38,18 +38,18 @@ class ResumableModule(LightningModule):
         self.record = RunRecord()
         self.run_config = ""
         self.found_checkpoint: str | Path | None = None
-        """What this process found for `--ckpt_path last`; the processes compare it before they load anything."""
+        """What this process found for `--ckpt_path last`. The processes compare it before they load anything."""
         self.run_name = ""
-        """A random one for every new run; a continued run has that of its checkpoint."""
+        """Random name of the run. A continued run takes the name in its checkpoint."""
         self._unrecorded: tuple[int, Tensor] | None = None
         self._random: RandomState | None = None
         self._added: list[tuple[Stage, int]] = []
-        """Blocks that got weights of their own in a stage after the optimizer was made, in that order."""
+        """(stage, block) pairs that got weights of their own after the optimizer was created, in that order."""
 
     @property
     @abstractmethod
     def parallel(self) -> Parallel:
-        """The processes of the run."""
+        """The communication between the processes of the run."""
 
     # Structure
 
@@ -64,10 +64,10 @@ class ResumableModule(LightningModule):
         return self.student.policy
 
     def apply_plan(self, plan: StagePlan) -> None:
-        """Train under `plan` from now on; what it adds to the history goes into the run's record.
+        """Train under `plan` from now on, and add its new removals to the run's record.
 
-        Merges that the student was offered fitted weights for get them, and the optimizer forgets what it knew of the
-        weights that they replace; new weights join its first group.
+        Weights that were offered for merges of `plan` are written into the student, and their optimizer state is reset.
+        New weights join the first parameter group of the optimizer.
         """
         known, before, parallel = len(self.plan.history), self._own_weights(), self.parallel
         written: list[nn.Parameter] = []
@@ -88,8 +88,17 @@ class ResumableModule(LightningModule):
         """Train under `policy` from now on."""
         self.student.apply_policy(policy)
 
+    def optimized_parameters(self) -> list[nn.Parameter]:
+        """The parameters for a new optimizer, in the order that its states in a checkpoint have.
+
+        Frozen parameters are included, so that a resumed run has the same parameter groups as the run it continues.
+        """
+        added = self._weights_of(self._added)
+        known = {id(parameter) for parameter in added}
+        return [*(parameter for parameter in self.student.parameters() if id(parameter) not in known), *added]
+
     def _own_weights(self) -> list[tuple[Stage, int]]:
-        """Blocks with weights of their own in a stage."""
+        """(stage, block) pairs of weights that belong to one stage."""
         return [(stage, index) for stage, blocks in self.student.untied.items() for index in blocks]
 
     def _weights_of(self, own: Iterable[tuple[Stage, int]]) -> list[nn.Parameter]:
@@ -97,7 +106,7 @@ class ResumableModule(LightningModule):
         return [parameter for stage, index in own for parameter in gates[index].untied[stage].parameters()]
 
     def _untie(self, blocks: Mapping[Stage, Sequence[int]]) -> None:
-        """Give blocks weights of their own in a stage, from whole weights where they are sharded."""
+        """Give blocks weights of their own in a stage. Sharded weights are gathered first."""
         for stage, indices in blocks.items():
             for index in indices:
                 if index in self.student.gates:
@@ -108,7 +117,7 @@ class ResumableModule(LightningModule):
     # Losses in the record
 
     def note_loss(self, loss: Tensor) -> None:
-        """Keep the loss of the step that is under way for the record."""
+        """Remember the loss of the current step for the record."""
         self._unrecorded = (self.global_step + 1, loss)
 
     @override
@@ -116,7 +125,7 @@ class ResumableModule(LightningModule):
         self._record_loss()
 
     def _record_loss(self) -> None:
-        """Callbacks save before our `on_train_batch_end`, so a save records the step's loss itself."""
+        """Write the loss of the step into the record. A save, which precedes `on_train_batch_end`, calls it too."""
         if self._unrecorded is not None:
             step, loss = self._unrecorded
             self.record.add_loss(step, float(self.trainer.strategy.reduce(loss, reduce_op="mean")))
@@ -126,7 +135,7 @@ class ResumableModule(LightningModule):
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The student's weights; the teacher is never saved."""
+        """The weights of the student. The teacher is never saved."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         return {name: value for name, value in state.items() if not name.startswith(f"{prefix}teacher.")}
@@ -147,15 +156,15 @@ class ResumableModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = CheckpointState.of(checkpoint)
         state.check_model(self.plan.model)
-        if not self.trainer.strategy.restore_checkpoint_after_setup:  # under an engine none comes after the start
+        if not self.trainer.strategy.restore_checkpoint_after_setup:  # DeepSpeed cannot add weights after its setup
             self._untie(state.untied)
-        self.student.apply_plan(replace(state.plan, model=self.plan.model))  # it may have moved since
+        self.student.apply_plan(replace(state.plan, model=self.plan.model))  # the path of the model may have changed
         self.student.apply_policy(state.policy)
         self.student.freeze_unused()
         self.record = state.record
         self._added = list(state.added)
         self.run_name = state.run or self.run_name
-        if "state_dict" in checkpoint:  # an engine has loaded its shards itself, and checked them
+        if "state_dict" in checkpoint:  # absent under DeepSpeed, which loads and checks its shards itself
             check_weights(checkpoint["state_dict"], self.state_dict())
         if self.trainer.state.fn == TrainerFn.FITTING:
             state.check_processes(self.trainer.world_size)
@@ -168,26 +177,26 @@ class ResumableModule(LightningModule):
             check_writable(folder)
 
     def _checkpoint_folders(self) -> list[str]:
-        """Where this process writes checkpoints, on file systems of its own."""
+        """Local folders in which this process writes checkpoints; empty on all ranks but 0."""
         savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
         folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
         return [folder for folder in folders if "://" not in folder and self.trainer.is_global_zero]
 
     @override
     def on_train_start(self) -> None:
-        for folder in self._checkpoint_folders():  # now that every process has read the checkpoint it continues
+        for folder in self._checkpoint_folders():  # all processes have read their checkpoint by now
             settle(folder)
         if self._random is not None:
             restore_random_state(self._random, self.device)
 
     @override
     def on_fit_end(self) -> None:
-        for folder in self._checkpoint_folders():  # a run that was continued after its last step trains no more
+        for folder in self._checkpoint_folders():  # `on_train_start` is not called if no step was left
             settle(folder)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # In the middle of an epoch, once more: a loader draws from a generator when its iteration starts.
+        # Restore again in the middle of an epoch: a loader uses a generator when its iteration starts.
         if self._random is not None and batch_idx > 0:
             restore_random_state(self._random, self.device)
         self._random = None

@@ -1,4 +1,4 @@
-"""What a run saw on its way: kept in its checkpoints, shown in the report of its export. Imports no torch."""
+"""The record of a run: it is saved in checkpoints and shown in the report of the export. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ MAX_LOSS_POINTS = 2000
 
 @dataclass
 class RunRecord:
-    """Facts of a run, in the order they happened."""
+    """Facts of a run, in the order in which they happened."""
 
     losses: list[tuple[int, float]] = field(default_factory=list)
-    """(optimizer step, training loss); thinned to every second point when it grows past MAX_LOSS_POINTS."""
+    """(optimizer step, training loss). Beyond MAX_LOSS_POINTS points, every second point is dropped."""
     loss_stride: int = 1
-    """One in so many steps is kept."""
+    """Only steps that are multiples of this number are kept."""
     validations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     """(optimizer step, {"ppl", "kl", "agreement", ...})."""
     removals: list[tuple[int, Removal]] = field(default_factory=list)
-    """(optimizer step, what left which stage)."""
+    """(optimizer step, removal)."""
     redundancy: dict[Stage, dict[int, float]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
-    """Mean cosine between block input and output per stage, of the unpruned model (or the first round seen)."""
+    """Per stage: block -> mean cosine similarity of its input and output, measured in the first round."""
     attention_mass: dict[int, float] = field(default_factory=dict)
-    """Share of prompt attention on the first and last positions, per block of D."""
+    """Block of D -> share of its attention to the prompt that goes to the first and last positions."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Seeds, data fingerprints, versions: plain JSON values."""
+    """Seeds, data fingerprints and versions, as JSON values."""
 
     def add_loss(self, step: int, loss: float) -> None:
-        """Keep one training loss; one that is not finite would end in JSON and pictures that nobody can read."""
+        """Add a training loss. A loss that is not finite is left out: JSON and plots cannot show it."""
         if step % self.loss_stride or not isfinite(loss):
             return
         self.losses.append((step, loss))
@@ -43,12 +43,12 @@ class RunRecord:
             self.losses = [point for point in self.losses if point[0] % self.loss_stride == 0]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The record as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunRecord:
-        """Read what `to_json` wrote, also after a trip through JSON, whose keys are strings."""
+        """Read what `to_json` wrote. Keys of mappings may be strings, as JSON makes them."""
         return cls(
             losses=[(int(step), float(loss)) for step, loss in data["losses"]],
             loss_stride=data["loss_stride"],
@@ -61,10 +61,10 @@ class RunRecord:
 
 
 def check_run_name(name: object) -> None:
-    """Refuse what no run calls itself: the name becomes part of file names and patterns.
+    """Refuse an invalid name of a run. The name becomes part of file names and patterns.
 
     Raises:
-        UserError: with the name.
+        UserError: the name is not a string of at most 64 letters, digits, `_` and `-`.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", name):
         raise UserError(

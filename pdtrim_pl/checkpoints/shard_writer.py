@@ -1,4 +1,4 @@
-"""How one rank writes its part of a DeepSpeed checkpoint: on disk, listed, and with an error that all get to know."""
+"""Write one rank's part of a DeepSpeed checkpoint, list its files, and report an error to all ranks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NOT_CLIENT_STATE = ("state_dict", "optimizer_states")  # the engine saves these
 
 
 class ShardWriter:
-    """One rank's part in writing a directory of shards.
+    """Writes one rank's part of a directory of shards.
 
-    No error leaves it in the middle of a save, where the other ranks wait for this one: what cannot be written is kept
-    in `error`, nothing is written after it, and the ranks have to compare.
+    It raises no error during a save, since the other ranks would then wait for this rank forever. The first error is
+    stored in `error`, and nothing is written after it. The ranks must compare their errors after the save.
 
     Args:
         directory: the checkpoint under its temporary name, on a file system that all nodes share.
@@ -28,12 +28,12 @@ class ShardWriter:
     def __init__(self, directory: str | PathLike[str]) -> None:
         self.directory = Path(directory)
         self.files: dict[str, int] = {}
-        """Bytes of every file that this rank has written, by its name in the directory. All are on disk."""
+        """File name in the directory -> size in bytes, for every file that this rank has written to disk."""
         self.error = ""
-        """Why this rank could not write; empty as long as it could."""
+        """The first error of this rank; empty if there is none."""
 
     def save(self, engine: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Have a `DeepSpeedEngine` write its shards; every rank must call it."""
+        """Let a `DeepSpeedEngine` write its shards. Every rank must call it."""
         client_state = {key: value for key, value in checkpoint.items() if key not in _NOT_CLIENT_STATE}
         with self._between(engine):
             engine.save_checkpoint(
@@ -44,7 +44,7 @@ class ShardWriter:
             self.attempt(self._write_latest)
 
     def attempt(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Take a step that writes, unless one before it failed."""
+        """Run a step that writes files, unless an earlier step failed. An error goes into `error`."""
         if self.error:
             return
         try:
@@ -54,7 +54,7 @@ class ShardWriter:
 
     @contextmanager
     def _between(self, engine: Any) -> Generator[None, None, None]:
-        """Stand between the engine and the disk."""
+        """Route everything that the engine writes through `attempt`."""
         disk = engine.checkpoint_engine
         owner, name = recovery_script_step(engine)
         steps = [
@@ -68,17 +68,17 @@ class ShardWriter:
             yield
         finally:
             for owner, name, _ in steps:
-                delattr(owner, name)  # what its class has comes back
+                delattr(owner, name)  # the method of the class is visible again
 
     def _write_shard(self, save: Callable[..., Any], state_dict: Mapping[str, Any], path: str) -> None:
         try:
             save(state_dict, path)
-        except RuntimeError as error:  # torch tells neither which file nor why
+        except RuntimeError as error:  # the message of torch does not name the file
             raise RuntimeError(f"{Path(path).name}: {error}") from error
         self._add(Path(path))
 
     def _write_latest(self) -> None:
-        """Tell DeepSpeed where to look; its own way of doing so would keep the others waiting where it fails."""
+        """Write the `latest` file of DeepSpeed. If DeepSpeed's own code fails here, the other ranks wait forever."""
         path = self.directory / "latest"
         path.write_text(TAG, encoding="utf-8")
         self._add(path)

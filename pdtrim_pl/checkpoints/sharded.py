@@ -1,8 +1,9 @@
-"""A DeepSpeed checkpoint: a directory of shards, with a note that is written last and says what they are of.
+"""A DeepSpeed checkpoint: a directory of shards, and a note that describes them.
 
-`NAME.ckpt/pdtrim.json` is that note; plan, policy and YAML lie beside the directory as beside a checkpoint file. While
-it is written it is `NAME.ckpt.unfinished`, and the one whose name it takes is `NAME.ckpt.earlier` until it has it.
-The note also lists the shards with their sizes, so that one of which a shard is short or gone is not taken for whole.
+The note is `NAME.ckpt/pdtrim.json`. It is written last and lists all shards with their sizes, so that an incomplete
+directory is recognised. Plan, policy and YAML are files beside the directory, as for a checkpoint file. During a save
+the directory is called `NAME.ckpt.unfinished`. An existing checkpoint of the same name is called `NAME.ckpt.earlier`
+while it is being replaced.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from pdtrim_pl.staged import StagedCausalLM
 NOTE_FILE = "pdtrim.json"
 NOTE_FORMAT = "pdtrim.sharded_checkpoint/3"
 TAG = "checkpoint"
-"""Lightning's name of the directory that DeepSpeed's files lie in."""
-_READABLE = (NOTE_FORMAT, "pdtrim.sharded_checkpoint/2")  # the older one lists no files
+"""Lightning's name for the subdirectory of DeepSpeed's files."""
+_READABLE = (NOTE_FORMAT, "pdtrim.sharded_checkpoint/2")  # version 2 has no list of files
 _ENGINE_KEYS = frozenset(
     {"module", "optimizer", "lr_scheduler", "csr_tensor_module_names", "skipped_steps", "global_steps", "dp_world_size",
      "mp_world_size"}
@@ -39,36 +40,37 @@ _ENGINE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class ShardedCheckpoint:
-    """What a directory of shards is of."""
+    """The note of a directory of shards."""
 
     stage: int
     """ZeRO stage."""
     processes: int
+    """Number of processes that wrote the shards."""
     weights: str
     """SHA-256 of the names and shapes of the student's weights."""
     state: Mapping[str, Any] = field(default_factory=dict)
-    """`CheckpointState` as JSON: what lies beside the directory is not replaced in the same instant."""
+    """`CheckpointState` as JSON. The files beside the directory may be of another save than the directory."""
     files: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of every file without which it cannot be loaded, by its name in the directory. Checkpoints from before
-    there was this list have none, and a torn one of them shows only when it is loaded."""
+    """File name in the directory -> size in bytes, for every file that loading needs. Older checkpoints have no such
+    list; if one of them is incomplete, loading fails."""
 
     @classmethod
     def of(
         cls, stage: int, processes: int, student: StagedCausalLM, state: Mapping[str, Any] | None = None,
         files: Mapping[str, int] | None = None,
     ) -> ShardedCheckpoint:  # fmt: skip
-        """Describe a run as it is now."""
+        """The note for the present state of a run."""
         shapes = sorted((name, list(_whole_shape(parameter))) for name, parameter in student.named_parameters())
         weights = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
         return cls(stage, processes, weights, state or {}, files or {})
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write the note; call it once every shard is on disk. The directory may be renamed when it returns."""
+        """Write the note. Call this when every shard is on disk. Afterwards the directory may be renamed."""
         note = Path(directory) / NOTE_FILE
         note.write_text(json.dumps({"format": NOTE_FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
         sync(note)
         for folder in {note.parent, *((note.parent / name).parent for name in self.files)}:
-            with suppress(OSError):  # some network file systems cannot for a directory
+            with suppress(OSError):  # some network file systems cannot sync a directory
                 sync(folder)
 
     @classmethod
@@ -76,8 +78,8 @@ class ShardedCheckpoint:
         """Read the note.
 
         Raises:
-            UserError: no such directory, or one that was never finished, or of another format, or a file that it
-                lists is missing or not as long as it was.
+            UserError: there is no such directory, it is incomplete or of another format, or a listed file is missing or
+                of another size.
         """
         path = Path(directory)
         if not path.is_dir():
@@ -113,10 +115,10 @@ class ShardedCheckpoint:
             )
 
     def check(self, run: ShardedCheckpoint, path: str | PathLike[str]) -> None:
-        """Refuse to continue it in a run that differs.
+        """Refuse to continue this checkpoint in a run that differs in processes, ZeRO stage or weights.
 
         Raises:
-            UserError: naming every difference.
+            UserError: the run differs. The message names every difference.
         """
         faults = []
         if self.processes != run.processes:
@@ -133,23 +135,23 @@ class ShardedCheckpoint:
 
 
 def read_sharded(directory: str | PathLike[str]) -> dict[str, Any]:
-    """A directory of shards as the checkpoint one process would have written, weights in fp32, without optimizer.
+    """Read a directory of shards in the form of a checkpoint of one process: weights in fp32, without optimizer states.
 
     Raises:
-        UserError: unfinished, damaged, or not of this package.
+        UserError: the directory is incomplete, damaged, or not of this package.
     """
     return {**read_run_state(directory), "state_dict": read_weights(directory)}
 
 
 def read_run_state(directory: str | PathLike[str]) -> dict[str, Any]:
-    """What a directory of shards says besides weights and optimizer; errors as in `read_sharded`."""
+    """The content of a directory of shards without weights and optimizer states; errors as in `read_sharded`."""
     stage = ShardedCheckpoint.load(directory).stage
     saved = _load_safely(Path(model_state_file(os.path.join(directory, TAG), stage)))
     return {key: value for key, value in saved.items() if key not in _ENGINE_KEYS}
 
 
 def read_weights(directory: str | PathLike[str]) -> dict[str, Tensor]:
-    """The student's whole weights in fp32, by name; errors as in `check_harmless`."""
+    """The whole weights of the student in fp32, by name; errors as in `check_harmless`."""
     check_harmless(directory)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -160,17 +162,17 @@ def read_weights(directory: str | PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_harmless(directory: str | PathLike[str]) -> None:
-    """Refuse shards that would run code when they are loaded, for DeepSpeed loads them with all that pickle can do.
+    """Refuse shards that could run code when they are loaded: DeepSpeed loads them with unrestricted pickle.
 
     Raises:
-        UserError: a shard holds something else than tensors, plain values and what DeepSpeed itself writes.
+        UserError: a shard holds anything but tensors, plain values and classes that DeepSpeed itself writes.
     """
     for file in sorted(Path(directory).glob(f"{TAG}/*.pt")):
         _load_safely(file)
 
 
 def _load_safely(file: Path) -> dict[str, Any]:
-    """A shard, mapped: its tensors stay on disk."""
+    """Load a shard memory-mapped, so that its tensors stay on disk."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -193,29 +195,29 @@ def _load_safely(file: Path) -> dict[str, Any]:
 
 
 def unfinished(path: str | PathLike[str]) -> str:
-    """Name of a checkpoint while it is written."""
+    """Name of a checkpoint while it is being written."""
     return f"{os.fspath(path)}.unfinished"
 
 
 def earlier(path: str | PathLike[str]) -> str:
-    """Name of a checkpoint while another one takes its name."""
+    """Name of a checkpoint while it is being replaced."""
     return f"{os.fspath(path)}.earlier"
 
 
 def put_in_place(path: str | PathLike[str]) -> None:
-    """Give a finished directory its name; an earlier one of that name goes.
+    """Give a complete directory its final name, and delete the earlier checkpoint of this name.
 
-    Killed at any point, it leaves the finished one whole under one of its names.
+    If the process is killed at any point, the new checkpoint is complete under its temporary or its final name.
     """
     remove(earlier(path))
-    if os.path.isdir(path) or os.path.islink(path):  # also a link to nothing, which no directory could replace
+    if os.path.isdir(path) or os.path.islink(path):  # a dangling link too: a directory cannot replace it
         os.replace(path, earlier(path))
     os.replace(unfinished(path), path)
     remove(earlier(path))
 
 
 def is_whole(directory: str | PathLike[str]) -> bool:
-    """Whether it was finished, and nothing of it is short or gone."""
+    """Whether the note was written, and every listed file has its size."""
     try:
         ShardedCheckpoint.load(directory)
     except ValueError:
@@ -224,9 +226,9 @@ def is_whole(directory: str | PathLike[str]) -> bool:
 
 
 def remove(directory: str | PathLike[str]) -> None:
-    """Delete a directory of shards if there is one, its note first: what a kill leaves is not taken for whole.
+    """Delete a directory of shards, if it exists. The note goes first: a partly deleted directory is then incomplete.
 
-    Of a link to one only the link goes.
+    If the path is a link, only the link is deleted.
     """
     if os.path.islink(directory):
         os.unlink(directory)
@@ -236,7 +238,7 @@ def remove(directory: str | PathLike[str]) -> None:
 
 
 def sync(path: str | PathLike[str]) -> None:
-    """Return once a file's bytes, or a directory's names, are on disk."""
+    """Flush a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -249,6 +251,6 @@ def _size(path: Path) -> int | None:
 
 
 def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape; one that ZeRO-3 has cut up keeps it in `ds_shape`."""
+    """The whole shape of a parameter. A parameter that ZeRO-3 has sharded stores it in `ds_shape`."""
     shape: tuple[int, ...] = vars(parameter).get("ds_shape", parameter.shape)
     return tuple(shape)

@@ -1,6 +1,7 @@
-"""What a checkpoint says besides weights, the files beside it, and how it is written.
+"""The state of a run in a checkpoint, the files beside it, and atomic writing of checkpoints.
 
-Beside `NAME.ckpt` lie `NAME.stage_plan.json`, `NAME.kv_policy.json` (where there is a policy) and `NAME.config.yaml`.
+The files beside `NAME.ckpt` are `NAME.stage_plan.json`, `NAME.kv_policy.json` (if there is a policy) and
+`NAME.config.yaml`.
 """
 
 from __future__ import annotations
@@ -31,27 +32,28 @@ _UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFil
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The part of a checkpoint that this package owns."""
+    """The part of a checkpoint that this package adds."""
 
     KEY: ClassVar[str] = "pdtrim"
     plan: StagePlan
     policy: KVRetentionPolicy | None
     record: RunRecord
     config: str
-    """The run's resolved YAML; empty outside the command line."""
+    """Resolved YAML of the run; empty outside the command line."""
     processes: int = 1
-    """How many processes trained: each has its own random generators and its own place in the data."""
+    """Number of processes that trained. Each has its own random generators and its own position in the data."""
     untied: Mapping[Stage, tuple[int, ...]] = field(default_factory=dict)
-    """Blocks with weights of their own in a stage, also those that have left the plan since: all are in the weights."""
+    """Per stage: blocks that have weights of their own in this checkpoint, including blocks that have left the plan."""
     added: tuple[tuple[Stage, int], ...] = ()
-    """Those of them that came after the optimizer was made, in that order, in which it holds their states, last."""
+    """(stage, block) pairs of `untied` that were created after the optimizer. The optimizer holds their states last, in
+    this order."""
     run: str = ""
-    """Name that the run gave itself when it started; it keeps it however often it is continued."""
+    """Name of the run. It stays the same when the run is continued."""
     step: int = 0
-    """Optimizer steps that the run has made."""
+    """Number of optimizer steps that the run has made."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, so that a checkpoint loads with `weights_only`."""
+        """The state as JSON values, so that a checkpoint loads with `weights_only`."""
         policy = None if self.policy is None else self.policy.to_json(self.plan)
         record = self.record.to_json()
         return {
@@ -63,21 +65,21 @@ class CheckpointState:
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> CheckpointState:
-        """Read it from a loaded checkpoint.
+        """Read the state from a loaded checkpoint.
 
         Raises:
-            UserError: not a checkpoint of this package, or of another format version.
+            UserError: it is not a checkpoint of this package, or of another format version.
         """
         return cls.from_json(checkpoint.get(cls.KEY, {}))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CheckpointState:
-        """Read what `to_json` wrote, also after a trip through JSON; errors as in `of`."""
+        """Read what `to_json` wrote; errors as in `of`. Keys of mappings may be strings, as JSON makes them."""
         check_format(data, CHECKPOINT_FORMAT, "checkpoint")
         policy = None if data["policy"] is None else KVRetentionPolicy.from_json(data["policy"])
         plan, record = StagePlan.from_json(data["plan"]), RunRecord.from_json(data["record"])
-        # Checkpoints from before there were merges have none added, older runs have no name, and their last loss tells
-        # how far they are.
+        # Older checkpoints lack these keys: no weights were added, the run has no name, and its last loss tells the
+        # step.
         added = tuple((stage, index) for stage, index in data.get("added", ()))
         untied, run = _untied(data["untied"]), data.get("run", "")
         check_run_name(run)
@@ -86,12 +88,12 @@ class CheckpointState:
 
     @classmethod
     def at(cls, checkpoint: str | os.PathLike[str] | None) -> CheckpointState | None:
-        """Read it from inside a checkpoint, whose weights stay on disk; None where there is no checkpoint.
+        """Read the state of a checkpoint on disk, without its weights; None if there is no checkpoint.
 
-        What lies beside counts for nothing: of a run that was killed between two writes, it may be newer.
+        The files beside the checkpoint are not read: if the run was killed during a save, they may be newer.
 
         Raises:
-            UserError: a file that cannot be read, or not a checkpoint of this package.
+            UserError: the file cannot be read, or is not a checkpoint of this package.
         """
         if checkpoint is None or not Path(checkpoint).exists():
             return None
@@ -100,7 +102,7 @@ class CheckpointState:
         return cls.of(mapped(checkpoint))
 
     def write_beside(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Write the files beside a checkpoint."""
+        """Write plan, policy and YAML beside a checkpoint."""
         self.plan.save(sidecar(checkpoint, "stage_plan.json"))
         write_whole(sidecar(checkpoint, "config.yaml"), self.config)
         policy = sidecar(checkpoint, "kv_policy.json")
@@ -113,7 +115,7 @@ class CheckpointState:
         """Refuse a checkpoint of another model.
 
         Raises:
-            UserError: with both models.
+            UserError: model type or number of blocks differ.
         """
         saved = self.plan.model
         if (saved.model_type, saved.num_blocks) != (model.model_type, model.num_blocks):
@@ -126,7 +128,7 @@ class CheckpointState:
         """Refuse to continue a run with another number of processes.
 
         Raises:
-            UserError: with both numbers.
+            UserError: the numbers differ.
         """
         if self.processes != processes:
             raise UserError(
@@ -136,11 +138,11 @@ class CheckpointState:
 
 
 class PlanCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name and renames it, with plan, policy and YAML beside it."""
+    """Writes a checkpoint under a temporary name, writes plan, policy and YAML beside it, and then renames it."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        if "://" in os.fspath(path):  # a remote file system has neither rename nor a place for the small files
+        if "://" in os.fspath(path):  # remote file systems have no atomic rename
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         unfinished = f"{os.fspath(path)}.unfinished"
@@ -170,7 +172,7 @@ class PlanCheckpointIO(TorchCheckpointIO):
 
 
 def unwritable(path: str | os.PathLike[str], reason: object) -> OSError:
-    """What to raise where a checkpoint cannot be written."""
+    """The error for a checkpoint that cannot be written."""
     return OSError(
         f"The checkpoint {path} cannot be written ({reason}); earlier ones are untouched. Free some space or name "
         "another `dirpath`, then continue with `--ckpt_path`."
@@ -178,22 +180,22 @@ def unwritable(path: str | os.PathLike[str], reason: object) -> OSError:
 
 
 def sidecar(checkpoint: str | os.PathLike[str], name: str) -> Path:
-    """Path of a small file beside a checkpoint: `last.ckpt` -> `last.stage_plan.json`."""
+    """Path of a file beside a checkpoint: `last.ckpt` -> `last.stage_plan.json`."""
     path = Path(checkpoint)
     return path.with_name(f"{path.name.removesuffix('.ckpt')}.{name}")
 
 
 def remove_beside(checkpoint: str | os.PathLike[str]) -> None:
-    """Remove the small files beside a checkpoint that is gone."""
+    """Delete plan, policy and YAML beside a checkpoint that was deleted."""
     for name in ("stage_plan.json", "kv_policy.json", "config.yaml"):
         sidecar(checkpoint, name).unlink(missing_ok=True)
 
 
 def mapped(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint file whose tensors stay on disk until somebody looks at them.
+    """Load a checkpoint file memory-mapped: tensors stay on disk until they are used.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         loaded: dict[str, Any] = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
@@ -203,10 +205,10 @@ def mapped(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Find out before the first step whether a folder can be written to; it is made if it is missing.
+    """Check that a folder can be written to. A missing folder is created.
 
     Raises:
-        UserError: it cannot.
+        UserError: the folder cannot be written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -220,10 +222,10 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def check_file(checkpoint: str | os.PathLike[str]) -> None:
-    """Refuse a directory of shards where a run continues a file.
+    """Refuse a directory of shards in a run that needs a checkpoint file.
 
     Raises:
-        UserError: with the way out.
+        UserError: the checkpoint is a directory.
     """
     if Path(checkpoint).is_dir():
         raise UserError(
@@ -234,10 +236,10 @@ def check_file(checkpoint: str | os.PathLike[str]) -> None:
 
 
 def check_weights(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint whose student weights are not exactly those of the student here.
+    """Refuse a checkpoint whose weights do not have exactly the names and shapes of this student's.
 
     Raises:
-        UserError: naming missing, unknown and misshapen tensors (the first few of each).
+        UserError: tensors are missing, unknown or of another shape. The message names the first three of each kind.
     """
     faults = {
         "missing": [name for name in expected if name not in saved],
@@ -253,7 +255,7 @@ def check_weights(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> N
 
 
 def _write(checkpoint: dict[str, Any], path: str) -> None:
-    """On disk when it returns: a rename must not become visible before the bytes that it names."""
+    """Write a checkpoint and flush it to disk, so that its bytes are there before the rename becomes visible."""
     with open(path, "wb") as file:
         torch.save(checkpoint, file)
         file.flush()

@@ -26,7 +26,8 @@ from pdtrim_pl.models.loading import DType, dtype_of
 from pdtrim_pl.models.pretrained import usable_config
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.sizing.callback_load import TellsLoad
-from pdtrim_pl.sizing.memory import GIB, Layout, Load, MemoryEstimate, Shape, memory_per_process
+from pdtrim_pl.sizing.memory import GIB, Layout, Load, MemoryEstimate, memory_per_process
+from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.strategies import Sharding, check_freezing, check_masters, check_strategy
 
 ASSUMED_GPU = 79 * GIB
@@ -146,7 +147,9 @@ def load_of(
         untrained_bytes: one weight of the student as its checkpoint stores it, where the teacher is another model.
     """
     loads = [callback.load() for callback in callbacks or () if isinstance(callback, TellsLoad)]
-    searches = [load.search for load in loads if load.search] or [SearchMemory()]
+    searches = [load.search for load in loads if load.search]
+    limits = searches or [SearchMemory()]
+    selections = [load.selection for load in loads if load.selection]
     merges = [load.merging for load in loads if load.merging]
     calibration = data.parts.calibration
     examples = calibration if isinstance(calibration, int) else 256
@@ -156,8 +159,10 @@ def load_of(
         calibration=examples,
         merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
         fitted_at_once=max((load.fitted_at_once for load in loads), default=0),
-        search_cache_bytes=max(search.base for search in searches),
-        search_teacher_bytes=max(search.teacher for search in searches),
+        selection=selections[0] if selections else None,
+        searches=bool(searches),
+        search_cache_bytes=max(limit.base for limit in limits),
+        search_teacher_bytes=max(limit.teacher for limit in limits),
         untrained_bytes=untrained_bytes if any(load.untrained_student for load in loads) else 0,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Several methods on one model, one text and one budget, side by side."""
+"""Compare several methods on the same model, text and budget."""
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.comparison import Comparison

@@ -1,4 +1,4 @@
-"""The bench: one model, its teacher, the same texts and the same training for every method."""
+"""The bench: model, teacher, texts and training, the same for every method."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ KeepSpent = Callable[[Spent], None]
 
 
 class Bench:
-    """What a method works with.
+    """Everything that a method works with.
 
     Args:
-        subject: the model.
+        subject: the model to trim.
         texts: calibration, held-out and training text.
-        training: of rows that train.
-        guards: what no method may remove.
-        request: prompt and response tokens of the request that costs are counted for.
-        folder: Lightning's root.
+        training: settings of the training, for methods that train.
+        guards: limits on removals.
+        request: prompt and response tokens of the request for which costs are counted.
+        folder: root folder of Lightning.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class Bench:
         warn_of_slow_bf16(self.device, self._original.dtype)
         self.model = reference_to(self._original, subject.name)
         self.teacher = self._fresh(subject.dtype).to(self.device).eval().requires_grad_(False)
-        self.model = self.teacher.plan.model  # which names the adapter too
+        self.model = self.teacher.plan.model  # this reference also names the adapter
         self.costs = CostModel.of(self.teacher, *request)
 
     @contextmanager
     def row(self, journal: Path, keep: KeepSpent) -> Iterator[Meter]:
-        """Meter one row.
+        """Measure the search cost of one row.
 
         Args:
             journal: file of the row's evaluations.
-            keep: called with the cost so far now and then, and on the way out of an error.
+            keep: called with the cost so far from time to time, and when an error ends the row.
         """
         self._meter, self._keep, self._journal = Meter(), keep, journal
         keep(self._meter.spent)
@@ -85,24 +85,24 @@ class Bench:
         return StagePlan.full(self.model, relation, boundary)
 
     def student(self, found: Found, *, dtype: DType | None = None) -> StagedCausalLM:
-        """A fresh student as `found` says, in eval mode; what its blocks do is metered."""
+        """Build the student of a result, in eval mode. Its work is measured."""
         student = self._fresh(dtype or self.subject.dtype)
         student.apply_plan(found.plan)
         student.apply_policy(found.policy)
         stray = student.load_state_dict(dict(found.weights), strict=False).unexpected_keys
-        assert not stray, f"{stray} are no weights of this student"
+        assert not stray, f"{stray} are not weights of this student"
         student.to(self.device).eval()
         self._meter.watch(student)
         return student
 
     def context(self, student: StagedCausalLM) -> ScoringContext:
-        """What criteria and searches look at; an evaluation that a killed run made is not made again."""
+        """The context of criteria and searches. Evaluations that a killed run has made are not repeated."""
         return ScoringContext(
             student, self.teacher, self.texts.calibration, self.device, self.progress(), journal=self._journal
         )
 
     def progress(self) -> Callable[[str], None]:
-        """Says how far a search is, at most every twenty seconds."""
+        """A function that logs the progress of a search, at most every twenty seconds."""
         last = time.monotonic()
 
         def say(line: str) -> None:
@@ -115,10 +115,10 @@ class Bench:
         return say
 
     def fit_pairs(self, student: StagedCausalLM, merging: Merging) -> FittedRuns:
-        """One block for every pair of neighbours of the full model that the guards allow, on offer to the student.
+        """Fit one block to every pair of neighbours that the guards allow, and offer them to the student.
 
-        Fitted on training text: on the calibration set, which scores removals, merges would look better than they are.
-        Fitted once; every row that asks is charged for it.
+        The fits use training text, since on the calibration set, which scores removals, merges would look better than
+        they are. They are made once, and their cost counts for every row that uses them.
         """
         with self._meter.paused():
             if merging not in self._fitted:
@@ -136,7 +136,7 @@ class Bench:
         self, student: StagedCausalLM, batches: Sequence[Batch], runs: Sequence[tuple[int, ...]], merging: Merging,
         trailing_blocks: int = 0,
     ) -> FittedRuns:  # fmt: skip
-        """Fit one block to each run of neighbours, for both stages; float32 weights, arithmetic as `model.dtype`."""
+        """Fit one block to each run of neighbours, for both stages: float32 weights, arithmetic in `model.dtype`."""
         half = self.subject.dtype in ("bfloat16", "float16")
         with torch.autocast(self.device.type, TORCH_DTYPES[self.subject.dtype]) if half else nullcontext():
             return fit_runs(
@@ -145,17 +145,17 @@ class Bench:
             )  # fmt: skip
 
     def charge(self, fitted: FittedRuns) -> None:
-        """Count fits that were made unmetered as search."""
+        """Add the cost of fits that were not measured to the search cost."""
         self._meter.add(Spent(fitted.seconds, fitted.block_tokens))
 
     @contextmanager
     def unmetered(self) -> Iterator[None]:
-        """Work in here is training, not search."""
+        """Work inside the `with` block is training and does not count as search cost."""
         with self._meter.paused():
             yield
 
     def changed(self, student: StagedCausalLM) -> dict[str, Tensor]:
-        """Weights of a student that are not the model's own, by name, on the CPU."""
+        """Weights of a student that differ from the original model, by name, on the CPU."""
         own = dict(self.teacher.named_parameters())
         return {
             name: weight.detach().cpu()
@@ -164,7 +164,13 @@ class Bench:
         }
 
     def distil(self, found: Found, tokens: int, rate: float = 1.0) -> Found:
-        """Train `found` on at most `tokens` tokens, at so many times the usual learning rate; not metered."""
+        """Train a result on at most `tokens` tokens. The training does not count as search cost.
+
+        Args:
+            found: the result to train.
+            tokens: maximum number of prompt and response tokens.
+            rate: factor of the optimizer's learning rate.
+        """
         with self.unmetered(), torch.enable_grad():
             student = self.student(found, dtype="float32")
             settings = self.training
@@ -177,7 +183,7 @@ class Bench:
         return Found(found.plan, found.policy, {**found.weights, **weights}, found.trained_tokens + seen)
 
     def _fresh(self, dtype: DType) -> StagedCausalLM:
-        """The model's own weights; read anew where they were rounded to another element type."""
+        """A new copy of the original model in an element type. If the type differs, weights are loaded again."""
         model = copy.deepcopy(self._original) if dtype == self.subject.dtype else self._load(dtype)
         return StagedCausalLM(model, self.full("nested"), architecture=self.subject.architecture)
 

@@ -1,4 +1,4 @@
-"""The comparison: every method at every count, each finished row kept, tables and pictures at the end."""
+"""The comparison: run every method at every count, keep finished rows, write tables and plots at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pdtrim_pl.plan import KVRetentionPolicy
 log = logging.getLogger(__name__)
 
 ROWS = 1
-"""Raised when what a row holds or means changes, so that older ones are made again."""
+"""Version of the rows. Raise it when the content of a row changes, so that older rows are computed again."""
 NO_ADAPTER = ("architecture", None)
 DENSE = "dense"
 """Name of the unpruned model in the accuracy table."""
@@ -37,28 +37,28 @@ class Results:
 
     outcomes: tuple[Outcome, ...]
     accuracy: tuple[Mapping[str, Any], ...] = ()
-    """Rows of the accuracy table, the dense model's first; none where no set is asked for."""
+    """Rows of the accuracy table, the dense model first; empty if no set is measured."""
 
     def with_(self, outcome: Outcome) -> Results:
-        """These and one more."""
+        """These results with one more row."""
         more = (outcome.accuracy_row(),) if outcome.accuracy else ()
         return Results((*self.outcomes, outcome), (*self.accuracy, *more))
 
 
 class Comparison:
-    """The same model, calibration text and counts through several methods.
+    """Runs several methods on the same model, text and numbers of blocks.
 
     Args:
-        model: what is trimmed.
+        model: the model to trim.
         data: calibration and training text, and held-out text (`test`) unless `measures.held_out` names another source.
-        methods: by the name of their row; a method that starts from another comes after it.
-        rows: counts, and which methods to run.
-        training: of rows that train.
-        measures: what rows are judged by.
-        output: where results go.
+        methods: name of the row -> method. A method that starts from another one must come after it.
+        rows: numbers of blocks, and the methods to run.
+        training: settings of the training, for methods that train.
+        measures: what is measured for every row.
+        output: where results are written.
 
     Raises:
-        UserError: a method that starts from one that is not there before it, or an unknown name in `rows.only`.
+        UserError: a method starts from one that does not come before it, or `rows.only` has an unknown name.
     """
 
     def __init__(
@@ -77,14 +77,17 @@ class Comparison:
         self.methods = {name: method for name, method in methods.items() if name in _wanted(methods, rows)}
 
     def run(self, settings: Mapping[str, Any], on_row: Callable[[Results], None] = lambda results: None) -> Results:
-        """Make every row that is not there yet.
+        """Compute every row that is not finished yet.
 
         Args:
-            settings: the resolved configuration this was built from; which rows a change in it touches is found there.
-            on_row: called after every row with what there is.
+            settings: the resolved configuration of this comparison. It tells which finished rows are still valid.
+            on_row: called after every row with the results so far.
 
         Returns:
             All rows, by count and then in the order of `methods`.
+
+        Raises:
+            UserError: the model cannot be trimmed, there is too little text, or the guards allow too few removals.
         """
         check_model(self.model.name, self.model.architecture)
         ledger = Ledger(self.output.folder)
@@ -104,19 +107,19 @@ class Comparison:
         return results
 
     def _shared(self, texts: Texts, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What every row depends on."""
+        """The facts that every row depends on."""
         return {
             "rows": ROWS,
             "texts": texts.fingerprint(),
             "choices": {name: sha256(path.read_bytes()).hexdigest() for name, path in self.measures.choices.items()},
-            # No adapter is no entry, as before there were any: the rows that were made then stay.
+            # Without an adapter the entry is left out, so that rows from before adapters existed stay valid.
             "model": {name: value for name, value in settings["model"].items() if (name, value) != NO_ADAPTER},
             "measures": settings["measures"],
         }
 
 
 class _Run:
-    """One run over one ledger."""
+    """One run of a comparison, with its ledger of finished rows."""
 
     def __init__(
         self, methods: Mapping[str, Method], bench: Bench, judge: Judge, ledger: Ledger, settings: Mapping[str, Any],
@@ -128,7 +131,7 @@ class _Run:
         self.outcomes: dict[tuple[str, int], Outcome] = {}
 
     def dense_accuracy(self) -> dict[str, float]:
-        """Of the unpruned model, by set."""
+        """Accuracy of the unpruned model, by set."""
         key = key_of(self.shared)
         accuracy = self.ledger.dense_accuracy(key)
         if accuracy is None:
@@ -137,7 +140,7 @@ class _Run:
         return accuracy
 
     def outcome(self, name: str, count: int) -> Outcome:
-        """The row, from the ledger or made now."""
+        """A row, from the ledger or computed now."""
         method, earlier = self.methods[name], self._earlier(name, count)
         start = (method.start, count) if method.start is not None else earlier
         key = self.keys[name, count] = self._key(name, count, start)
@@ -155,7 +158,7 @@ class _Run:
         return known
 
     def _earlier(self, name: str, count: int) -> tuple[str, int] | None:
-        """The method's own row at the count before, where it goes on from it."""
+        """The row of the same method at the next smaller count, if the method continues from it."""
         counts = [c for n, c in self.outcomes if n == name and c < count]
         return (name, max(counts)) if counts and self.methods[name].continues else None
 
@@ -218,13 +221,13 @@ def _check_counts(rows: Rows, bench: Bench) -> None:
     most = most if guards.max_removed is None else min(most, guards.max_removed)
     if rows.counts[-1] > most:
         raise UserError(
-            f"`rows.counts` asks for {rows.counts[-1]} blocks of {blocks}, and {guards} let at most {most} go. "
+            f"`rows.counts` asks for {rows.counts[-1]} blocks of {blocks}, but {guards} let at most {most} go. "
             "Lower it, or loosen `rows.guards`."
         )
 
 
 def _wanted(methods: Mapping[str, Method], rows: Rows) -> set[str]:
-    """The methods asked for, and what they start from."""
+    """Names of the methods to run, and of the methods that they start from."""
     wanted: set[str] = set()
     for name in methods if rows.only is None else rows.only:
         needed: str | None = name

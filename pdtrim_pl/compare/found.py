@@ -1,4 +1,4 @@
-"""What a method made of the model."""
+"""The result of a method."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 
 @dataclass(frozen=True)
 class Found:
-    """What a method made of the model."""
+    """The result of a method: a plan, a policy and changed weights."""
 
     plan: StagePlan
     policy: KVRetentionPolicy | None = None
-    """None sends everything."""
+    """What prefill sends; None sends everything."""
     weights: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
-    """Weights that are no longer the model's own, by their name in the student."""
+    """Name in the student -> weight, for weights that differ from the original model."""
     trained_tokens: int = 0
-    """Tokens that any training of these weights has seen."""
+    """Number of tokens that these weights were trained on."""
 
     def under(self, plan: StagePlan) -> Found:
         """The same weights under another plan."""

@@ -1,4 +1,4 @@
-"""What every row is judged by: held-out text, multiple choice, and the cost model."""
+"""Measure every row: quality on held-out text, accuracy on multiple choice, recall, and costs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pdtrim_pl.staged import StagedCausalLM
 
 
 class Judge:
-    """Measures students on the bench's held-out text; the teacher reads it once for all of them.
+    """Measures students on the held-out text of the bench. The teacher runs on this text once.
 
     Args:
         bench: model, teacher and texts.
         measures: what to measure.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
     """
 
     def __init__(self, bench: Bench, measures: Measures, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -47,9 +47,9 @@ class Judge:
         return Judged(*values, **asdict(costs))
 
     def accuracy(self, model: StagedCausalLM) -> dict[str, float]:
-        """Share of right answers, by multiple-choice set; by log-likelihood for each character of the choice.
+        """Share of right answers by multiple-choice set, with choices ranked by log-likelihood per character.
 
-        And of tokens found again, where that is asked for.
+        Includes recall under `RECALL`, if it is measured.
         """
         device = self.bench.device
         shares = {

@@ -1,4 +1,4 @@
-"""What a search costs: seconds, and how often a block ran over a token, counted at the blocks themselves."""
+"""The cost of a search: seconds, and the number of (token, block) passes, counted by hooks on the blocks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from pdtrim_pl.staged.gate import Gate, current_pass
 
 @dataclass(frozen=True)
 class Spent:
-    """Cost of a search; training is not in it."""
+    """Cost of a search, without training."""
 
     seconds: float = 0.0
     block_tokens: int = 0
-    """Passes of one block over one real token, forward one, backward two; projections of KV alone are not counted."""
+    """Number of (token, block) passes over real tokens. A forward pass counts once, a backward pass twice. Projections
+    of KV-only blocks are not counted."""
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(self.seconds + other.seconds, self.block_tokens + other.block_tokens)
 
 
 class Meter:
-    """Counts while it runs; every student it watches counts."""
+    """Measures the cost of the students that it watches, while it is running."""
 
     def __init__(self) -> None:
         self._running = False
@@ -43,24 +44,24 @@ class Meter:
         return Spent(self._seconds + now, self._block_tokens)
 
     def watch(self, student: StagedCausalLM) -> None:
-        """Count the blocks of a student from now on."""
+        """Count the passes of a student's blocks from now on."""
         for gate in student.gates.values():
             gate.register_forward_pre_hook(self._count)
 
     def add(self, spent: Spent) -> None:
-        """Count what was spent while paused."""
+        """Add a cost that was not measured."""
         self._seconds += spent.seconds
         self._block_tokens += spent.block_tokens
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count in here."""
+        """Measure inside the `with` block."""
         with self._switched(True):
             yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count in here."""
+        """Do not measure inside the `with` block."""
         with self._switched(False):
             yield
 
@@ -82,5 +83,5 @@ class Meter:
         current = current_pass()
         reached = current.resume is None or gate.index >= current.resume.block
         if self._running and reached and gate.index in current.runs:
-            passes = 3 if torch.is_grad_enabled() else 1  # who wants no gradient turns it off
+            passes = 3 if torch.is_grad_enabled() else 1  # with gradients, a backward pass will follow
             self._block_tokens += passes * int(current.tokens.valid.sum())

@@ -1,4 +1,4 @@
-"""The base of every method that a comparison has a row for."""
+"""The base class of the methods in a comparison."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pdtrim_pl.errors import UserError
 
 
 class Method(ABC):
-    """One method, with a row for every count. A subclass writes `find`.
+    """One method. It has one row for every count. A subclass implements `find`.
 
     Args:
-        start: name of the method whose result at the same count this one starts from; it must come earlier in
-            `methods`. Its cost counts as this one's too.
+        start: name of the method whose result at the same count this method starts from. It must come earlier in
+            `methods`. Its cost is added to the cost of this method.
     """
 
     def __init__(self, start: str | None = None) -> None:
@@ -22,7 +22,7 @@ class Method(ABC):
 
     @property
     def continues(self) -> bool:
-        """Whether `find` starts from this method's own result at the count before, as a greedy choice may."""
+        """Whether `find` starts from the method's own result at the next smaller count. Greedy choices may do so."""
         return False
 
     @property
@@ -32,24 +32,24 @@ class Method(ABC):
 
     @abstractmethod
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
-        """Remove `count` blocks per stage that the method touches.
+        """Remove `count` blocks from each stage that the method trims. The cost is measured meanwhile.
 
         Args:
-            bench: model, teacher, calibration text, training, and the costs' meter, which runs meanwhile.
-            start: the result of `start` at this count, or the method's own at the count before if it `continues`;
-                None where there is neither.
-            count: blocks to remove, those that `start` has removed included.
+            bench: model, teacher, texts and training.
+            start: the result of `start` at this count, or the method's own result at the next smaller count if it
+                `continues`; None if there is neither.
+            count: number of blocks to remove, including those that `start` has removed.
         """
 
 
 def check_only_drops(start: Found, name: str | None) -> None:
-    """Refuse to search on from a result that is more than dropped blocks.
+    """Refuse a result as the start of a search if it does more than drop blocks.
 
     Raises:
-        UserError: weights that are no longer the model's own, or merged blocks.
+        UserError: the result has changed weights or merged blocks.
     """
     if start.weights or any(start.plan.merged.values()):
         raise UserError(
-            f"`start: {name}` trains or merges blocks, and a search begins with the model's own weights. Start from a "
+            f"`start: {name}` trains or merges blocks, but a search needs the model's own weights. Start from a "
             "method that only drops blocks."
         )

@@ -1,4 +1,4 @@
-"""One row of a comparison: what was found, what it cost to find, and how good it is."""
+"""One row of a comparison: the plan and policy found, the cost of the search, and the quality."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Judged:
-    """A row's quality on held-out text, and its costs as shares of the dense model."""
+    """Quality of a row on held-out text (NLL and KL in nats), and its costs as shares of the dense model's."""
 
     nll: float
     dense_nll: float
@@ -40,13 +40,13 @@ class Outcome:
     policy: KVRetentionPolicy
     trained_tokens: int
     spent: Spent
-    """By the method and by what it started from."""
+    """Search cost of the method and of the method that it started from."""
     judged: Judged
     accuracy: Mapping[str, float]
-    """Share of right answers, by multiple-choice set, and of tokens found again under `RECALL`."""
+    """Multiple-choice set -> share of right answers; `RECALL` -> recall."""
 
     def row(self) -> dict[str, Any]:
-        """The row's values under `COLUMNS`, in their order."""
+        """The values of the row, in the order of `COLUMNS`."""
         facts = {
             "method": self.method,
             "relation": self.plan.relation,
@@ -60,11 +60,11 @@ class Outcome:
         return {column: facts[column] for column in COLUMNS}
 
     def accuracy_row(self) -> dict[str, Any]:
-        """The row of the accuracy table: a column a set, their mean, and the tokens found again."""
+        """The row of the accuracy table: one column for each set, their mean, and recall."""
         return accuracy_row(self.method, self.plan, self.accuracy)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The row as JSON values."""
         return {
             "method": self.method,
             "count": self.count,
@@ -78,7 +78,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
-        """Read what `to_json` gave."""
+        """Read what `to_json` wrote."""
         return cls(
             data["method"],
             data["count"],

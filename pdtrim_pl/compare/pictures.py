@@ -1,4 +1,4 @@
-"""The two pictures: quality against prefill cost, and quality against decode cost."""
+"""The two plots: quality against prefill cost, and quality against decode cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARKERS = "osD^v<>PXph*"
 
 
 def draw(outcomes: Sequence[Outcome], folder: Path, name: str) -> list[Path]:
-    """Write `<name>_prefill_flops.png` and `<name>_decode_bytes.png`; one line a method, dashed where it trains."""
+    """Write `<name>_prefill_flops.png` and `<name>_decode_bytes.png`: one line for each method, dashed if it trains."""
     return [_draw(outcomes, cost, label, folder / f"{name}_{cost}.png") for cost, label in AXES.items()]
 
 
@@ -29,7 +29,7 @@ def _draw(outcomes: Sequence[Outcome], cost: str, label: str, path: Path) -> Pat
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for index, method in enumerate(methods):
         rows = [outcome for outcome in outcomes if outcome.method == method]
-        # Shape and dash repeat what colour says.
+        # Markers and dashes make the methods distinguishable without colour.
         axes.plot(
             [vars(row.judged)[cost] for row in rows],
             [row.judged.kl for row in rows],

@@ -1,4 +1,4 @@
-"""Settings of a comparison that belong together."""
+"""Settings of a comparison, in groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pdtrim_pl.models.loading import DType
 from pdtrim_pl.search import Guards
 
 RECALL = "recall"
-"""Column of the share of tokens found again."""
+"""Column of recall in the accuracy table."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Subject:
     name: str
     """Name, path or Hub id; `smollm2-135m` is embedded."""
     dtype: DType = "bfloat16"
-    """Element type of the weights while searching and measuring; training always has float32 weights."""
+    """Element type of the weights in search and measurement. Training always uses float32 weights."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where everything runs; `auto` takes a GPU if there is one."""
+    """The device; `auto` takes a GPU if there is one."""
     architecture: Architecture | None = None
-    """Adapter of the model's family, where the package has none."""
+    """Adapter of the model's family, if the package has none."""
 
     def __post_init__(self) -> None:
         check_adapter(self.architecture)
 
     @property
     def device(self) -> torch.device:
-        """The device that `accelerator` means on this machine.
+        """The device that `accelerator` selects on this machine.
 
         Raises:
-            UserError: a GPU is asked for and there is none.
+            UserError: a GPU is asked for, but there is none.
         """
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise UserError("`model.accelerator` is gpu, and torch sees none here. Use `cpu` or `auto`.")
@@ -53,14 +53,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows the table has."""
+    """The rows of the table."""
 
     counts: tuple[int, ...] = (3, 6, 9)
-    """Blocks removed, rising; every method has a row for each."""
+    """Numbers of removed blocks, ascending. Every method has one row for each."""
     only: tuple[str, ...] | None = None
-    """Names of the methods to run, and with them what they start from; None runs all."""
+    """Names of the methods to run. Methods that they start from run too. None runs all methods."""
     guards: Guards = Guards()
-    """What no method may remove."""
+    """Limits on the removals of every method."""
 
     def __post_init__(self) -> None:
         if not self.counts or list(self.counts) != sorted(set(self.counts)) or self.counts[0] < 1:
@@ -69,23 +69,24 @@ class Rows:
 
 @dataclass(frozen=True)
 class Measures:
-    """What every row is judged by, besides the held-out part of `data`."""
+    """What is measured for every row."""
 
     held_out: TextSource | None = None
-    """Text to judge by instead of the `test` part of `data.source`; `data.parts.test` says how many examples of it."""
+    """Source of the held-out text, instead of the `test` part of `data.source`. `data.parts.test` is then the number of
+    its examples."""
     choices: dict[str, Path] = field(default_factory=dict)
-    """Multiple-choice sets by name: JSONL files of `{"context", "choices", "label"}`."""
+    """Name -> multiple-choice set: JSONL files of `{"context", "choices", "label"}`."""
     choice_rows: int = 200
-    """First rows of each set that are scored."""
+    """Number of rows of each set that are used, from the start."""
     choice_tokens: int = 1024
-    """Longest context and choice; longer contexts keep their end. The model's own context is a limit too."""
+    """Maximum tokens of context and choice, at most the model's own context. Longer contexts keep their end."""
     recall: int = 0
-    """Held-out examples that are said again, prompt and response together as both prompt and response; the share of
-    tokens found again tells whether a student still looks far back. 0 leaves it out."""
+    """Number of held-out examples on which recall is measured: the whole example is both prompt and response. With 0,
+    recall is not measured."""
     prompt: int | None = None
-    """Prompt tokens of the request that costs are counted for; the held-out mean by default."""
+    """Prompt tokens of the request for which costs are counted; by default the mean of the held-out examples."""
     response: int | None = None
-    """Response tokens of that request."""
+    """Response tokens of this request; by default the mean of the held-out examples."""
 
     def __post_init__(self) -> None:
         for name in ("choice_rows", "choice_tokens", "prompt", "response"):
@@ -100,30 +101,33 @@ class Measures:
 
 @dataclass(frozen=True)
 class Output:
-    """Where the results go."""
+    """Where the results are written."""
 
     folder: Path = Path("runs/compare")
-    """Tables, pictures, `plans/`, and `rows/`, from which a second run takes what is there."""
+    """Folder of tables, plots, `plans/` and `rows/`. A second run reuses the finished rows in `rows/`."""
     name: str = "comparison"
-    """First part of the tables' file names."""
+    """First part of the file names of tables and plots."""
 
 
 class Training:
-    """How rows that train do so: the same tokens, optimizer and schedule for each.
+    """Settings of the training: the same tokens, optimizer and schedule for every row that trains.
 
-    The learning rate rises over the first steps and falls to zero on a cosine.
+    The learning rate rises linearly at first, and then falls to zero along a cosine.
 
     Args:
-        tokens: prompt and response tokens a row may see; whole batches up to it.
+        tokens: maximum number of prompt and response tokens for a row; only whole batches are used.
         batch_size: examples in a batch.
-        prompt: split training examples after so many tokens, whatever `data.lengths` says; fewer of them are then
-            without a loss. None leaves them as they are.
-        optimizer: from parameters to an optimizer.
+        prompt: number of prompt tokens of a training example, instead of the split by `data.lengths`. A short prompt
+            leaves more tokens with a loss. None keeps the split.
+        optimizer: makes an optimizer from parameters.
         losses: weighted list of losses; forward KL by default.
         warmup: share of the steps in which the learning rate rises.
-        precision: Lightning's; weights are float32.
-        gradient_clip: largest norm of a gradient.
-        freeze_embeddings: keep token embeddings and head as they are.
+        precision: precision of the trainer; weights are float32.
+        gradient_clip: maximum norm of the gradient.
+        freeze_embeddings: do not train token embeddings and head.
+
+    Raises:
+        UserError: a number is out of range.
     """
 
     def __init__(
@@ -157,7 +161,7 @@ class Training:
         self.freeze_embeddings = freeze_embeddings
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int, rate: float = 1.0) -> LambdaLR:
-        """Warmup and cosine over so many optimizer steps, up to `rate` times the optimizer's learning rate."""
+        """Warm-up and cosine decay over `steps` optimizer steps; the peak is `rate` times the optimizer's rate."""
         rising = round(self.warmup * steps)
 
         def factor(step: int) -> float:

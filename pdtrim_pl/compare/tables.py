@@ -1,4 +1,4 @@
-"""The tables: CSV for machines, Markdown for people, and the same on the terminal."""
+"""The tables of a comparison as CSV, as Markdown and on the terminal."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ SHOWN: Mapping[str, str] = {
 
 
 def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
-    """All rows under `COLUMNS`; costs are shares of dense."""
+    """Write all rows; the columns are `COLUMNS`. Costs are shares of the dense model's."""
     _write_rows(path, COLUMNS, [outcome.row() for outcome in outcomes])
 
 
 def write_accuracy_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy by multiple-choice set, shares of right answers."""
+    """Write the accuracy table: shares of right answers by multiple-choice set."""
     _write_rows(path, list(rows[0]), rows)
 
 
 def to_markdown(outcomes: Sequence[Outcome], accuracy: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> str:
-    """One table a count, accuracy below it, and what made them."""
+    """The facts of the run, one table for each count, and the accuracy table, in Markdown."""
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     lines += [
         "",
@@ -60,7 +60,7 @@ def to_markdown(outcomes: Sequence[Outcome], accuracy: Sequence[Mapping[str, Any
 
 
 def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
-    """The rows on a terminal, a rule between counts."""
+    """Print the rows, with a line between counts."""
     table = Table(box=box.ASCII)
     for index, name in enumerate(SHOWN.values()):
         table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
@@ -75,7 +75,7 @@ def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
 
 
 def facts_of(settings: Mapping[str, Any], command: str, device: torch.device) -> dict[str, str]:
-    """What made the tables: command, model, data as named in the settings, versions, machine, day."""
+    """Facts of the run: command, model, data as named in the settings, versions, machine and date."""
     measures = settings["measures"]
     texts = [settings["data"]["init_args"]["source"]["path"]]
     texts += [measures["held_out"]["path"]] if measures["held_out"] else []
@@ -93,7 +93,7 @@ def facts_of(settings: Mapping[str, Any], command: str, device: torch.device) ->
 
 
 def machine(device: torch.device) -> str:
-    """The processor's name, and the GPU's where one was used."""
+    """Name of the processor, and of the GPU if `device` is one."""
     names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
     cpu = f"{names[0]}, {len(names)} core(s)" if names else processor() or "unknown processor"
     threads = f"{cpu}, {torch.get_num_threads()} thread(s)"

@@ -1,4 +1,4 @@
-"""The three texts of a comparison: what is scored on, what is trained on, and what judges."""
+"""The three texts of a comparison: calibration text, training text and held-out text."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Texts:
     seed: int
 
     def request(self) -> tuple[int, int]:
-        """Mean prompt and response tokens of the held-out examples, rounded."""
+        """Mean number of prompt and of response tokens of the held-out examples, rounded."""
         rows = sum(len(batch.prompt_mask) for batch in self.held_out)
         prompt = sum(int(batch.prompt_mask.sum()) for batch in self.held_out)
         return round(prompt / rows), round(sum(int(batch.response_mask.sum()) for batch in self.held_out) / rows)
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the texts, by part."""
+        """Name of the part -> hash of its tokens."""
         train = [self.collate([self.train[i]]) for i in range(len(self.train))]
         parts = {"calibration": self.calibration, "held_out": self.held_out, "train": train}
         return {name: fingerprint(batches) for name, batches in parts.items()}
@@ -38,26 +38,28 @@ class Texts:
     def training_batches(
         self, tokens: int, batch_size: int, prompt: int | None = None, skip: int = 0
     ) -> tuple[list[Batch], int]:
-        """Whole batches, shuffled anew every epoch, of at most `tokens` real tokens together; and how many they hold.
+        """Whole batches with at most `tokens` real tokens in total, and their number of tokens.
+
+        The text is shuffled again in every epoch.
 
         Args:
-            tokens: the budget.
+            tokens: maximum number of tokens.
             batch_size: examples in a batch.
-            prompt: split every example after so many tokens instead of where it was split.
-            skip: leave out the batches of so many first tokens: an earlier training has seen them.
+            prompt: number of prompt tokens of every example; None keeps the split of the data.
+            skip: skip the first batches with so many tokens, because an earlier training has used them.
 
         Raises:
-            UserError: not even one batch fits.
+            UserError: the budget does not allow one batch.
         """
         batches: list[Batch] = []
-        taken, passed, epoch = 0, 0, 0
+        taken, skipped, epoch = 0, 0, 0
         while True:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
             for start in range(0, len(order), batch_size):
                 batch = self.collate([_split(self.train[int(i)], prompt) for i in order[start : start + batch_size]])
                 size = int(batch.prompt_mask.sum() + batch.response_mask.sum())
-                if passed < skip:
-                    passed += size
+                if skipped < skip:
+                    skipped += size
                     continue
                 if taken + size > tokens:
                     if not batches:
@@ -80,10 +82,10 @@ def _split(example: Example, prompt: int | None) -> Example:
 
 
 def read_texts(data: PromptResponseDataModule, held_out: TextSource | None) -> Texts:
-    """Read the texts; `held_out` takes the place of the data's own `test` part, with at most as many examples.
+    """Read the texts. `held_out` replaces the `test` part of the data, with at most as many examples.
 
     Raises:
-        UserError: too little text for the parts, or no calibration or held-out part at all.
+        UserError: there is too little text, or no calibration or held-out part.
     """
     most = data.parts.test
     if held_out is None:
@@ -101,7 +103,7 @@ def read_texts(data: PromptResponseDataModule, held_out: TextSource | None) -> T
         data = _over(data, data.source, replace(data.parts, test=0))
         data.setup()
         other.setup()
-        judged = other.part("train")  # all that its source has
+        judged = other.part("train")  # the whole source: the other parts are empty
     collate = Collator(data.pad_id)
     return Texts(
         calibration=_batches(data.part("calibration"), collate, data.eval_batch_size),

@@ -1,4 +1,4 @@
-"""Distillation of one row: the package's own module under a Lightning trainer."""
+"""Distillation of one row, with the package's own module and a Lightning trainer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class _Lines(Callback):
-    """The loss, ten times a training."""
+    """Logs the loss, ten times per training."""
 
     @override
     def on_train_batch_end(
@@ -39,19 +39,19 @@ def distil(
     student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], training: Training, subject: Subject,
     folder: Path, rate: float = 1.0,
 ) -> Mapping[str, Tensor]:  # fmt: skip
-    """Train `student`, float32, on every batch once.
+    """Train a student on every batch once.
 
     Args:
-        student: under its plan and policy.
-        teacher: the reference.
-        batches: one optimizer step each.
+        student: the student in float32, under its plan and policy.
+        teacher: the teacher.
+        batches: the batches; each is one optimizer step.
         training: optimizer, schedule, losses and precision.
-        subject: where to train.
-        folder: Lightning's root.
-        rate: factor of the learning rate.
+        subject: the model, for its device.
+        folder: root folder of Lightning.
+        rate: factor of the optimizer's learning rate.
 
     Returns:
-        The weights that were trained, by name, on the CPU.
+        The trained weights by name, on the CPU.
     """
     steps = len(batches)
     module = PDTrimModule(
@@ -60,7 +60,7 @@ def distil(
     warn_of_slow_bf16(subject.device, training.precision)
     if training.freeze_embeddings:
         student.freeze_embeddings()
-    # `configure_model` leaves alone what is there.
+    # `configure_model` does not replace a student that is already there.
     module.student, module.teacher = student.train(), teacher
     trainer = Trainer(
         accelerator="gpu" if subject.device.type == "cuda" else "cpu",
@@ -78,8 +78,8 @@ def distil(
         callbacks=[_Lines()],
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        torch.manual_seed(0)  # of dropout, where a model has any
-        warnings.filterwarnings("ignore", "You defined a `validation_step`")  # the judge validates
-        warnings.filterwarnings("ignore", "Found .* in eval mode")  # the teacher is meant to be
+        torch.manual_seed(0)  # for dropout, if the model has any
+        warnings.filterwarnings("ignore", "You defined a `validation_step`")  # validation is the judge's work
+        warnings.filterwarnings("ignore", "Found .* in eval mode")  # the teacher is in eval mode on purpose
         trainer.fit(module, DataLoader(list(batches), batch_size=None, shuffle=False))  # type: ignore[arg-type]
     return {name: p.detach().cpu() for name, p in student.named_parameters() if p.requires_grad}

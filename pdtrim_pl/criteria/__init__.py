@@ -1,4 +1,4 @@
-"""How much would this removal hurt, for this stage? One small class a criterion."""
+"""Criteria: how much harm a removal does in a stage. Each criterion is one small class."""
 
 from pdtrim_pl.criteria.base import Criterion, ScoringContext
 from pdtrim_pl.criteria.baselines import LastN, Random

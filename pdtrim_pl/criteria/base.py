@@ -1,4 +1,4 @@
-"""The base of every criterion, and what a criterion may look at."""
+"""The base class of criteria, and the context that a criterion may use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pdtrim_pl.plan import Stage, StagePlan, Target
 from pdtrim_pl.staged import StagedCausalLM
 
 Progress = Callable[[str], None]
-"""Called with a line that says how far a search is."""
+"""A function that is called with lines on the progress of a search."""
 
 
 @dataclass(frozen=True)
 class ScoringContext:
-    """The student as it is now, its teacher, and the calibration set."""
+    """The present student, its teacher and the calibration set."""
 
     student: StagedCausalLM
     teacher: StagedCausalLM
@@ -32,47 +32,50 @@ class ScoringContext:
     device: torch.device | str = "cpu"
     progress: Progress = lambda line: None
     ranks: Parallel = Parallel()
-    """The processes that choose together."""
+    """The ranks that take part in the choice."""
     journal: Path | None = None
-    """File of evaluations; a search that was killed finds there what it knew."""
+    """File of evaluations, from which a killed search continues."""
     memory: SearchMemory = SearchMemory()
-    """How much the evaluator may keep."""
+    """Memory limits of the evaluator."""
 
     @cached_property
     def redundancy(self) -> dict[Stage, dict[int, float]]:
-        """Mean cosine between block input and output, per stage, under the student's plan when first asked for."""
+        """Mean cosine similarity of block input and output, per stage, under the plan at the time of the first use."""
         return block_redundancy(self.student, self.batches, device=self.device, ranks=self.ranks)
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """Energy of any plan: mean KL to the teacher over the calibration responses, under the contract."""
+        """Measures the energy of plans: mean KL(teacher || student) over calibration responses, under the contract."""
         return Evaluator(
             self.student, self.teacher, self.batches, device=self.device, memory=self.memory, ranks=self.ranks,
             journal=self.journal,
         )  # fmt: skip
 
     def counting(self, candidates: int) -> Callable[[int], None]:
-        """What `Evaluator.best` calls on its way through so many candidates."""
+        """A progress function for `Evaluator.best` with so many candidates."""
         return lambda done: self.progress(f"{candidates} candidates, {done} batches evaluated")
 
 
 class Criterion(ABC):
-    """Scores candidate drops. A subclass names itself and writes `score`."""
+    """Scores candidate drops. A subclass sets `name` and implements `score`."""
 
     name: ClassVar[str]
-    """Under this name its choices stand in the plan's history."""
+    """Name of the criterion in the history of a plan."""
     rescores: ClassVar[bool] = False
-    """Whether scores change with every drop of a round (greedy) or hold for the whole round (one-shot)."""
+    """Whether candidates are scored again after every drop of a round (greedy), or once per round (one-shot)."""
 
     @abstractmethod
     def score(
         self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]
     ) -> dict[int, float]:
-        """Harm of dropping each candidate from `target`, lower is less; a candidate left out is not considered.
+        """Harm of dropping each candidate from `target`; lower is better.
 
         Args:
             context: student, teacher and calibration set.
-            plan: the plan so far; under a re-scoring criterion it changes within a round.
+            plan: the plan so far. It changes within a round if `rescores` is True.
             target: the stage(s) to drop from.
-            candidates: original indices of blocks that may go.
+            candidates: original indices of blocks that may be dropped.
+
+        Returns:
+            Original index -> harm. A candidate that is left out is not dropped.
         """

@@ -1,4 +1,4 @@
-"""Choices that look at no data: what any criterion has to beat."""
+"""Baselines that use no data. Every criterion should beat them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdtrim_pl.plan import StagePlan, Target
 
 
 class LastN(Criterion):
-    """Drop the deepest blocks that the guards allow."""
+    """Drops the last blocks that the guards allow."""
 
     name = "last_n"
 
@@ -21,10 +21,10 @@ class LastN(Criterion):
 
 
 class Random(Criterion):
-    """Drop blocks drawn evenly.
+    """Drops blocks at random, with equal probabilities.
 
     Args:
-        seed: of the draws; the same seed and candidates give the same choice on every rank.
+        seed: seed of the random numbers. The same seed and candidates give the same choice on every rank.
     """
 
     name = "random"

@@ -1,4 +1,4 @@
-"""One-shot redundancy by cosine, ShortGPT's Block Influence (arXiv 2403.03853) taken per stage."""
+"""One-shot redundancy by cosine similarity: the Block Influence of ShortGPT (arXiv 2403.03853), per stage."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pdtrim_pl.plan import StagePlan, Target
 
 
 class CosineRedundancy(Criterion):
-    """Harm = 1 - cos(block input, block output), the mean of the stages that would lose the block.
+    """Harm = 1 - cos(block input, block output), averaged over the stages that would lose the block.
 
     Raises:
-        UserError: such a stage was fed no calibration token.
+        UserError: such a stage has no calibration token.
     """
 
     name = "cosine"
@@ -23,11 +23,11 @@ class CosineRedundancy(Criterion):
     ) -> dict[int, float]:
         influence = {}
         for block in candidates:
-            fed = [stage for stage in plan.stages_losing(target, block) if not context.redundancy[stage]]
-            if fed:
+            without = [stage for stage in plan.stages_losing(target, block) if not context.redundancy[stage]]
+            if without:
                 raise UserError(
-                    f"No calibration token reaches {' and '.join(fed)}: every response has one token, which prefill "
-                    "predicts. Use longer responses (`lengths` of the data)."
+                    f"No calibration token reaches {' and '.join(without)}: every response has one token, which "
+                    "prefill predicts. Use longer responses (`lengths` of the data)."
                 )
             cosines = [context.redundancy[stage][block] for stage in plan.stages_losing(target, block)]
             influence[block] = 1.0 - sum(cosines) / len(cosines)

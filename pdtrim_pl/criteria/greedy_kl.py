@@ -1,4 +1,4 @@
-"""Greedy KL to the teacher under the contract, scored anew after every drop."""
+"""Greedy choice by KL to the teacher under the contract. Candidates are scored again after every drop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pdtrim_pl.plan import StagePlan, Target
 
 
 class GreedyKL(Criterion):
-    """Harm = mean KL(teacher || student) over calibration responses with the block gone and the other stage as it is.
+    """Harm = mean KL(teacher || student) over calibration responses without the block. The other stage stays as it is.
 
-    Only the best candidate is scored to the end.
+    Only the best candidate is evaluated on all batches.
 
     Args:
-        pool: look at only so many candidates, the most redundant by cosine; None scores all of them.
+        pool: number of candidates to score: the most redundant ones by cosine. None scores all candidates.
 
     Raises:
         UserError: `pool` is below 1.
@@ -38,7 +38,7 @@ class GreedyKL(Criterion):
         evaluator.rebase(plan)
         trials = [evaluator.candidate(plan.drop(target, block)) for block in pool]
         best, energy = evaluator.best(trials, progress=context.counting(len(trials)))
-        return {pool[best]: energy}  # it is certain that every other one hurts more
+        return {pool[best]: energy}  # the others are certain to do more harm
 
     def _pool(
         self, context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int]

@@ -1,4 +1,4 @@
-"""Response perplexity without the block, SLEB's criterion (arXiv 2402.09025) taken per stage."""
+"""Response perplexity without the block: the criterion of SLEB (arXiv 2402.09025), per stage."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pdtrim_pl.plan import StagePlan, Target
 
 
 class ResponsePerplexity(Criterion):
-    """Harm = mean negative log-likelihood of the calibration responses, nats, with the block gone; no teacher in it.
+    """Harm = mean negative log-likelihood of the calibration responses without the block, nats. Needs no teacher.
 
-    Only the best candidate is scored to the end.
+    Only the best candidate is evaluated on all batches.
     """
 
     name = "perplexity"

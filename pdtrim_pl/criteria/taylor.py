@@ -1,4 +1,4 @@
-"""First-order Taylor estimate of what dropping a block does to the response loss, per stage.
+"""First-order Taylor estimate of how dropping a block changes the response loss, per stage.
 
 Shapes: B batch, N response tokens of a batch without padding, H hidden, V vocabulary.
 """
@@ -22,16 +22,17 @@ from pdtrim_pl.plan import STAGES, Stage, StagePlan, Target
 from pdtrim_pl.staged.gate import Observer
 
 Change = tuple[Tensor, Tensor]
-"""A block's output, whose gradient is wanted, and what the block added to its input."""
+"""The output of a block, whose gradient is needed, and what the block added to its input."""
 
 
 class Taylor(Criterion):
-    """Harm = |gradient of an example's response loss times what the block adds to the hidden state|, a response token.
+    """Harm = |gradient . (output - input)| of a block, summed over examples and divided by the response tokens.
 
-    Removing a block turns its output into its input, so to first order the loss changes by
-    -gradient . (output - input) (Molchanov et al., arXiv 1611.06440, on blocks; POP, arXiv 2602.03295, for
-    prefill). For prefill the gradient arrives through the cache. One forward and one backward pass a batch, in which
-    the logits of a few tokens are alive at a time; ranks share the batches.
+    The gradient is that of an example's response loss with respect to the block's output. Dropping a block replaces its
+    output by its input, so to first order the loss changes by -gradient . (output - input) (Molchanov et al., arXiv
+    1611.06440, for blocks; POP, arXiv 2602.03295, for prefill). In prefill the gradient arrives through the cache. Each
+    batch needs one forward and one backward pass. The logits of few tokens are in memory at once. The batches are split
+    among the ranks.
     """
 
     name = "taylor"
@@ -41,7 +42,7 @@ class Taylor(Criterion):
     ) -> dict[int, float]:
 
         def harms(batch: Batch, peers: Sequence[Batch]) -> dict[int, float]:
-            """Of one batch, summed over its examples."""
+            """Harm of each candidate on one batch, summed over its examples."""
             longest = max(int(peer.response_mask.sum()) for peer in peers)
             estimates = _estimates(context, plan, batch, len(chunks(longest, CHUNK_TOKENS)))
             found = {}
@@ -59,14 +60,14 @@ class Taylor(Criterion):
 def _estimates(
     context: ScoringContext, plan: StagePlan, batch: Batch, min_chunks: int
 ) -> dict[Stage, dict[int, Tensor]]:
-    """Per stage and block, gradient . (output - input) of each example's response loss, summed over its tokens, [B]."""
+    """Per stage and block: gradient . (output - input) for the response loss of each example, [B]."""
     batch, student = batch.on(context.device), context.student
     mask = batch.response_mask
     seen: dict[Stage, dict[int, Change]] = {stage: {} for stage in STAGES}
     with torch.enable_grad(), eval_mode(student):
         observers = {stage: _watching(seen[stage]) for stage in STAGES}
         out = student(*batch.request, plan=plan, policy=student.policy, observers=observers)
-        # An example's tokens see only it, so one loss has the gradients of all examples.
+        # Examples do not see each other, so the gradients of the summed loss are those of each example.
         loss = _summed_loss(student.compared_logits, out.hidden[mask], batch.response_ids[mask], min_chunks)
         outputs = [output for stage in STAGES for output, _ in seen[stage].values()]
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
@@ -81,13 +82,13 @@ def _estimates(
 
 
 def _summed_loss(head: Head, hidden: Tensor, targets: Tensor, min_chunks: int) -> Tensor:
-    """Cross-entropy of response tokens from final hidden states [N, H]; backward makes a chunk's logits again.
+    """Summed cross-entropy of response tokens. Backward recomputes the logits chunk by chunk.
 
     Args:
         head: from hidden states to logits.
-        hidden: what predicts the tokens.
+        hidden: final hidden states that predict the tokens, [N, H].
         targets: token ids, [N].
-        min_chunks: call the head at least so often, for one that all ranks must gather together.
+        min_chunks: minimum number of calls of the head. With a sharded head all ranks must make the same number.
     """
 
     def of_chunk(states: Tensor, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a source of text to batches of prompts and responses."""
+"""Read a source of text and make batches of prompts and responses."""
 
 from pdtrim_pl.data.collate import Batch, Collator, fingerprint
 from pdtrim_pl.data.datamodule import PromptResponseDataModule

@@ -1,4 +1,4 @@
-"""Chats in the forms that people keep them in, to a prompt and its response."""
+"""Turn chats, in OpenAI's or ShareGPT's format, into a prompt and a response."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,15 +14,18 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tuple[str, str]:
-    """The text before the answer of the last assistant message, and that answer with its end-of-turn token.
+    """Split a chat into a prompt and a response, both as text.
+
+    The response is the answer of the last assistant message, with its end-of-turn token. The prompt is everything
+    before it.
 
     Args:
-        tokenizer: has a chat template.
-        chat: messages of `{role, content}` or `{from, value}`; content is a text or a list of text parts. Other keys,
-            such as `tool_calls`, reach the template as they are.
+        tokenizer: a tokenizer with a chat template.
+        chat: messages of `{role, content}` or `{from, value}`. Content is a text or a list of text parts. Other keys,
+            such as `tool_calls`, are passed to the template unchanged.
 
     Raises:
-        UserError: the chat cannot be used; the message goes on after its column's name.
+        UserError: the chat cannot be used. The message is the end of a sentence that starts with the column's name.
     """
     messages = [_message(turn) for turn in chat]
     last = max((number for number, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
@@ -33,7 +36,7 @@ def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tup
         raise UserError("has an empty last assistant message")
     prompt = chat_text(tokenizer, messages[:last], add_generation_prompt=True)
     whole = chat_text(tokenizer, messages[: last + 1], add_generation_prompt=False)
-    # Some templates open the answer otherwise than the generation prompt does (a thinking block, for one).
+    # Some templates begin the answer differently from the generation prompt, for example with a thinking block.
     response = whole.removeprefix(prompt) if whole.startswith(prompt) else answer
     return prompt, response.rstrip()
 
@@ -52,7 +55,7 @@ def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise UserError("must hold messages with `role` and `content` (or `from` and `value`)")
     message["content"] = _content(message.get("content"))
-    if message["content"] is None and message["role"] != "assistant":  # one that calls tools may say nothing
+    if message["content"] is None and message["role"] != "assistant":  # a message with tool calls may have none
         raise UserError(f"must hold messages with `role` and `content`, and one of `{message['role']}` has no content")
     return message
 

@@ -1,4 +1,4 @@
-"""Examples of unequal length to one padded batch.
+"""Collate examples of different lengths into one padded batch.
 
 Shapes: B batch, P longest prompt of the batch, R longest response of the batch, in tokens.
 """
@@ -16,7 +16,7 @@ from pdtrim_pl.data.examples import Example
 
 
 class Batch(NamedTuple):
-    """Prompts padded on the left, responses padded on the right, so that the two meet without a gap."""
+    """A padded batch. Prompts are padded on the left and responses on the right, so there is no gap between them."""
 
     prompt_ids: Tensor
     """int64 [B, P]."""
@@ -28,15 +28,15 @@ class Batch(NamedTuple):
     """bool [B, R], true at real tokens."""
 
     def on(self, device: torch.device | str) -> "Batch":
-        """The batch on a device."""
+        """A copy of the batch on a device."""
         return Batch(*(tensor.to(device) for tensor in self))
 
     def cut(self, size: int) -> "list[Batch]":
-        """Batches of at most `size` examples, in order; padding stays."""
+        """Cut the batch into batches of at most `size` examples, in order. Padding is not removed."""
         return [Batch(*rows) for rows in zip(*(tensor.split(size) for tensor in self), strict=True)]
 
     def with_decode(self) -> "Batch":
-        """The batch, with a padding token where every response is one token: the decode pass then runs in any case."""
+        """The batch, with responses of at least two tokens (padding included), so that a decode pass has an input."""
         if self.response_ids.shape[1] > 1:
             return self
         ids, mask = (functional.pad(part, (0, 1)) for part in (self.response_ids, self.response_mask))
@@ -44,12 +44,12 @@ class Batch(NamedTuple):
 
     @property
     def request(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ids and masks in the order that `StagedCausalLM.forward` and `Request.of` take them."""
+        """Ids and masks, in the order of the arguments of `StagedCausalLM.forward` and `Request.of`."""
         return self.prompt_ids, self.response_ids, self.prompt_mask, self.response_mask
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:
-    """SHA-256 of the real tokens of a data part, in order, so that two runs can be told to have seen the same."""
+    """SHA-256 of the real tokens of a data part, in order. Two runs on the same data have the same fingerprint."""
     digest = hashlib.sha256()
     for batch in batches:
         for ids, mask in ((batch.prompt_ids, batch.prompt_mask), (batch.response_ids, batch.response_mask)):
@@ -63,7 +63,7 @@ class Collator:
     """Pads a list of examples to a `Batch`; the `collate_fn` of every loader of the data module."""
 
     pad_id: int
-    """The token id written at padded positions. Masks, not this id, say what is padding."""
+    """Token id at padded positions. The masks tell what is padding, not this id."""
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         prompt_ids, prompt_mask = self._pad([example.prompt for example in examples], left=True)

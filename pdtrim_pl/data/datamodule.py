@@ -1,4 +1,4 @@
-"""The data module: a source of text to loaders of prompt and response batches."""
+"""The data module: it reads a source of text and makes loaders of prompt and response batches."""
 
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
+from transformers.configuration_utils import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -25,13 +26,13 @@ from pdtrim_pl.models.pretrained import load_config, load_tokenizer, resolve_mod
 
 
 def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Subset[Example]]:
-    """Drop examples that occur again and cut a seeded permutation of the rest.
+    """Drop duplicate examples and cut a seeded permutation of the rest into parts.
 
     Returns:
-        Disjoint parts by name: `validation`, `calibration`, `test` and `train`; one that was not asked for is empty.
+        Disjoint parts by name: `validation`, `calibration`, `test` and `train`. A part that was not asked for is empty.
 
     Raises:
-        UserError: There are too few examples for `parts`.
+        UserError: there are too few examples for `parts`.
     """
     distinct = np.asarray(examples.distinct())
     sizes = parts.sizes(len(distinct))
@@ -43,8 +44,8 @@ def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Sub
 class PromptResponseDataModule(LightningDataModule):
     """Examples of a prompt and its response, in disjoint parts for training, validation, calibration and test.
 
-    Examples with the same tokens are kept once; a seeded permutation of the rest is cut into the parts, so they are the
-    same on every rank and in every run with the same settings.
+    Of examples with the same tokens only the first is kept. A seeded permutation of the rest is cut into parts, so the
+    parts are the same on every rank and in every run with the same settings.
     """
 
     def __init__(
@@ -58,20 +59,20 @@ class PromptResponseDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Store the settings; nothing is read before `prepare_data`.
+        """Store the settings. Nothing is read before `prepare_data`.
 
         Args:
-            tokenizer: Name of the model whose tokenizer is used: `smollm2-135m`, a directory or a Hub id.
-            source: Where the text comes from.
-            lengths: Lengths of prompts and examples in tokens.
-            parts: How many examples each part gets.
-            batch_size: Training examples in a batch of one device.
-            eval_batch_size: The same for all other loaders; None takes `batch_size`.
-            num_workers: Processes that load batches beside the main one.
-            seed: Seed of split points, parts and training order.
+            tokenizer: name of the model whose tokenizer is used: `smollm2-135m`, a directory or a Hub id.
+            source: the source of the text.
+            lengths: lengths of prompts and examples, in tokens.
+            parts: number of examples in each part.
+            batch_size: training examples in a batch, per device.
+            eval_batch_size: the same for all other loaders; `batch_size` by default.
+            num_workers: number of processes that load batches; 0 loads in the main process.
+            seed: seed of split points, parts and training order.
 
         Raises:
-            UserError: A batch size is below 1 or `num_workers` below 0.
+            UserError: a batch size is below 1, or `num_workers` or `seed` is below 0.
         """
         super().__init__()
         for name, value, least in (
@@ -99,9 +100,10 @@ class PromptResponseDataModule(LightningDataModule):
 
     @property
     def pad_id(self) -> int:
-        """The id at padded positions: the pad or end-of-sequence token of the tokenizer that the model knows, else 0.
+        """Token id at padded positions: the pad token, else the end-of-sequence token, else 0.
 
-        A pad token that was added to the tokenizer alone lies behind the model's embedding.
+        A token that the model's embedding does not contain is not used: a pad token may have been added only to the
+        tokenizer.
         """
         size = self._vocab_size
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
@@ -117,10 +119,10 @@ class PromptResponseDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Build all parts, once, whatever the stage.
+        """Build all parts on the first call, for every `stage`.
 
         Raises:
-            UserError: The source cannot be read, gives too few examples for `parts`, or does not fit the model.
+            UserError: the source cannot be read, has too few examples for `parts`, or does not fit the model.
         """
         if self._parts:
             return
@@ -138,7 +140,7 @@ class PromptResponseDataModule(LightningDataModule):
         """The examples of a part: `train`, `validation`, `calibration` or `test`.
 
         Raises:
-            UserError: The part has no examples.
+            UserError: the part has no examples.
         """
         assert self._parts, "setup() comes first"
         subset = self._parts[name]
@@ -148,10 +150,10 @@ class PromptResponseDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled anew every epoch, cut among the ranks; its state lets a run continue in mid-epoch."""
+        """The training part, shuffled in every epoch and split among the ranks. A run can resume within an epoch."""
         ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         part = self.part("train")
-        # Lightning leaves a DistributedSampler alone and calls its set_epoch, on one device too.
+        # Lightning does not replace a DistributedSampler, and calls its `set_epoch` even on one device.
         sampler: DistributedSampler[Example] = DistributedSampler(
             part, **(ranks or {"num_replicas": 1, "rank": 0}), shuffle=True, seed=self.seed
         )
@@ -162,7 +164,7 @@ class PromptResponseDataModule(LightningDataModule):
             collate_fn=Collator(self.pad_id),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the global one is for training steps alone
+            generator=torch.Generator(),  # the global generator is reserved for training steps
         )
 
     @override
@@ -181,12 +183,24 @@ class PromptResponseDataModule(LightningDataModule):
         return self._fixed("test" if len(self._parts["test"]) else "validation")
 
     def calibration_dataloader(self) -> DataLoader[Example]:
-        """The whole calibration part in a fixed order, the same on every rank."""
+        """The whole calibration part in a fixed order, the same on every rank. Batches have `eval_batch_size` rows."""
         return self._fixed("calibration")
 
     def fitting_dataloader(self) -> DataLoader[Example]:
-        """The training part in a fixed order, the same on every rank, for blocks that are fitted locally."""
+        """The whole training part in a fixed order, the same on every rank, for local fits of blocks."""
         return self._fixed("train")
+
+    def check_fits(self, config: PretrainedConfig) -> None:
+        """Refuse a model that is too small for the tokenizer or for the lengths of the examples.
+
+        Args:
+            config: configuration of the model that is trimmed.
+
+        Raises:
+            UserError: a token has no embedding in the model, or examples exceed its context.
+        """
+        check_vocabulary(max(self.tokenizer.get_vocab().values()) + 1, config.vocab_size)
+        check_context(self.lengths.max_length, usable_context(config.to_dict()))
 
     def _fixed(self, name: str) -> DataLoader[Example]:
         return DataLoader(
@@ -195,7 +209,7 @@ class PromptResponseDataModule(LightningDataModule):
             collate_fn=Collator(self.pad_id),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # measuring more often must not change a run
+            generator=torch.Generator(),  # evaluation must not change the random state of training
         )
 
     def _encode(self) -> TokenExamples:
@@ -203,7 +217,7 @@ class PromptResponseDataModule(LightningDataModule):
 
     @cached_property
     def _model_config(self) -> dict[str, Any] | None:
-        """The text configuration of the model that the tokenizer was named after; a tokenizer alone has none."""
+        """Text configuration of the model named in `tokenizer`; None for a directory that holds only a tokenizer."""
         directory = Path(resolve_model(self.tokenizer_name))
         if directory.is_dir() and not (directory / "config.json").is_file():
             return None
@@ -215,7 +229,7 @@ class PromptResponseDataModule(LightningDataModule):
 
     def _check_model(self) -> None:
         config = self._model_config or {}
-        if "max_position_embeddings" in config:  # the tokenizer may be that of a model nobody trims
+        if "max_position_embeddings" in config:  # `tokenizer` may name a model of another kind, which is not trimmed
             check_context(self.lengths.max_length, usable_context(config))
         if "vocab_size" in config:
             own = set(self.tokenizer.get_vocab().values()) - self.tokenizer.added_tokens_decoder.keys()

@@ -1,4 +1,4 @@
-"""All examples of a source as one flat array of token ids: compact, cheap to share with loader workers."""
+"""All examples of a source in one flat array of token ids: small, and cheap to share with loader workers."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 
 class Example(NamedTuple):
-    """One prompt and the response to it, as int64 token ids of shape [P] and [R], neither empty."""
+    """One prompt and its response: int64 token ids of shape [P] and [R]. Neither is empty."""
 
     prompt: Tensor
     response: Tensor
@@ -21,18 +21,19 @@ class TokenExamples(Dataset[Example]):
     """Prompts and responses, by index."""
 
     def __init__(self, ids: NDArray[np.int32], bounds: NDArray[np.int64]) -> None:
-        """Keep the arrays as they are.
+        """Store the arrays without copying them.
 
         Args:
-            ids: Token ids of all examples, one after the other.
-            bounds: [examples, 3]: where in `ids` a prompt starts, where its response starts, and where that ends.
+            ids: token ids of all examples, one after the other.
+            bounds: [examples, 3]: indices into `ids` of the start of the prompt, the start of the response and the end
+                of the response.
         """
         self._ids = ids
         self._bounds = bounds
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> "TokenExamples":
-        """Collect (prompt ids, response ids) pairs."""
+        """Build the arrays from (prompt ids, response ids) pairs."""
         chunks: list[NDArray[np.int32]] = []
         lengths: list[tuple[int, int]] = []
         for prompt, response in pairs:
@@ -57,7 +58,10 @@ class TokenExamples(Dataset[Example]):
         return int(self._ids.max())
 
     def distinct(self) -> list[int]:
-        """The index of the first of every group of examples with the same tokens, whatever their split point."""
+        """Indices of the examples without duplicates, each the first of its kind.
+
+        Duplicates have the same tokens; their prompts may end at different places.
+        """
         seen: dict[bytes, int] = {}
         for index, (start, _, end) in enumerate(self._bounds):
             seen.setdefault(self._ids[start:end].tobytes(), index)
@@ -65,12 +69,12 @@ class TokenExamples(Dataset[Example]):
 
 
 class RepeatedPrompts(Dataset[Example]):
-    """A part of the data in which the first examples have their own prompt as their response.
+    """A data part whose first examples have their own prompt as the response.
 
     Args:
         part: the examples.
-        share: of them that are changed, rounded, but at least one.
-        max_length: tokens of prompt and response together; a response is cut to keep it.
+        share: share of the examples that are changed, rounded; at least one example is changed.
+        max_length: maximum number of tokens, prompt and response together; a longer response is cut.
     """
 
     def __init__(self, part: Subset[Example], share: float, max_length: int) -> None:

@@ -1,4 +1,4 @@
-"""Reads JSON, JSON Lines and text files row by row. Every row knows its place in the file."""
+"""Read JSON, JSON Lines and text files row by row. Every row carries its place in the file, for error messages."""
 
 import gzip
 import json
@@ -21,28 +21,30 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a file, or what is wrong with it."""
+    """One row of a file, or the reason why it cannot be read."""
 
     place: str
-    """`line 3`, or `line 1, row 10` in an array, or `row 1`; from 1."""
+    """`line 3`, or `line 1, row 10` in an array, or `row 1`. Numbers start at 1."""
     row: dict[str, Any]
+    """Column -> value; empty if the row cannot be read."""
     fault: str | None = None
+    """Why the row cannot be read; None if it can."""
 
 
 def ending(path: Path) -> str:
-    """The ending that says how to read a file: `.jsonl` for `a.jsonl.gz`, but `.gz` for `a.parquet.gz`."""
+    """The ending that decides how a file is read: `.jsonl` for `a.jsonl.gz`, but `.gz` for `a.parquet.gz`."""
     inner = Path(path.name.removesuffix(".gz")).suffix
     return inner if inner in (*JSON_ENDINGS, *TEXT_ENDINGS) else path.suffix
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Read a file with an ending of `JSON_ENDINGS` or `TEXT_ENDINGS`, with or without `.gz` behind it.
+    """Read a file whose ending is in `JSON_ENDINGS` or `TEXT_ENDINGS`, possibly followed by `.gz`.
 
-    A JSON file holds one object a line, or one array of objects over any number of lines; its content decides, not its
-    ending. Texts in an array count as objects with the text in `text`. A text file is one row, in `text`.
+    A JSON file holds one object per line, or one array of objects. Its content decides which, not its ending. A string
+    in an array becomes a row with the column `text`. A text file is one row with the column `text`.
 
     Raises:
-        UserError: The file cannot be read, or no row can be told from the next; the message names file and line.
+        UserError: the file cannot be read or split into rows. The message names the file and the line.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -80,12 +82,12 @@ def _object(place: str, line: bytes) -> Line:
         return Line(place, {}, _not_utf8(error))
     except json.JSONDecodeError as error:
         return Line(place, {}, f"not valid JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or too many nested brackets
         return Line(place, {}, f"not readable as JSON ({error})")
 
 
 def _array(path: Path, data: bytes) -> Iterator[Line]:
-    """The rows of an array, decoded one by one, so that each has its line."""
+    """The rows of an array. They are decoded one by one, to know the line of each."""
     at, line, number = 0, 1, 0
     try:
         text = data.decode()
@@ -101,7 +103,7 @@ def _array(path: Path, data: bytes) -> Iterator[Line]:
 
 
 def _elements(text: str) -> Iterator[tuple[int, Any]]:
-    """Where each element of an array starts, and its value."""
+    """The start of each element of an array in `text`, and its value."""
     decoder = json.JSONDecoder()
     at = _after_space(text, text.index("[") + 1)
     ended = text[at : at + 1] == "]"

@@ -1,4 +1,4 @@
-"""Rows of a source to prompts and responses in tokens."""
+"""Turn the rows of a source into prompts and responses of token ids."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,28 +24,29 @@ Tokenized = Mapping[str, Sequence[Any]]
 T = TypeVar("T")
 
 _FORMAT = 1
-"""Raise it when rows are tokenised differently, so that what was kept on disk is not used any more."""
+"""Part of the cache key. Raise it when rows are tokenised in another way, so that old caches are not used."""
 _IDS = [Value("int32")]
 
 
 def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: int) -> TokenExamples:
     """Tokenise a source and make its examples.
 
-    Raw text: the tokens of all documents, with the end-of-sequence token between them, are cut into windows of
-    `lengths.max_length` tokens that do not overlap; each window's split point is drawn by a generator of its own.
-    Pairs and chats: prompt and response are tokenised together (`data.prompts.split_ids`), so what stands between
-    them is what the whole text has there, and the prompt is the one that is served. A long prompt keeps its end, a long
-    response its start.
+    Raw text: all documents are joined, with the end-of-sequence token after each, and cut into windows of
+    `lengths.max_length` tokens without overlap. Every window has a random generator of its own, which draws the length
+    of its prompt.
+
+    Pairs and chats: prompt and response are tokenised together (`data.prompts.split_ids`), so the prompt has the same
+    tokens as in serving. A prompt that is too long keeps its end, a response that is too long keeps its start.
 
     Args:
-        rows: The source. Bad rows are refused or left out with a warning, as its `on_bad_row` says.
-        tokenizer: Its leading special tokens (a beginning-of-sequence token, where it adds one by itself) start every
-            prompt and every window.
-        lengths: The lengths in tokens.
-        seed: Seed of the split points.
+        rows: the source. `rows.on_bad_row` says whether bad rows are refused or left out with a warning.
+        tokenizer: the tokenizer. The special tokens that it puts before a text (such as a beginning-of-sequence token)
+            start every prompt and every window.
+        lengths: lengths in tokens.
+        seed: seed of the split points.
 
     Raises:
-        UserError: A row cannot be read, or the text is shorter than one window; the message names the place.
+        UserError: a row cannot be read, or the text is shorter than one window. The message names the place.
     """
     if rows.kind == "text":
         documents = _tokenize(rows, tokenizer, _text_ids, ["ids"])
@@ -59,9 +60,10 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, see
 def _tokenize(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, function: Callable[..., Tokenized], names: Sequence[str]
 ) -> Dataset:
-    """Run `function` over all rows with `Dataset.map`, and leave out the bad ones.
+    """Run `function` over all rows with `Dataset.map`, and leave out the bad rows.
 
-    The cache on disk is keyed by what decides the result. A tokenizer's own hash does not do: it changes with use.
+    The key of the cache on disk is made here from everything that decides the result. The default key contains the hash
+    of the tokenizer object, which changes when the tokenizer is used.
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(vocabulary)
@@ -88,7 +90,11 @@ def _tokenize(
 def _read(
     rows: Rows, batch: Mapping[str, Any], indices: Sequence[int], read: Callable[..., T], instead: T
 ) -> tuple[list[T], list[str | None]]:
-    """What `read` makes of each row's values, `instead` for a bad row, and what is wrong with each."""
+    """Apply `read` to the values of each row.
+
+    Returns:
+        One result for each row (`instead` for a bad row), and one fault for each row (None for a good row).
+    """
     results: list[T] = []
     faults: list[str | None] = []
     for index, *values in zip(indices, *(batch[column] for column in rows.columns), strict=True):
@@ -149,7 +155,7 @@ def _split(
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Close a response with the end-of-sequence token, unless a special token closes it already."""
+    """Append the end-of-sequence token to a response, unless it already ends with a special token."""
     closing = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     if tokenizer.eos_token_id is None or (ids and ids[-1] in closing):
         return ids

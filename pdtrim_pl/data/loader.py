@@ -10,12 +10,12 @@ from pdtrim_pl.data.examples import Example
 
 
 class ResumableLoader(DataLoader[Example]):
-    """A `DataLoader` over a dataset with indices whose state is the count of batches that it gave in this epoch.
+    """A `DataLoader` whose state is the number of batches that it has yielded in this epoch.
 
-    Lightning saves and loads the state with its checkpoints. The sampler's order must depend on its seed and epoch
-    alone, as that of `DistributedSampler` does; then the count is all there is to know, and `num_workers` may change
-    between two runs. torchdata's `StatefulDataLoader` does not do here: with Lightning 2.6, a run resumed from the end
-    of an epoch is given that epoch's order again (measured; the tests compare a resumed run with an uninterrupted one).
+    Lightning saves the state in its checkpoints and restores it. The order of the sampler must depend only on its seed
+    and epoch, as with `DistributedSampler`. Then the number of batches is the whole state, and `num_workers` may differ
+    between the two runs. The `StatefulDataLoader` of torchdata does not work here: with Lightning 2.6, a run that
+    resumes at the end of an epoch gets the order of that epoch again.
     """
 
     _given = 0
@@ -28,11 +28,11 @@ class ResumableLoader(DataLoader[Example]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch; the start of the next one if this one is over."""
+        """The number of batches yielded in this epoch; 0 if the epoch is over."""
         return {"batches_given": self._given % len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration start at the saved place."""
+        """Let the next iteration start after the batches that were already yielded."""
         self._given = self._resume_at = state["batches_given"]
 
     def _rest(self, start: int) -> DataLoader[Example]:

@@ -1,4 +1,4 @@
-"""What makes a row unusable, and what to do then: refuse the source or leave the row out."""
+"""Bad rows: what makes a row unusable, and the errors and warnings about it."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,11 +9,11 @@ OnBadRow = Literal["error", "skip"]
 Kind = Literal["text", "pairs", "chat"]
 
 _NAMED = 3
-"""Skipped rows that a warning names."""
+"""Number of skipped rows that a warning names."""
 
 
 class BadRow(UserError):
-    """A row cannot be used; the message says where it is and why."""
+    """A row cannot be used. The message gives its place and the reason."""
 
     @classmethod
     def at(cls, place: str, problem: str) -> "BadRow":
@@ -22,26 +22,26 @@ class BadRow(UserError):
 
 
 def check_value(kind: Kind, column: str, value: Any) -> None:
-    """Refuse a value that is empty or of another type than the column's use says.
+    """Refuse a value that is empty or of the wrong type: chats are lists, everything else is text.
 
     Raises:
-        UserError: what is wrong, without the place.
+        UserError: the value cannot be used. The message does not give the place of the row.
     """
     wanted = list if kind == "chat" else str
     if not isinstance(value, wanted):
         found = "nothing" if value is None else f"a {type(value).__name__}"
         raise UserError(f"column `{column}` holds {found}, not a {wanted.__name__}")
-    # Empty lines between the paragraphs of a text do no harm.
+    # Raw text may have empty rows, for example between paragraphs.
     if kind != "text" and not (value.strip() if isinstance(value, str) else value):
         raise UserError(f"column `{column}` is empty")
 
 
 def skipped_rows(skipped: Sequence[str], total: int) -> str:
-    """Say how many rows were left out and name the first.
+    """The warning that says how many rows were left out, and names the first ones.
 
     Args:
         skipped: place and problem of each row that was left out.
-        total: rows of the source.
+        total: number of rows of the source.
 
     Raises:
         UserError: no row is left.
@@ -53,7 +53,7 @@ def skipped_rows(skipped: Sequence[str], total: int) -> str:
 
 
 def damaged(reason: Exception | str) -> UserError:
-    """The error for a file that cannot be told into rows."""
+    """The error for a file that cannot be split into rows."""
     return UserError(f"`source.path`: {reason}; mend the file.")
 
 

@@ -1,4 +1,4 @@
-"""Whether a tokenizer and the lengths of the examples fit a model."""
+"""Check that a tokenizer and the lengths of the examples fit a model."""
 
 from pdtrim_pl.errors import UserError
 
@@ -17,14 +17,14 @@ def check_context(max_length: int, context_length: int) -> None:
 
 
 def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:
-    """Refuse a tokenizer of another model, by its size; a larger (padded) model vocabulary is fine.
+    """Refuse a tokenizer with more tokens than the model: it belongs to another model. The model may be larger.
 
     Args:
-        tokenizer_size: One more than the largest token id of the tokenizer, tokens added later left out.
-        vocab_size: Rows of the model's embedding.
+        tokenizer_size: largest token id of the tokenizer plus one, without tokens that were added to it.
+        vocab_size: number of rows of the model's embedding.
 
     Raises:
-        UserError: The tokenizer is the larger one.
+        UserError: `tokenizer_size` is above `vocab_size`.
     """
     if tokenizer_size > vocab_size:
         raise UserError(
@@ -34,15 +34,15 @@ def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:
 
 
 def check_ids(largest: int, token: str, vocab_size: int) -> None:
-    """Refuse text with a token that the model has no embedding for, such as one added to the tokenizer alone.
+    """Refuse text with a token that the model has no embedding for: it was added only to the tokenizer.
 
     Args:
-        largest: The largest token id of the text.
-        token: What this id stands for.
-        vocab_size: Rows of the model's embedding.
+        largest: largest token id in the text.
+        token: the token with this id.
+        vocab_size: number of rows of the model's embedding.
 
     Raises:
-        UserError: The id is beyond the embedding.
+        UserError: `largest` is not below `vocab_size`.
     """
     if largest >= vocab_size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Text and chats to token ids, the same way for training and for serving."""
+"""Tokenise text and chats in the same way for training and for serving."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANCHORS = ("", "\n", ".")
-"""Texts after which a response is tokenised to find how it goes on: many tokenizers start a text with a space."""
+"""Texts put before a response to tokenise it as a continuation: many tokenizers add a space at the start of a text."""
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text by itself, such as Llama's; often none."""
+    """The special tokens that the tokenizer adds before every text, such as Llama's; often none."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next(index for index in range(len(full)) if full[index : index + len(bare)] == bare)
@@ -23,28 +23,28 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, without the special tokens that a tokenizer adds by itself."""
+    """The token ids of each text, without the special tokens that the tokenizer adds."""
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a raw prompt behind `leading_ids`; a token that the tokenizer puts after a text is left out."""
+    """The token ids of a raw prompt: `leading_ids`, then the text. Special tokens at the end are not added."""
     return leading_ids(tokenizer) + plain_ids(tokenizer, [prompt])[0]
 
 
 def split_ids(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Tokenise prompts and responses so that, joined, they decode to what the tokenizer makes of the whole text.
+    """Tokenise prompts and responses so that prompt and response together decode to the whole text.
 
-    Prompt and response are tokenised together. The prompt keeps the tokens that it has when it is served alone, and
-    the response is the rest. Sometimes one token of the whole text reaches over the boundary: `is ` before `Paris`
-    makes `is` and `▁Paris`, while the prompt that is served ends in `▁`. Then the response is tokenised as a
-    continuation of the prompt (`Par`, `is`). Where a tokenizer has no such tokens, as WordPiece between `go` and `ing`,
-    the token belongs to the response, and the prompt is one token shorter than when it is served.
+    Prompt and response are tokenised together. The prompt gets the tokens that it has in serving, where it stands
+    alone; the response gets the rest. Sometimes a token of the whole text crosses the boundary. Example: `is ` followed
+    by `Paris` becomes `is`, `▁Paris`, but the prompt alone ends in `▁`. Then the response is tokenised as a
+    continuation of the prompt: `Par`, `is`. Some tokenizers have no tokens for that (WordPiece between `go` and `ing`).
+    Then the token that crosses the boundary goes to the response, and the prompt ends earlier than in serving.
 
     Returns:
-        (prompt ids, response ids) of each pair, special tokens left to the caller.
+        (prompt ids, response ids) of each pair, without special tokens.
     """
     joint = plain_ids(tokenizer, [prompt + response for prompt, response in pairs])
     alone = plain_ids(tokenizer, [prompt for prompt, _ in pairs])
@@ -59,6 +59,7 @@ def split_ids(
 def _split_token(
     tokenizer: PreTrainedTokenizerBase, prompt: list[int], whole: list[int], response: str
 ) -> tuple[list[int], list[int]]:
+    """Split `whole`, the ids of prompt and response, where one of its tokens crosses the boundary."""
     expected = _decoded(tokenizer, whole)
     for anchor in _ANCHORS:
         before, after = plain_ids(tokenizer, [anchor, anchor + response])
@@ -82,17 +83,17 @@ def chat_text(
     """Put messages into the tokenizer's chat template.
 
     Args:
-        tokenizer: has a chat template.
-        messages: `role` and `content`, the content a text.
-        add_generation_prompt: let the text end where the answer of the assistant begins.
+        tokenizer: a tokenizer with a chat template.
+        messages: messages of `role` and `content`; the content is a text.
+        add_generation_prompt: end the text where the answer of the assistant begins.
 
     Raises:
-        UserError: the template refuses the messages, fails on them, or leaves out the last one's content.
+        UserError: the template refuses the messages, fails on them, or leaves out the content of the last message.
     """
     text = _rendered(tokenizer, messages, add_generation_prompt)
     content = (messages[-1].get("content") or "").strip()
     if content and content not in text:
-        # A template may change a text. If another one of the same length changes nothing, it left the text out.
+        # A template may alter the content. If other content gives the same text, the template left the content out.
         other = {**messages[-1], "content": "0" * len(messages[-1]["content"])}
         if _rendered(tokenizer, [*messages[:-1], other], add_generation_prompt) == text:
             raise UserError(
@@ -108,7 +109,7 @@ def _rendered(
     copies = [dict(message) for message in messages]
     try:
         text = tokenizer.apply_chat_template(copies, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except Exception as error:  # a template is a program that somebody supplied: it can raise anything
+    except Exception as error:  # a template is a program from the tokenizer's author: it can raise anything
         reason = " ".join(str(error).split())
         raise UserError(f"does not fit the chat template ({type(error).__name__}: {reason})") from error
     assert isinstance(text, str)

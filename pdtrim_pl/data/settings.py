@@ -1,4 +1,4 @@
-"""How long an example is and how many examples each part gets: the settings of the data module."""
+"""Settings of the data module: lengths of examples and sizes of the data parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,11 +11,11 @@ class Lengths:
     """Lengths in tokens, special tokens included."""
 
     max_length: int = 256
-    """Prompt and response together; raw text is cut into windows of exactly this length."""
+    """Maximum length of prompt and response together. Raw text is cut into windows of exactly this length."""
     min_prompt: int = 32
-    """Shortest prompt drawn for raw text."""
+    """Shortest prompt that is drawn for raw text."""
     max_prompt: int = 192
-    """Longest prompt; longer ones of pairs and chats keep their end."""
+    """Longest prompt. Longer prompts of pairs and chats are cut; they keep their end."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_prompt <= self.max_prompt:
@@ -32,21 +32,22 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Parts:
-    """Disjoint parts of the source; training gets what the others leave.
+    """Sizes of the disjoint parts of the source. Training gets the examples that the other parts leave.
 
-    An integer counts examples, a float in [0, 1) is a share of all examples, rounded down but to no fewer than one.
+    An integer is a number of examples. A float in [0, 1) is a share of all examples, rounded down; a share above 0 gets
+    at least one example.
     """
 
     validation: int | float = 0.1
     calibration: int | float = 0.1
     test: int | float = 0.0
     max_train: int | None = None
-    """At most so many training examples; None keeps all."""
+    """Maximum number of training examples; None for no limit."""
     max_validation: int | None = None
     max_calibration: int | None = None
     repeated_prompts: float = 0.0
-    """Share of the calibration examples whose response is their own prompt once more. Most tokens of running text
-    follow from the few before them, so that without such examples a search hardly sees what looking far back needs."""
+    """Share of the calibration examples whose response is replaced by their own prompt. Most tokens of ordinary text
+    depend on the few tokens before them. Only repeated prompts show the search whether a plan can still recall."""
 
     def __post_init__(self) -> None:
         for name in ("validation", "calibration", "test"):
@@ -64,13 +65,13 @@ class Parts:
                 raise UserError(f"`parts.{field.name}`={limit} must be at least 1, or null for no limit.")
 
     def sizes(self, total: int) -> Mapping[str, int]:
-        """Cut `total` examples into parts, limits applied.
+        """Number of examples of each part, out of `total`, with limits applied.
 
         Returns:
-            The count of examples by part: `validation`, `calibration`, `test` and `train`, in the order they are cut.
+            Part -> number of examples, in the order of the cut: `validation`, `calibration`, `test`, `train`.
 
         Raises:
-            UserError: There are too few examples for what is asked.
+            UserError: there are too few examples.
         """
         asked = {name: self.__dict__[name] for name in ("validation", "calibration", "test")}
         sizes = {

@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded text, files, saved datasets and the Hub, all as one `datasets.Dataset`."""
+"""Sources of text: the embedded text, files, saved datasets and the Hub. All are read as a `datasets.Dataset`."""
 
 import json
 import re
@@ -30,15 +30,15 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class TextSource:
-    """A source of text. Which columns are given says what a row is: a text, a prompt with its response, or a chat.
+    """A source of text. The columns that are set say what a row is: a text, a prompt with its response, or a chat.
 
-    With no column given, `text`, `prompt` with `response`, `messages`, or `conversations` is taken if exactly one of
-    them is there.
+    If no column is set, the usual names are tried: `text`, `prompt` with `response`, `messages`, and `conversations`.
+    Exactly one of the four must be in the source.
     """
 
     path: str = EMBEDDED_TEXT
-    """`pydoc` for the Python Language Reference inside every CPython; a .json, .jsonl, .txt, .raw or .text file, with
-    .gz behind it or not; a .parquet file; a glob of such; a directory written by `save_to_disk`; or a Hub id."""
+    """`pydoc` for the Python Language Reference, which is part of every CPython; a .json, .jsonl, .txt, .raw or .text
+    file, also with .gz; a .parquet file; a glob of such files; a directory written by `save_to_disk`; or a Hub id."""
     name: str | None = None
     """The configuration of a Hub dataset."""
     split: str = "train"
@@ -47,12 +47,12 @@ class TextSource:
     prompt_column: str | None = None
     response_column: str | None = None
     messages_column: str | None = None
-    """A column of chats: lists of `{role, content}` or ShareGPT's `{from, value}`, turned to text by the tokenizer's
-    chat template. Content is a text or a list of text parts. The last assistant message is the response, all before it
-    the prompt."""
+    """A column of chats: lists of `{role, content}`, or of `{from, value}` as in ShareGPT. The chat template of the
+    tokenizer turns them into text. Content is a text or a list of text parts. The last assistant message is the
+    response, everything before it is the prompt."""
     on_bad_row: OnBadRow = "error"
-    """`error` refuses a source with a row that cannot be used. `skip` leaves such rows out and says how many there
-    are and where the first ones stand; a file that cannot be told into rows stays refused."""
+    """`error` refuses a source with a bad row. `skip` leaves bad rows out, with a warning that gives their number and
+    the places of the first ones. A file that cannot be split into rows is always refused."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -81,23 +81,23 @@ class Part:
     kind: Kind
     columns: Sequence[str]
     places: Dataset | None = None
-    """Where each row stands in a JSON file; None where its number says it."""
+    """Place of each row in its file, in the column `PLACE`; None if the number of the row is its place."""
     skipped: Sequence[str] = ()
     """Place and problem of every row that was left out."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a source, what they are, and where each came from."""
+    """The rows of a source, with their kind and their origin."""
 
     dataset: Dataset
-    """Strings; a chat is the JSON text of its messages."""
+    """Columns of strings. A chat is stored as the JSON text of its messages."""
     parts: Sequence[Part]
     on_bad_row: OnBadRow = "error"
 
     @property
     def kind(self) -> Kind:
-        """What a row is."""
+        """The kind of the rows: `text`, `pairs` or `chat`."""
         return self.parts[0].kind
 
     @property
@@ -111,7 +111,7 @@ class Rows:
         return [row for part in self.parts for row in part.skipped]
 
     def where(self, row: int) -> str:
-        """Name the place of row `row` (from 0) for a message: `data.jsonl, line 3` or `org/data, row 3`, from 1."""
+        """Place of row `row` (from 0), for messages: `data.jsonl, line 3` or `org/data, row 3` (from 1)."""
         for part in self.parts:
             if row < len(part.dataset):
                 place = f"row {row + 1}" if part.places is None else part.places[row][PLACE]
@@ -120,7 +120,7 @@ class Rows:
         raise AssertionError("a row beyond the end of its source")
 
     def refuse(self, row: int, problem: Exception | str) -> str:
-        """Raise BadRow for a row that cannot be used, or return the problem where bad rows are skipped."""
+        """Raise `BadRow` for row `row`, or return the problem as text if bad rows are skipped."""
         if self.on_bad_row == "error":
             raise BadRow.at(self.where(row), str(problem))
         return str(problem)
@@ -130,7 +130,7 @@ def load_rows(source: TextSource) -> Rows:
     """Read a source.
 
     Raises:
-        UserError: The source is missing, empty or malformed, or its columns do not say what its rows are; the message
+        UserError: the source is missing, empty or malformed, or its columns do not tell what a row is. The message
             names the file, the line and the column.
     """
     parts = [
@@ -149,7 +149,7 @@ def load_rows(source: TextSource) -> Rows:
 
 
 def _load(source: TextSource) -> list[tuple[str, Dataset | Path]]:
-    """The source as (where it came from, dataset or file to read) pairs: one per file, else one."""
+    """Pairs of origin and content: one pair per file, else one. Content is a dataset, or the path of a file to read."""
     if source.path == EMBEDDED_TEXT:
         documents = [topics[topic] for topic in sorted(topics)]
         return [(EMBEDDED_TEXT, Dataset.from_dict({"text": documents}))]
@@ -227,7 +227,7 @@ def _load_hub(source: TextSource) -> Dataset:
 
 
 def _columns(source: TextSource, origin: str, present: Sequence[str]) -> tuple[Kind, list[str]]:
-    """What the rows are, from the columns asked for or, with none asked for, from those that are there."""
+    """The kind of the rows and the columns to read: those that the settings name, else those of a usual name."""
     forms: list[tuple[Kind, list[str | None]]] = [
         ("text", [source.text_column]),
         ("pairs", [source.prompt_column, source.response_column]),

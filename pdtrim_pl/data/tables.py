@@ -1,4 +1,4 @@
-"""A JSON or text file as a `datasets.Dataset`, which keeps on disk what it has read until the file changes."""
+"""Read a JSON or text file as a `datasets.Dataset`. The result is cached on disk until the file changes."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,30 +15,31 @@ from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, check_value, damage
 from pdtrim_pl.errors import UserError
 
 PLACE = "place of the row"
-"""The column of `Table.places`."""
+"""Name of the column in `Table.places`."""
 FAULT = "fault of the row"
-"""The column of what is wrong with a row, null where it can be used."""
-_LOOKED_AT = 1000
+"""Name of the column that says why a row is bad; null for a good row."""
+_ROWS_TO_INSPECT = 1000
+"""Number of good rows whose keys make up the columns of a file."""
 _FORMAT = 1
-"""Raise it when files are read differently, so that what was kept on disk is not used any more."""
+"""Part of the cache key. Raise it when files are read in another way, so that old caches are not used."""
 
 
 class Table(NamedTuple):
     """The usable rows of a file."""
 
     dataset: Dataset
-    """Strings. A chat is the JSON text of its messages: Arrow would give every message the keys of all others."""
+    """Columns of strings. A chat is JSON text, since Arrow would give every message the keys of all others."""
     places: Dataset
-    """Where each row stands."""
+    """Place of each row in the file, in the column `PLACE`."""
     skipped: Sequence[str]
     """Place and problem of each row that was left out."""
 
 
 def column_names(path: Path) -> list[str]:
-    """The keys of the first usable rows of a file.
+    """The keys of the first 1000 good rows of a file.
 
     Raises:
-        UserError: The file is empty, damaged, or has no usable row.
+        UserError: the file is empty, damaged, or has no good row.
     """
     faults: list[str] = []
     names: dict[str, None] = {}
@@ -48,7 +49,7 @@ def column_names(path: Path) -> list[str]:
             if line.fault is None:
                 names |= dict.fromkeys(line.row)
                 usable += 1
-                if usable == _LOOKED_AT:
+                if usable == _ROWS_TO_INSPECT:
                     break
             else:
                 faults.append(f"{path}, {line.place}: {line.fault}")
@@ -64,11 +65,11 @@ def column_names(path: Path) -> list[str]:
 
 
 def read_table(path: Path, kind: Kind, columns: Sequence[str], on_bad_row: OnBadRow) -> Table:
-    """Read the columns of a file.
+    """Read some columns of a file.
 
     Raises:
-        UserError: The file is damaged.
-        BadRow: A row cannot be used, and `on_bad_row` is `error`.
+        UserError: the file is damaged.
+        BadRow: a row is bad, and `on_bad_row` is `error`.
     """
     file = path.stat()
     settings = {"path": str(path), "kind": kind, "columns": tuple(columns), "on_bad_row": on_bad_row}
@@ -93,13 +94,14 @@ def read_table(path: Path, kind: Kind, columns: Sequence[str], on_bad_row: OnBad
 
 
 def bad_rows(table: Dataset) -> NDArray[np.bool_]:
-    """Which rows have a fault in the column `FAULT`."""
+    """Which rows are bad (have a text in the column `FAULT`), bool [rows]."""
     return table.select_columns([FAULT]).with_format("arrow")[:][FAULT].is_valid().to_numpy()
 
 
 def _string_rows(
     path: str, kind: Kind, columns: tuple[str, ...], on_bad_row: OnBadRow, key: tuple[int, ...]
 ) -> Iterator[dict[str, str | None]]:
+    """Rows of a file. `key` only changes the cache key of `Dataset.from_generator`."""
     for line in read_lines(Path(path)):
         try:
             if line.fault is not None:

@@ -1,1 +1,1 @@
-"""What a plan and a policy gain and what they cost."""
+"""Measure the quality and the speed of a model under a plan and a policy."""

@@ -1,4 +1,4 @@
-"""Where the response looks in the prompt: how much of its attention a first-and-last rule would keep.
+"""Attention mass: the share of the response's attention to the prompt that a `first_last` rule would keep.
 
 Shapes: B batch, A attention heads, T tokens fed to decode, P prompt entries in the cache.
 """
@@ -23,28 +23,28 @@ from pdtrim_pl.staged import Request, Slots, StagedCausalLM
 
 @dataclass
 class _Tally:
-    """Sum and number of shares, one a query and head."""
+    """Sum and number of shares; each query has one share per head."""
 
     total: float = 0.0
     count: int = 0
 
     def add(self, weights: Tensor, valid: Tensor, kept: Tensor) -> None:
-        """Count one block's attention weights, [B, A, T, P + T].
+        """Add the attention weights of one block.
 
         Args:
-            weights: after the softmax.
-            valid: real queries, [B, T].
-            kept: prompt entries the rule keeps, [B, P].
+            weights: attention weights after the softmax, [B, A, T, P + T].
+            valid: True for real queries, [B, T].
+            kept: True for prompt entries that the rule keeps, [B, P].
         """
         prompt = weights[..., : kept.shape[1]].float()
         whole, part = prompt.sum(dim=-1), (prompt * kept[:, None, None]).sum(dim=-1)
-        counted = (whole > 0) & valid[:, None]  # a sliding window may have left the prompt behind
+        counted = (whole > 0) & valid[:, None]  # with a sliding window, a query may not see the prompt at all
         self.total += float((part[counted] / whole[counted]).sum())
         self.count += int(counted.sum())
 
     @property
     def mean(self) -> float:
-        """Mean share; 1 where no query looks at the prompt, for then a rule takes nothing away."""
+        """Mean share; 1 if no query attends to the prompt, since the rule then removes nothing that is used."""
         return self.total / self.count if self.count else 1.0
 
 
@@ -56,23 +56,23 @@ def attention_mass(
     last: int | float,
     device: torch.device | str = "cpu",
 ) -> dict[int, float]:
-    """Attention paid to the first and last prompt positions, as a share of the attention paid to the whole prompt.
+    """Attention to the first and last prompt positions, as a share of the attention to the whole prompt.
 
-    The mean is over the real tokens that decode is fed and over heads, under the model's own plan with everything
-    sent. Tokens that do not look at the prompt at all, because of a sliding window, are left out.
+    The result is the mean over heads and over the real input tokens of decode, under the model's own plan, with
+    everything sent. Tokens that do not see the prompt because of a sliding window are left out.
 
     Args:
-        model: measured in eval mode with eager attention; its own mode and attention come back afterwards.
+        model: the model. It is measured in eval mode with eager attention; mode and attention are restored afterwards.
         batches: requests with known responses.
-        first: prompt positions at the start, a count or a share as in `Retention`.
-        last: prompt positions at the end.
-        device: where the model is.
+        first: prompt positions at the start, as a count or a share (see `Retention`).
+        last: prompt positions at the end, as a count or a share.
+        device: device of the model.
 
     Returns:
         Original index -> share in [0, 1], for every block of D.
 
     Raises:
-        UserError: decode is fed no token, or a count or share out of range.
+        UserError: decode has no input token, or a count or share is out of range.
     """
     rule = Retention("first_last", first, last)
     tallies = {block: _Tally() for block in model.plan.decode}
@@ -93,8 +93,8 @@ def attention_mass(
                 model.decode(fed, sent, valid, keep_cache=False)
     if not tokens:
         raise UserError(
-            "Attention mass needs tokens that decode is fed, and there are none: the data part is empty, or every "
-            "response has one token, which prefill predicts. Use longer responses (`lengths` of the data)."
+            "Attention mass is measured on the input tokens of decode, and there are none: the data part is empty, or "
+            "every response has one token, which prefill predicts. Use longer responses (`lengths` of the data)."
         )
     return {block: tally.mean for block, tally in tallies.items()}
 
@@ -104,7 +104,7 @@ def _attention_of(model: StagedCausalLM, block: int) -> nn.Module:
 
 
 def _kept_entries(prompt: Slots, rule: Retention) -> Tensor:
-    """Which entries of a prompt's cache a rule keeps, [B, P]."""
+    """Which entries of a prompt's cache a rule keeps, bool [B, P]."""
     order, kept = prompt.kept_by(rule)
     return torch.zeros_like(prompt.valid).scatter(1, order, kept.valid)
 
@@ -118,7 +118,7 @@ def _hook(tally: _Tally, valid: Tensor, kept: Tensor) -> Callable[[nn.Module, An
 
 @contextmanager
 def _eager_attention(model: StagedCausalLM) -> Iterator[None]:
-    """Only eager attention returns its weights."""
+    """Switch the model to eager attention, the only one that returns its weights, and restore it afterwards."""
     before = attention_of(model.model)
     model.model.set_attn_implementation("eager")
     try:

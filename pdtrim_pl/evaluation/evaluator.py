@@ -1,7 +1,7 @@
 """The energy of a plan: mean KL(teacher || student) over calibration responses, under the contract.
 
-An evaluation takes batch after batch, those first that tell most. Each can only add to the energy, so a plan is given
-up as soon as it cannot win, and continued later from where it stood.
+An evaluation takes batch after batch, the most informative ones first. Every batch can only add to the energy. So the
+evaluation of a plan stops as soon as the plan cannot win, and can continue later where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Measure = Literal["kl", "nll"]
 
 @dataclass(frozen=True)
 class Energy:
-    """Means over the calibration responses, nats."""
+    """Means over all response tokens of the calibration set, in nats."""
 
     kl: float
     """KL(teacher || student)."""
@@ -45,26 +45,26 @@ class Energy:
 
 @dataclass(frozen=True)
 class SearchMemory:
-    """Most bytes that a search keeps, on the models' device."""
+    """Maximum memory of a search on the device of the models, in bytes."""
 
     base: int = 4 * 2**30
-    """Bytes for the base plan: prompt caches, and hidden states, of every k-th block if not of all; of some calibration
-    batches where they do not fit for all."""
+    """For the base plan: prompt caches, and hidden states between blocks. If they do not fit, hidden states of fewer
+    blocks are kept, and then of fewer calibration batches."""
     teacher: int = 2 * 2**30
-    """Bytes for the teacher's probabilities, fp32, batch by batch; where they do not fit, its head runs again."""
+    """For the teacher's probabilities, in fp32. For batches that do not fit, the teacher's head runs every time."""
 
 
 class Evaluator:
-    """Evaluates plans of one student on one calibration set; the teacher runs once.
+    """Evaluates plans of one student on one calibration set. The teacher runs once.
 
     Args:
-        student: its weights must not change while the evaluator lives.
+        student: the model under evaluation. Its weights must not change during the lifetime of the evaluator.
         teacher: the reference, under its own plan.
         batches: the calibration set, the same on every rank.
-        device: where both models are.
-        memory: how much may be kept.
-        ranks: batches are split among them; the energies are those of one rank.
-        journal: file of evaluations; what it knows is not evaluated again.
+        device: device of both models.
+        memory: memory limits.
+        ranks: the batches are split among the ranks. The energies are the same as on one rank.
+        journal: file of evaluations. A plan and batch found there are not evaluated again.
 
     Raises:
         UserError: the calibration set is empty.
@@ -86,7 +86,7 @@ class Evaluator:
         if self.neighbours.kept < len(mine):
             log.warning(
                 "What candidates have in common is kept for %d of %d calibration batches, as much as fits into "
-                "`memory.base` of %.1f GiB; on the others candidates run all blocks. Raise it, or calibrate on less.",
+                "`memory.base` of %.1f GiB. On the others, candidates run all blocks. Raise it, or calibrate on less.",
                 self.neighbours.kept, len(mine), memory.base / 2**30,
             )  # fmt: skip
         self.reference = TeacherReference(teacher, mine, device=device, peers=peers, probabilities=memory.teacher)
@@ -98,25 +98,25 @@ class Evaluator:
 
     @property
     def block_tokens(self) -> int:
-        """This rank's work on the student so far: one for every token and block that ran."""
+        """Work of this rank on the student so far, as the number of (token, block) pairs that ran."""
         return self.neighbours.block_tokens
 
     def candidate(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> Candidate:
-        """A plan under a policy, by default the student's."""
+        """A candidate of a plan and a policy; the student's policy by default."""
         policy = policy or self.student.policy
         return Candidate(plan, None if policy is None else policy.restricted_to(plan))
 
     def energy(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> float:
-        """Mean KL to the teacher over all response tokens, nats, under `policy`, by default the student's."""
+        """Mean KL(teacher || student) over all response tokens, nats; under the student's policy by default."""
         return self.measure(plan, policy).kl
 
     def measure(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> Energy:
-        """Means over all response tokens under `plan` and `policy`, by default the student's."""
+        """KL and NLL, means over all response tokens; under the student's policy by default."""
         known = self._extended(self.candidate(plan, policy))
         return Energy(known.kl / self.tokens, known.nll / self.tokens)
 
     def energy_below(self, plan: StagePlan, limit: float, policy: KVRetentionPolicy | None = None) -> float | None:
-        """The energy if it is below `limit`, else None, as soon as that is certain."""
+        """The energy in nats if it is below `limit`, else None. The evaluation stops when the limit is reached."""
         energy = self._extended(self.candidate(plan, policy), limit).kl / self.tokens
         return energy if energy < limit else None
 
@@ -124,24 +124,27 @@ class Evaluator:
         self, candidates: Sequence[Candidate], *, by: Measure = "kl",
         progress: Callable[[int], None] = lambda evaluated: None,
     ) -> tuple[int, float]:  # fmt: skip
-        """The index of the best candidate, and its energy; the lower index where two are equal.
+        """The index of the best candidate and its mean in nats. Of equal candidates, the one of lower index wins.
 
-        The one that may still be best is always the next to see a batch, so all others are evaluated no further than
-        it takes to be certain.
+        The candidate with the lowest sum so far always gets the next batch. So the others are evaluated only as far as
+        is needed to exclude them.
 
         Args:
-            candidates: what to compare.
-            by: KL to the teacher, or negative log-likelihood, nats.
+            candidates: the candidates to compare.
+            by: what to minimise: KL to the teacher, or negative log-likelihood.
             progress: called with the number of batches evaluated so far.
         """
         return race([self._runner(candidate, by) for candidate in candidates], self.order, progress)
 
     def rebase(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> None:
-        """Keep what `plan`'s neighbours have in common with it, from the next evaluation on that is not known."""
+        """Make `plan` the base plan, from whose results its neighbours are computed.
+
+        The base is computed at the next evaluation that is not in the journal.
+        """
         self._next_base = self.candidate(plan, policy)
 
     def _extended(self, candidate: Candidate, limit: float = inf) -> Sums:
-        """Sums over all batches, or over some where their KL is certain to reach the limit."""
+        """Sums over all batches, or over fewer if their KL already reaches the limit."""
         text = described(candidate)
         while not self._complete(text) and self._sum(text).kl / self.tokens < limit:
             self._extend(candidate, text)
@@ -160,22 +163,22 @@ class Evaluator:
         return len(self.journal.known(text)) == self.count
 
     def _sum(self, text: str) -> Sums:
-        """Of the batches that are known, added in their own order, so that the total does not depend on any other."""
+        """Sums over the batches evaluated so far. They are added in a fixed order, so that rounding is reproducible."""
         known = self.journal.known(text)
         return Sums(sum(known[batch].kl for batch in sorted(known)), sum(known[batch].nll for batch in sorted(known)))
 
     @torch.no_grad()
     def _extend(self, candidate: Candidate, text: str) -> None:
-        """One more batch, or one more on every rank that has one left."""
+        """Evaluate one more batch on every rank that has one left."""
         self.ranks.leave_if_asked()
         chosen = self.order.next(self.journal.known(text))
         mine = chosen[self.ranks.rank]
-        if not self.ranks.whole:  # run it in any case, as all others do
+        if not self.ranks.whole:  # weights are sharded: a rank without a batch must run one with the others
             mine = next(batch for batch in chosen if batch is not None)
         every = self.ranks.together(
             lambda: None if mine is None else tuple(self._sums(candidate, mine // self.ranks.size))
         )
-        # A candidate that overflows is no worse than impossible; where all do, the search says so.
+        # Overflow counts as infinite energy. If all candidates overflow, the search reports it.
         self.journal.add(
             text,
             {
@@ -189,7 +192,7 @@ class Evaluator:
             self.order.learn(self.journal.known(text), total)
 
     def _sums(self, candidate: Candidate, index: int) -> Sums:
-        """KL and NLL of one of this rank's batches, summed over its response tokens in fp64."""
+        """KL and NLL of one batch of this rank, summed over its response tokens in fp64."""
         if self._next_base is not None:
             self.neighbours.rebase(self._next_base)
             self._next_base = None

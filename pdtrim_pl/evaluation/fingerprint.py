@@ -1,4 +1,4 @@
-"""What energies depend on, as text: it names plans and searches in the journal."""
+"""Keys of the journal: texts that contain everything an energy depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdtrim_pl.staged import StagedCausalLM
 
 
 def described(candidate: Candidate) -> str:
-    """Everything of a candidate that its energy depends on, and nothing else."""
+    """The part of a candidate that its energy depends on, as JSON."""
     plan, policy = candidate.plan, candidate.policy
     facts: dict[str, object] = {
         "boundary": plan.boundary,
@@ -33,9 +33,9 @@ def described(candidate: Candidate) -> str:
 def search_fingerprint(
     student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], ranks: Parallel
 ) -> str:
-    """What energies depend on besides plan and policy: weights, arithmetic, and the calibration set.
+    """Hash of what energies depend on besides plan and policy: weights, arithmetic and calibration set.
 
-    Every rank must call it.
+    This is a collective: every rank must call it.
     """
     sums = [_total(ranks.own_part(parameter)) for model in (student, teacher) for parameter in model.parameters()]
     offers = [
@@ -43,18 +43,18 @@ def search_fingerprint(
         for block, gate in student.gates.items()
         for merge, weights in gate.offers.items()
     ]
-    held = ranks.agree(sums) if ranks.whole else ranks.gather(sums)
+    weights_by_rank = ranks.agree(sums) if ranks.whole else ranks.gather(sums)
     device = student.model.device.type
     arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     sizes = [len(batch.response_mask) for batch in batches]
     attention = attention_of(student.model)
     offered, plan = ranks.agree(offers), teacher.plan.to_json()
-    text = f"{arithmetic} {attention} {sizes} {held} {offered} {plan} {fingerprint(batches)}"
+    text = f"{arithmetic} {attention} {sizes} {weights_by_rank} {offered} {plan} {fingerprint(batches)}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _total(weights: Tensor) -> int:
-    """Sum of the bit patterns, which does not depend on the number of threads; part by part, for memory's sake."""
+    """Sum of the bit patterns. It does not depend on the number of threads. Summing in parts saves memory."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
     parts = weights.detach().flatten().view(bits).split(2**24)
     return sum(int(part.sum(dtype=torch.int64)) for part in parts)

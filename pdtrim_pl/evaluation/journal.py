@@ -1,4 +1,4 @@
-"""An append-only file of evaluations, so that a killed search repeats none."""
+"""An append-only file of evaluations: a search that was killed does not repeat them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from pdtrim_pl.parallel import Parallel
 
 
 class Sums(NamedTuple):
-    """Of a plan over the response tokens of one batch, nats."""
+    """Sums over the response tokens of one batch, for one plan, in nats."""
 
     kl: float
     nll: float
 
 
 class Journal:
-    """What is known of plans: one JSON line a batch, `search`, `plan`, `batch`, `kl`, `nll`.
+    """Evaluations of plans. The file has one JSON line per plan and batch: `search`, `plan`, `batch`, `kl`, `nll`.
 
-    A line that a kill cut short is ignored, and so are lines of other searches. JSON has no infinity: a sum that is not
-    finite is null.
+    Incomplete lines and lines of other searches are ignored. A sum that is not finite is written as null.
 
     Args:
         path: the file; None keeps everything in memory.
-        search: what the sums depend on besides the plan: weights and data. Equal searches share lines.
-        ranks: the processes that share the journal: the first one reads and writes for all.
+        search: fingerprint of weights and data. Searches with the same fingerprint share their lines.
+        ranks: the processes that share the journal. Rank 0 reads and writes the file for all.
     """
 
     def __init__(self, path: Path | None = None, search: str = "", ranks: Parallel = Parallel()) -> None:
@@ -36,20 +35,20 @@ class Journal:
         self.ranks, self.writes = ranks, path is not None and ranks.rank == 0
         self._known: dict[str, dict[int, Sums]] = defaultdict(dict)
         if path is not None:
-            # From one rank to all: the others may look only when it has already written more.
+            # Rank 0 reads for all: when another rank read the file, rank 0 might have added lines already.
             found, *_ = ranks.together(lambda: self._read(path) if self.writes else [])
             for plan, batch, kl, nll in found:
                 self._known[plan][batch] = Sums(kl, nll)
 
     def known(self, plan: str) -> Mapping[int, Sums]:
-        """The batches that a plan was evaluated on, by their number."""
+        """Batch number -> sums, for the batches on which a plan was evaluated."""
         return self._known[plan]
 
     def add(self, plan: str, evaluations: Mapping[int, Sums]) -> None:
-        """Keep what a plan gave on some batches; on disk before this returns. Every rank must call it.
+        """Store the sums of a plan on some batches. They are on disk when this returns. Every rank must call it.
 
         Raises:
-            OSError: rank 0 cannot write, and says so there; the others raise `AnotherRankFailed`.
+            OSError: rank 0 cannot write. This is raised on rank 0; the other ranks raise `AnotherRankFailed`.
         """
         self._known[plan].update(evaluations)
         if self.path is not None:
@@ -65,7 +64,7 @@ class Journal:
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, 2)
-                if file.read(1) != b"\n":  # a kill cut the last line short: do not append to it
+                if file.read(1) != b"\n":  # the last line is incomplete: start a new one
                     lines.insert(0, "\n")
             file.write("".join(lines).encode())
 

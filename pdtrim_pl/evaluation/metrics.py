@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torchmetrics import MeanMetric
 
-from pdtrim_pl.evaluation.tokens import TokenScores
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.tokens import final_hidden, score_tokens
+from pdtrim_pl.staged import StagedCausalLM
 
 
 class QualityMeans:
-    """Running means of token scores, in fp64 where the device has it.
+    """Running means of token scores, in fp64 if the device supports it.
 
-    No submodule of a LightningModule: `precision: bf16-true` would cast its sums.
+    This is not an `nn.Module`, so that `precision: bf16-true` does not cast the sums.
 
     Args:
-        device: where the scores are.
+        device: device of the scores.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,13 +25,19 @@ class QualityMeans:
         for mean in self._means.values():
             mean.set_dtype(exact).to(device)
 
-    def update(self, scores: TokenScores) -> None:
-        """Add the tokens of one batch."""
+    def measure(
+        self, student: StagedCausalLM, teacher: StagedCausalLM, batch: Batch, chunk_tokens: int, min_chunks: int
+    ) -> None:
+        """Run both models on one batch, and add the scores of its response tokens; see `score_tokens`."""
+        scores = score_tokens(
+            final_hidden(student, batch), final_hidden(teacher, batch), batch.response_ids[batch.response_mask],
+            student.compared_logits, teacher.compared_logits, chunk_tokens, min_chunks,
+        )  # fmt: skip
         for name, column in vars(scores).items():
             self._means[name].update(column)
 
     def compute(self) -> dict[str, float]:
-        """Response perplexities, KL in nats and top-1 agreement; a collective where there are several ranks."""
+        """Response perplexities, KL in nats and top-1 agreement. With several ranks this is a collective."""
         means = {name: float(metric.compute()) for name, metric in self._means.items()}
         return {
             "ppl": float(torch.tensor(means["nll"]).exp()),

@@ -1,4 +1,4 @@
-"""Evaluation mode for the length of a measurement."""
+"""Eval mode during a measurement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in eval mode, and give each its own mode back afterwards."""
+    """Put every module of `model` in eval mode, and restore the mode of each afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,6 +1,6 @@
-"""Accuracy on multiple-choice questions under a plan and a policy: the choice that is the likeliest response wins.
+"""Accuracy on multiple-choice questions under a plan and a policy. The answer is the choice of highest likelihood.
 
-Shapes: B questions of a batch, C choices of all of them together, P longest prompt, R longest response, N response
+Shapes: B questions of a batch, C choices of all questions of a batch, P longest prompt, R longest response, N response
 tokens without padding, H hidden.
 """
 
@@ -32,20 +32,22 @@ from pdtrim_pl.staged import BlockKV, KVCache, Request, Slots, StagedCausalLM
 
 @dataclass(frozen=True)
 class Question:
-    """A context, what may follow it after a space, and which of these is right."""
+    """A multiple-choice question."""
 
     context: str
     choices: tuple[str, ...]
+    """Possible continuations of the context, after a space."""
     label: int
     """Index of the right choice."""
 
 
 @dataclass(frozen=True)
 class TokenQuestion:
-    """A question in tokens. The responses differ in length and may differ from their first token on."""
+    """A question in token ids."""
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
+    """One response for each choice; their lengths may differ."""
     letters: tuple[int, ...]
     """Length of every choice in characters, for the normalised accuracy."""
     label: int
@@ -53,34 +55,35 @@ class TokenQuestion:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of questions whose right choice won."""
+    """Shares of questions that were answered right."""
 
     plain: float
-    """By log-likelihood (`acc` of the lm-evaluation-harness)."""
+    """Choices ranked by log-likelihood (`acc` of the lm-evaluation-harness)."""
     normalised: float
-    """By log-likelihood for each character of the choice (`acc_norm` there)."""
+    """Choices ranked by log-likelihood per character (`acc_norm` of the lm-evaluation-harness)."""
     questions: int
+    """Number of questions."""
 
     @property
     def stderr(self) -> float:
-        """Standard error of `plain` as the estimate of a share; not a number for a single question."""
+        """Standard error of `plain`; NaN for a single question."""
         return _stderr(self.plain, self.questions)
 
     @property
     def normalised_stderr(self) -> float:
-        """Standard error of `normalised`."""
+        """Standard error of `normalised`; NaN for a single question."""
         return _stderr(self.normalised, self.questions)
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """The first questions of a JSON Lines file (or array) of `{"context", "choices", "label"}`; other keys are ignored.
+    """Read questions from JSON Lines or a JSON array of `{"context", "choices", "label"}`. Other keys are ignored.
 
     Args:
         path: the file.
-        limit: how many questions to take; all by default.
+        limit: number of questions to read, from the start; all by default.
 
     Raises:
-        UserError: no such file, nothing in it, or a row that is no question, with its line.
+        UserError: the file is missing or empty, or a row is not a question. The message names the line.
     """
     if limit is not None and limit < 1:
         raise UserError(f"`limit` of questions is {limit}: give at least 1, or none for all.")
@@ -99,19 +102,20 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 def encode_questions(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[TokenQuestion]:
-    """Tokenise context and choice together, and split where the context's own tokens end.
+    """Tokenise each context together with each choice, and split them into prompt and responses.
 
-    The prompt is what the tokens of the context have in common with those of all `context + " " + choice`, so a token
-    that reaches over the end of the context belongs to every response. Too long a prompt keeps its end, behind the
-    tokenizer's leading special tokens.
+    The prompt consists of the first tokens that the context and all `context + " " + choice` have in common. A token
+    that crosses the end of the context goes to the responses. A prompt that is too long keeps its end, after the
+    leading special tokens of the tokenizer.
 
     Args:
-        questions: as read.
-        tokenizer: of the model.
-        max_tokens: of prompt and longest response together; `usable_context` of the model's configuration at most.
+        questions: the questions.
+        tokenizer: tokenizer of the model.
+        max_tokens: maximum number of tokens of prompt and longest response together, at most the `usable_context` of
+            the model.
 
     Raises:
-        UserError: a choice that leaves no room for a prompt, or that has no tokens of its own.
+        UserError: a choice has no tokens of its own, or leaves no room for a prompt.
     """
     leading = leading_ids(tokenizer)
     encoded = []
@@ -124,8 +128,8 @@ def encode_questions(
         if room < 1 or not split or not all(responses):
             raise UserError(
                 f"The question {question.context[:40]!r}... has {split} tokens of context and choices of "
-                f"{[len(response) for response in responses]}, and {max_tokens} fit into the model: both need at "
-                "least one. Drop the row."
+                f"{[len(response) for response in responses]}, and {max_tokens} fit into the model: context and choice "
+                "need at least one each. Drop the row."
             )
         prompt = (*leading, *rows[0][max(split - room, 0) : split])
         encoded.append(TokenQuestion(prompt, responses, tuple(map(len, question.choices)), question.label))
@@ -138,26 +142,26 @@ def measure_accuracy(
     policy: KVRetentionPolicy | None = None, batch_size: int = 8, chunk_tokens: int = 128,
     device: torch.device | str = "cpu",
 ) -> Accuracy:  # fmt: skip
-    """Answer questions under the contract of one request: every choice is a response to the context.
+    """Answer questions under the contract of one request: the context is the prompt, every choice is a response.
 
-    A context is encoded once for all of its choices.
+    Prefill runs once for each context.
 
     Args:
-        model: the model to judge.
-        questions: of `encode_questions`.
+        model: the model to evaluate.
+        questions: result of `encode_questions`.
         plan: plan to run `model` under; its own plan and policy by default.
-        policy: with `plan`, the policy.
-        batch_size: questions in one pass; the result does not depend on it.
-        chunk_tokens: tokens whose logits are alive at a time.
-        device: where the model is.
+        policy: the policy to run under, if `plan` is given; None sends everything.
+        batch_size: number of questions in one pass. The result does not depend on it.
+        chunk_tokens: number of tokens whose logits are in memory at once.
+        device: device of the model.
 
     Raises:
-        UserError: no question, or questions longer than the model's context.
+        UserError: there is no question, `batch_size` is below 1, or a question is longer than the model's context.
     """
     _check(model, questions, batch_size)
     if plan is None:
         plan, policy = model.plan, model.policy
-    # Prompts of about one length pad each other least.
+    # Sorting by length keeps padding small.
     ordered = sorted(questions, key=lambda question: len(question.prompt))
     plain = normalised = 0
     with eval_mode(model):
@@ -174,10 +178,10 @@ def _log_likelihoods(
     model: StagedCausalLM, questions: Sequence[TokenQuestion], plan: StagePlan, policy: KVRetentionPolicy | None,
     chunk_tokens: int, device: torch.device | str,
 ) -> list[Tensor]:  # fmt: skip
-    """Sums of the response's log-probabilities, one for every choice of each question, fp64 on the CPU."""
+    """For each question, the log-likelihoods of its choices, fp64 on the CPU."""
     sizes = [len(question.responses) for question in questions]
     batch = _batch(questions).on(device)
-    owner = torch.repeat_interleave(torch.tensor(sizes)).to(device)  # of each choice: its question, [C]
+    owner = torch.repeat_interleave(torch.tensor(sizes)).to(device)  # the question of each choice, [C]
     first = (torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)).to(device)
     request = Request.of(*batch.request, plan.boundary)
     tokens, valid = request.tokens, request.valid
@@ -195,7 +199,7 @@ def _log_likelihoods(
 
 
 def _token_nll(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
-    """Negative log-likelihood of single tokens, fp32, [N, H] and [N] -> [N]."""
+    """Negative log-likelihood of each token, fp32: hidden states [N, H] and targets [N] -> [N]."""
     parts = [
         F.cross_entropy(head(hidden[part]).float(), targets[part], reduction="none")
         for part in chunks(len(targets), chunk_tokens)
@@ -204,7 +208,7 @@ def _token_nll(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -
 
 
 def _batch(questions: Sequence[TokenQuestion]) -> Batch:
-    """One row a choice, [C, P] and [C, R]."""
+    """A batch with one row for each choice: prompts [C, P] and responses [C, R]."""
     examples = [
         Example(torch.tensor(question.prompt), torch.tensor(response))
         for question in questions
@@ -214,7 +218,7 @@ def _batch(questions: Sequence[TokenQuestion]) -> Batch:
 
 
 def _repeated(cache: KVCache, rows: Tensor) -> KVCache:
-    """The cache of these rows, [C]; blocks that share their slots go on sharing them."""
+    """The cache of some rows, [C]; rows may repeat. Blocks that shared their slots still share them."""
     slots: dict[int, Slots] = {}
     blocks: dict[int, BlockKV] = {}
     for index, block in cache.blocks.items():

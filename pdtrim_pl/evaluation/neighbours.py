@@ -1,9 +1,10 @@
-"""Response hidden states of plans that differ little from a base plan, computed from where they differ.
+"""Evaluate plans that differ little from a base plan: only the blocks from the first difference on run again.
 
 Shapes: B batch, T tokens of a stage, N response tokens of a batch without padding, H hidden.
 
-The base keeps every prompt's cache, and the hidden states between blocks in both stages. A neighbour that first differs
-at block l starts at l, in each stage at its own l; where only decode differs, prefill does not run at all.
+For the base plan, the cache of every prompt and the hidden states between blocks of both stages are kept. A neighbour
+whose first difference is block l starts at block l. Each stage has its own l. If only decode differs, prefill does not
+run at all.
 """
 
 from __future__ import annotations
@@ -22,48 +23,48 @@ from pdtrim_pl.staged import Request, StagedCausalLM, StagedOutput
 from pdtrim_pl.staged.gate import Observer, Resume
 
 WIDEST = 4
-"""Blocks between two kept hidden states, at most: rather fewer batches are kept than that a candidate runs more blocks
-again that it has in common with the base."""
+"""Maximum distance in blocks between two kept hidden states. If memory does not suffice for this distance, fewer
+batches are kept: a larger distance would make candidates repeat too many blocks that they share with the base."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is evaluated."""
+    """A plan and a policy to evaluate."""
 
     plan: StagePlan
     policy: KVRetentionPolicy | None = None
-    """What crosses the boundary; None sends everything."""
+    """What prefill sends to decode; None sends everything."""
 
     def weights(self, stage: Stage, block: int) -> object:
-        """Tells apart the weights that a block may run with in a stage."""
+        """A key for the weights that a block uses in a stage: equal keys mean equal weights."""
         return self.plan.merged[stage].get(block), block in self.plan.untied[stage]
 
     def sends(self, block: int) -> object:
-        """Tells apart what a block may send."""
+        """A key for what a block sends: equal keys mean that it sends the same."""
         return None if self.policy is None else self.policy.rules.get(block)
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """One batch under the base."""
+    """What is kept of one batch under the base plan."""
 
     encoded: StagedOutput
-    """Prefill's cache, and its last hidden state [B, 1, H]."""
+    """The cache of prefill, and its last hidden state, [B, 1, H]."""
     inputs: Mapping[Stage, Mapping[int, Tensor]]
-    """Hidden state that reaches some of the blocks a stage runs, [B, T, H]."""
+    """Per stage: original index -> the hidden state that reaches this block, [B, T, H], for some of its blocks."""
 
 
 class Neighbours:
-    """Runs candidates on some batches, from what the base has in common with them.
+    """Runs candidates on some batches, and reuses the work that they share with the base plan.
 
     Args:
-        student: its weights must not change while this lives.
+        student: the model. Its weights must not change during the lifetime of this object.
         batches: requests, on the student's device.
-        cache_bytes: most bytes to keep of a base: prompt caches, and hidden states, of every k-th block if not of all.
-            Where a wide stride is not enough, only the first batches are kept; on the others every candidate runs from
-            the beginning.
-        peers: per batch, those of all ranks that run the same blocks at the same time, this rank's with them: all keep
-            what the largest ones leave room for.
+        cache_bytes: maximum number of bytes to keep for the base plan: prompt caches, and hidden states. If they do not
+            fit, hidden states of only every k-th block are kept. If that does not fit either, only the first batches
+            are kept; on the others every candidate runs all blocks.
+        peers: for each batch, the batches that all ranks run at the same time, this one included. All ranks keep as
+            many as the largest of them allow. By default, each batch is alone.
     """
 
     def __init__(
@@ -72,20 +73,20 @@ class Neighbours:
     ) -> None:  # fmt: skip
         self.student, self.batches = student, batches
         self.block_tokens = 0
-        """Work done so far: one for every token and block that ran."""
-        self.stride, self.kept = self._share_out(cache_bytes, peers or [[batch] for batch in batches])
+        """Work done so far, as the number of (token, block) pairs that ran."""
+        self.stride, self.kept = self._within_memory(cache_bytes, peers or [[batch] for batch in batches])
         self._base: Candidate | None = None
         self._traces: list[_Trace] = []
 
     @torch.no_grad()
     def rebase(self, candidate: Candidate) -> None:
-        """Keep what the neighbours of `candidate` have in common with it."""
+        """Make `candidate` the base: run it, and keep the results that its neighbours share with it."""
         if not self.kept or candidate == self._base:
             return
         known = self._base
         if known is not None and known.plan.boundary != candidate.plan.boundary:
             self._traces, known = [], None
-        self._base = None  # while some traces are of the old base, and some of the new one
+        self._base = None  # an error below would leave traces of both the old and the new base
         if known is None:
             self._traces = [self._traced(candidate, batch, None, {}) for batch in self.batches[: self.kept]]
         else:
@@ -97,7 +98,7 @@ class Neighbours:
 
     @torch.no_grad()
     def response(self, candidate: Candidate, index: int) -> Tensor:
-        """Final hidden states of one batch's response tokens, [N, H]."""
+        """Final hidden states of the response tokens of one batch under a candidate, [N, H]."""
         batch, plan = self.batches[index], candidate.plan
         request = Request.of(*batch.request, plan.boundary)
         base = self._base
@@ -126,7 +127,7 @@ class Neighbours:
     def _traced(
         self, candidate: Candidate, batch: Batch, old: _Trace | None, starts: Mapping[Stage, int | None]
     ) -> _Trace:
-        """One batch under a new base, from where it differs from the old one."""
+        """Run one batch under a new base, starting where it differs from the old base."""
         plan = candidate.plan
         request = Request.of(*batch.request, plan.boundary)
         resumes = {stage: _resume(old, stage, starts) for stage in STAGES}
@@ -166,25 +167,25 @@ class Neighbours:
     def _first_differences(
         self, candidate: Candidate, base: Candidate, trace: _Trace, wanted: Sequence[int]
     ) -> dict[Stage, int | None]:
-        """Per stage, the first block whose work may differ from a base's; None where none does.
+        """Per stage, the first block whose input or output may differ from the base; None if prefill does not differ.
 
         Args:
-            candidate: what is to be run.
-            base: what was run.
-            trace: what was kept of it.
-            wanted: blocks whose KV is wanted of prefill.
+            candidate: the candidate to run.
+            base: the base that was run.
+            trace: what was kept of the base.
+            wanted: blocks whose keys and values prefill must produce.
         """
         plan = candidate.plan
         pairs = {stage: (set(plan.blocks(stage)), set(base.plan.blocks(stage))) for stage in STAGES}
         differs: dict[Stage, set[int]] = {stage: new ^ old for stage, (new, old) in pairs.items()}
-        # What decode alone adds or loses leaves prefill as it was, if the base has kept the KV that is now wanted.
+        # A block that only decode adds does not change prefill, if the base has kept the KV of this block.
         differs["prefill"] |= set(wanted) - set(trace.encoded.cache.blocks)
         for stage in STAGES:
             new, old = pairs[stage]
             differs[stage] |= {b for b in new & old if candidate.weights(stage, b) != base.weights(stage, b)}
         new, old = pairs["decode"]
         differs["decode"] |= {block for block in new & old if candidate.sends(block) != base.sends(block)}
-        # From where prefill differs, the KV that decode reads differs too.
+        # Where prefill differs, the KV that decode reads also differs.
         return {
             "prefill": min(differs["prefill"], default=None),
             "decode": min(differs["decode"] | differs["prefill"], default=plan.model.num_blocks),
@@ -194,8 +195,8 @@ class Neighbours:
         first = 0 if resume is None else resume.block
         self.block_tokens += int(valid.sum()) * sum(block >= first for block in plan.blocks(stage))
 
-    def _share_out(self, cache_bytes: int, peers: Sequence[Sequence[Batch]]) -> tuple[int, int]:
-        """Keep the input of every so many blocks, of so many batches."""
+    def _within_memory(self, cache_bytes: int, peers: Sequence[Sequence[Batch]]) -> tuple[int, int]:
+        """Stride in blocks between kept hidden states, and number of batches to keep, that fit into `cache_bytes`."""
         blocks = len(self.student.originals)
         cached = blocks * self.student.kv_shape.bytes_per_position
         hidden = blocks * self.student.model.config.hidden_size * self.student.model.dtype.itemsize
@@ -211,12 +212,12 @@ class Neighbours:
 
 
 def _wide(plan: StagePlan) -> tuple[int, ...]:
-    """Blocks whose KV a base keeps: a neighbour may put a block back into decode, so of all that prefill runs too."""
+    """Blocks whose KV the base keeps: those of D and of P, since a neighbour may put a block of P back into D."""
     return tuple(sorted({*plan.decode, *plan.prefill}))
 
 
 def _resume(trace: _Trace | None, stage: Stage, starts: Mapping[Stage, int | None]) -> Resume | None:
-    """The latest kept place at or before the start, or a closed gate's, whose state is that of the next open one."""
+    """Resume at the last block at or before the start of the stage whose input was kept; None to run all blocks."""
     start = starts.get(stage)
     if trace is None or start is None:
         return None

@@ -1,4 +1,4 @@
-"""How close a student's responses are to its teacher's: means over a data set."""
+"""Quality of a student compared with its teacher: means over a data set."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ class Quality:
     """Means over the response tokens of a data set."""
 
     nll: float
+    """Negative log-likelihood under the student, nats."""
     teacher_nll: float
+    """Negative log-likelihood under the teacher, nats."""
     kl: float
+    """KL(teacher || student), nats."""
     agreement: float
+    """Share of tokens at which both models have the same most likely token."""
     tokens: int
+    """Number of response tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -40,13 +45,13 @@ def quality_against(
     """Teacher-forced quality of `model` on the data part of a reference.
 
     Args:
-        reference: the teacher on that part.
-        model: the model to judge.
+        reference: the teacher's results on this data part.
+        model: the model to evaluate.
         plan: plan to run `model` under; its own plan and policy by default.
-        policy: with `plan`, the policy.
+        policy: the policy to run under, if `plan` is given; None sends everything.
 
     Raises:
-        UserError: no response token at all.
+        UserError: the data part has no response token.
     """
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for index, batch in enumerate(reference.batches):
@@ -64,18 +69,18 @@ def measure_quality(
     model: StagedCausalLM, teacher: StagedCausalLM, batches: Iterable[Batch], *, plan: StagePlan | None = None,
     policy: KVRetentionPolicy | None = None, device: torch.device | str = "cpu",
 ) -> Quality:  # fmt: skip
-    """`quality_against` a teacher that reads the batches for this one measurement; keeps nothing of it.
+    """Teacher-forced quality of `model`, for a single measurement. The teacher's results are not kept.
 
     Args:
-        model: the model to judge.
+        model: the model to evaluate.
         teacher: the reference, under its own plan and policy.
         batches: requests with known responses.
         plan: see `quality_against`.
         policy: see `quality_against`.
-        device: where both models are.
+        device: device of both models.
 
     Raises:
-        UserError: no response token at all.
+        UserError: the batches have no response token.
     """
     reference = TeacherReference(teacher, list(batches), device=device, states=0)
     return quality_against(reference, model, plan=plan, policy=policy)

@@ -1,7 +1,7 @@
-"""Whether a model still finds what stands far back: a text said once more, with its first copy as the prompt.
+"""Recall: whether a model can repeat a text that it has in its prompt.
 
-Perplexity hardly tells: most tokens of running text follow from the few before them. Here every token of the response
-stands a whole copy back, in the prompt's KV cache.
+Perplexity hardly measures this, since most tokens of ordinary text depend on the few tokens before them. Here the
+response repeats the prompt, so every response token can be looked up in the KV cache of the prompt.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pdtrim_pl.staged import StagedCausalLM
 def repeated_requests(
     batches: Iterable[Batch], collate: Collator, most: int, response: int | None = None, context: int | None = None
 ) -> list[Batch]:
-    """Requests whose prompt and response are both a whole example: its prompt with its response.
+    """Make requests whose response repeats the prompt. The text is a whole example: its prompt with its response.
 
     Args:
         batches: the examples.
-        collate: makes the new batches, as large as the old ones.
-        most: take so many examples.
-        response: shorter ones: the prompt is the whole example and its first quarter once more, the response at most so
-            many tokens that follow there.
-        context: tokens of the longest request; of a longer example the end is left out.
+        collate: makes the new batches, of the same number of rows as the old ones.
+        most: maximum number of examples.
+        response: maximum number of response tokens. The prompt is then the text followed by its first quarter, and the
+            response continues from there. By default, prompt and response are both the whole text.
+        context: maximum number of tokens of a request; longer texts lose their end. No limit by default.
     """
     found: list[Batch] = []
     for batch in batches:
@@ -44,7 +44,7 @@ def repeated_requests(
 def requests_within(
     model: StagedCausalLM, batches: Iterable[Batch], most: int, response: int | None = None
 ) -> list[Batch]:
-    """Repeated requests that fit the model's context, on its device; arguments as of `repeated_requests`."""
+    """`repeated_requests` that fit into the model's context, on its device; arguments as there."""
     context = usable_context(model.model.config.to_dict())
     found = repeated_requests(batches, Collator(pad_id=0), most, response, context)
     return [batch.on(model.model.device) for batch in found]
@@ -55,14 +55,14 @@ def measure_recall(
     model: StagedCausalLM, batches: Sequence[Batch], *, plan: StagePlan | None = None,
     policy: KVRetentionPolicy | None = None, chunk_tokens: int = 128,
 ) -> float:  # fmt: skip
-    """Share of response tokens that are the model's most likely ones, teacher-forced.
+    """Share of response tokens that the model ranks first, teacher-forced; in [0, 1].
 
     Args:
         model: the model.
-        batches: requests with known responses, on the model's device.
+        batches: requests with known responses, on the model's device. They must have a response token.
         plan: plan to run under; the model's own plan and policy by default.
-        policy: with `plan`, the policy.
-        chunk_tokens: tokens whose logits are alive at a time.
+        policy: the policy to run under, if `plan` is given; None sends everything.
+        chunk_tokens: number of tokens whose logits are in memory at once.
     """
     counts = [recalled_tokens(model, batch, plan=plan, policy=policy, chunk_tokens=chunk_tokens) for batch in batches]
     return sum(right for right, _ in counts) / sum(tokens for _, tokens in counts)
@@ -73,13 +73,13 @@ def recalled_tokens(
     model: StagedCausalLM, batch: Batch, *, plan: StagePlan | None = None, policy: KVRetentionPolicy | None = None,
     chunk_tokens: int = 128,
 ) -> tuple[int, int]:  # fmt: skip
-    """Of one batch, response tokens that are the model's most likely ones, and all; see `measure_recall`."""
+    """Number of response tokens of one batch that the model ranks first, and number of all; see `measure_recall`."""
     targets, hidden = batch.response_ids[batch.response_mask], final_hidden(model, batch, plan, policy)
     return right_tokens(model, hidden, targets, chunk_tokens), len(targets)
 
 
 def right_tokens(model: StagedCausalLM, hidden: Tensor, targets: Tensor, chunk_tokens: int = 128) -> int:
-    """How many targets [N] are the most likely tokens under final hidden states [N, H]."""
+    """Number of targets [N] that are the most likely tokens under the final hidden states [N, H]."""
     parts = chunks(len(targets), chunk_tokens)
     return sum(int((model.logits(hidden[part]).argmax(dim=-1) == targets[part]).sum()) for part in parts)
 

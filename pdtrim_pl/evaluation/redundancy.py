@@ -1,4 +1,4 @@
-"""How little each block changes the hidden state, per stage.
+"""Redundancy of blocks: how similar the output of each block is to its input, per stage.
 
 Shapes: B batch, T tokens of a stage, H hidden.
 """
@@ -24,26 +24,26 @@ from pdtrim_pl.staged.gate import Observer
 def block_redundancy(
     model: StagedCausalLM, batches: Iterable[Batch], *, device: torch.device | str = "cpu", ranks: Parallel = Parallel()
 ) -> dict[Stage, dict[int, float]]:
-    """Mean cosine between a block's input and its output over the real tokens of each stage, in fp32.
+    """Mean cosine similarity of a block's input and output over the real tokens of each stage, in fp32.
 
-    Source: Block Influence of ShortGPT (arXiv 2403.03853) is one minus this value; here it is taken per stage.
+    Source: Block Influence of ShortGPT (arXiv 2403.03853) is one minus this value, without stages.
 
     Args:
-        model: measured under its own plan and policy, in eval mode.
+        model: the model, measured under its own plan and policy, in eval mode.
         batches: requests with known responses.
-        device: where the model is.
-        ranks: batches are split among them; the means are those of one rank.
+        device: device of the model.
+        ranks: the batches are split among the ranks. The means are the same as on one rank.
 
     Returns:
-        Per stage, original block index -> mean cosine in [-1, 1]. Blocks that a stage does not run are absent, and
-        a stage that was fed no token (decode, where every response has one token) has no blocks at all.
+        Per stage, original block index -> mean cosine in [-1, 1]. Blocks that a stage does not run are absent. A stage
+        without input tokens has no blocks (decode, if every response has one token).
 
     Raises:
-        UserError: no token at all.
+        UserError: there is no token.
     """
 
     def measured(raw: Batch, _: Sequence[Batch]) -> dict[Stage, tuple[dict[int, float], int]]:
-        """Per stage, sums over the tokens of one batch, and their number."""
+        """Per stage, the sum of cosines over the tokens of one batch for each block, and the number of tokens."""
         batch, sums = raw.on(device), {stage: dict[int, float]() for stage in STAGES}
         valid = Request.of(*batch.request, model.plan.boundary).valid
         model(*batch.request, observers={stage: _adding_to(sums[stage], valid[stage]) for stage in STAGES})

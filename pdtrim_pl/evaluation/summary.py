@@ -1,4 +1,4 @@
-"""What a run gained and what it cost: the table at the end of a run, in the report and on the model card."""
+"""The summary of a run: the table at the end of a run, in the report and on the model card."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from pdtrim_pl.staged import StagedCausalLM
 COLUMNS = ("", "teacher", "after drops", "distilled", "gain")
 TEXT_WIDTH = 79
 REPEATED = 16
-"""Examples whose text is repeated to measure recall."""
+"""Number of examples on which recall is measured."""
 
 
 class Row(NamedTuple):
-    """One line of the table, as text; what does not apply is empty."""
+    """One line of the table, as text. A cell that does not apply is empty."""
 
     label: str
     teacher: str
@@ -40,41 +40,40 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """The unpruned teacher, the same weights after the drops, and the distilled student, side by side."""
+    """Results of a run: the unpruned teacher, the same weights after the drops, and the distilled student."""
 
     total_blocks: int
     prefill_blocks: int
     decode_blocks: int
     teacher: Quality
     dropped: Quality
-    """The teacher's weights under the student's plan and policy: what the drops cost before distillation."""
+    """The teacher's weights under the student's plan and policy, before distillation."""
     distilled: Quality
     timing: Timing | None
     kv_prompt_tokens: int
-    """Prompt length the bytes are counted for."""
+    """Length of the prompt for which the KV bytes are counted."""
     kv_full_bytes: int
     kv_sent_bytes: int
     export: str | None = None
-    """Where the export lies."""
+    """Path of the export."""
     recall: tuple[float, float, float] | None = None
-    """Recall of repeated prompts of teacher, dropped and distilled, each under what it sends; None where it was not
-    measured."""
+    """Recall of teacher, dropped and distilled model, each under its own policy; None if it was not measured."""
 
     @property
     def kv_reduction(self) -> float | None:
-        """Full over sent bytes; None where nothing is sent."""
+        """Full bytes divided by sent bytes; None if nothing is sent."""
         return self.kv_full_bytes / self.kv_sent_bytes if self.kv_sent_bytes else None
 
     def at(self, export: Path | str) -> Summary:
-        """This summary, saying where the export lies."""
+        """This summary with the path of the export."""
         return replace(self, export=str(export))
 
     def rows(self) -> list[Row]:
-        """The table's lines under `COLUMNS`."""
+        """The lines of the table; its columns are `COLUMNS`."""
         return [*self._block_rows(), *self._quality_rows(), *self._timing_rows(), self._kv_row()]
 
     def render_text(self, console: Console) -> None:
-        """Print the table in ASCII at a fixed width, and where the export lies below it."""
+        """Print the table in ASCII with a fixed width, and the notes below it."""
         table = Table(box=box.ASCII, width=TEXT_WIDTH)
         for index, name in enumerate(COLUMNS):
             table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
@@ -86,13 +85,13 @@ class Summary:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def to_markdown(self) -> str:
-        """The table in GitHub's Markdown, and its notes."""
+        """The table and its notes in GitHub's Markdown."""
         lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes())]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with the derived figures."""
+        """The summary as JSON values, with the derived figures."""
         out = asdict(self)
         for name, quality in (("teacher", self.teacher), ("dropped", self.dropped), ("distilled", self.distilled)):
             out[name]["perplexity"] = quality.perplexity
@@ -102,7 +101,7 @@ class Summary:
         return {**out, "kv_reduction": self.kv_reduction}
 
     def notes(self) -> list[str]:
-        """How the figures were taken, and where the export lies."""
+        """Notes on how the figures were measured, and the path of the export."""
         notes = [
             f"Quality: means over {self.distilled.tokens} response tokens, teacher-forced. After drops: the teacher's "
             "weights under the plan and the KV policy, before distillation."
@@ -170,24 +169,24 @@ def summarise(
     device: torch.device | str = "cpu",
     export: Path | str | None = None,
 ) -> Summary:
-    """Measure the three rows of quality and count the bytes of one request.
+    """Measure quality and recall of the three models and count the KV bytes of one request.
 
-    "After the drops" is the untrained weights under the student's plan and policy. They have no merged or untied
-    blocks, so there a merged block is the original block of that index.
+    The column "after drops" shows the weights before training under the student's plan and policy. These weights have
+    no merged or untied blocks: the original block of the same index runs in place of a merged block.
 
     Args:
-        student: under its plan and policy.
-        teacher: under the full plan.
-        base: the student before training, where the teacher is another model; the teacher by default.
-        batches: validation requests, read once.
-        timing: from `measure_timing`; without it the table has no times.
-        kv_prompt_tokens: prompt length the bytes are counted for.
-        kv_shape: shape and element type on the wire, where the export's differ from the student's.
-        device: where both models are.
-        export: where the export lies.
+        student: the student, under its plan and policy.
+        teacher: the teacher, under the full plan.
+        base: the student before training, if the teacher is another model; the teacher by default.
+        batches: validation requests; they are read once.
+        timing: result of `measure_timing`; without it the table has no times.
+        kv_prompt_tokens: length of the prompt for which the KV bytes are counted.
+        kv_shape: shape and element type on the wire, if the export's differ from the student's.
+        device: device of the models.
+        export: path of the export.
 
     Raises:
-        UserError: no response token at all.
+        UserError: the batches have no response token.
     """
     plan = student.plan
     policy = student.policy or KVRetentionPolicy(plan.boundary, student.kv_shape)
@@ -207,7 +206,7 @@ def summarise(
         total_blocks=plan.model.num_blocks,
         prefill_blocks=len(plan.prefill),
         decode_blocks=len(plan.decode),
-        teacher=replace(distilled, nll=distilled.teacher_nll, kl=0.0, agreement=1.0),  # the teacher against itself
+        teacher=replace(distilled, nll=distilled.teacher_nll, kl=0.0, agreement=1.0),  # compared with itself
         dropped=dropped,
         distilled=distilled,
         timing=timing,

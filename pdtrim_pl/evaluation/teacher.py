@@ -1,4 +1,4 @@
-"""What comparisons with a teacher need of it, made once for a data part.
+"""The results of the teacher on a data part. They are computed once and serve every comparison with a student.
 
 Shapes: B batch, P prompt tokens, R response tokens, N response tokens of a batch without padding, H hidden,
 V vocabulary.
@@ -17,26 +17,27 @@ from pdtrim_pl.losses import Head, chunks
 from pdtrim_pl.staged import StagedCausalLM
 
 STATES = 2 * 2**30
-"""Bytes of hidden states that are kept, where nobody says how many."""
+"""Default for the maximum number of bytes of hidden states to keep."""
 
 
 class TeacherReference:
-    """The teacher's final hidden states over the responses of a data part, and distributions where there is room.
+    """The teacher's final hidden states and distributions over the response tokens of a data part.
 
-    The teacher takes the same two passes as a student, though a whole one could do in one causal pass: the two round
-    differently, and a student that is its teacher would have a KL of 1e-3 nats in bf16, and not quite 0 in fp32.
+    The teacher runs prefill and decode like a student. One causal pass would be enough for it, but would round
+    differently: a student equal to its teacher would have a KL of 1e-3 nats in bf16, and above 0 in fp32.
 
-    Each is made when it is first asked for, and kept as long as all that is kept fits. What does not fit is made again
-    every time: the teacher runs again for states, its head for distributions.
+    Results are computed when they are first needed, and kept as far as the limits allow. Other results are computed
+    again every time: for hidden states the teacher runs, for distributions only its head.
 
     Args:
-        teacher: under its own plan and policy, in eval mode; its weights must not change while this lives.
-        batches: requests with known responses; under several ranks, this rank's share.
-        device: where the teacher is.
-        peers: per batch, those of all ranks that run at the same time, this rank's with them: all keep what the
-            largest ones leave room for, and call heads equally often. Each batch alone by default.
-        states: most bytes of hidden states to keep.
-        probabilities: most bytes of distributions to keep, fp32.
+        teacher: the teacher in eval mode, under its own plan and policy. Its weights must not change during the
+            lifetime of this object.
+        batches: requests with known responses. With several ranks, the share of this rank.
+        device: device of the teacher.
+        peers: for each batch, the batches that all ranks run at the same time, this one included. All ranks keep as
+            much as the largest of them allow, and call heads equally often. By default, each batch is alone.
+        states: maximum number of bytes of hidden states to keep.
+        probabilities: maximum number of bytes of distributions (fp32) to keep.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class TeacherReference:
             for group in peers or [[batch] for batch in self.batches]
         ]
         self.calls = [len(chunks(length, CHUNK_TOKENS)) for length in lengths]
-        """Per batch, how often heads are called."""
+        """For each batch, the number of calls of a head."""
         config = teacher.model.config
         state = config.hidden_size * teacher.model.dtype.itemsize
         row = (teacher.compared_tokens or config.vocab_size) * torch.float32.itemsize
@@ -62,7 +63,7 @@ class TeacherReference:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make now what is kept."""
+        """Compute now everything that will be kept."""
         for index in range(len(self.batches)):
             if self._keeps_states[index]:
                 self.states(index)
@@ -70,7 +71,7 @@ class TeacherReference:
 
     @torch.no_grad()
     def states(self, index: int) -> Tensor:
-        """Final hidden states that predict one batch's response tokens, [N, H]."""
+        """The teacher's final hidden states that predict the response tokens of batch `index`, [N, H]."""
         if index in self._states:
             return self._states[index]
         states = final_hidden(self.teacher, self.batches[index])
@@ -79,19 +80,19 @@ class TeacherReference:
         return states
 
     def distributions(self, index: int) -> Distributions | None:
-        """Of one batch's response tokens; None where they are not kept."""
+        """The teacher's distributions over the response tokens of batch `index`; None if they are not kept."""
         if self._keeps_distributions[index] and index not in self._distributions:
             found = Distributions.of(self.teacher.compared_logits, self.states(index), min_chunks=self.calls[index])
             self._distributions[index] = found
         return self._distributions.get(index)
 
     def scores(self, index: int, hidden: Tensor, head: Head) -> TokenScores:
-        """Compare a student on one batch, token by token.
+        """Compare a student with the teacher on one batch, token by token.
 
         Args:
-            index: the batch.
+            index: number of the batch.
             hidden: the student's final hidden states, [N, H].
-            head: the student's.
+            head: the student's head, from hidden states to logits.
         """
         theirs, targets = self.states(index), self.targets[index]
         return score_tokens(hidden, theirs, targets, head, self.teacher.compared_logits, min_chunks=self.calls[index])
@@ -106,7 +107,7 @@ class TeacherReference:
 
 
 def _fitting(sizes: Sequence[int], budget: int) -> list[bool]:
-    """Which of some things, the first ones, fit into so many bytes together."""
+    """For each size, in order, whether it and all sizes before it fit into `budget` together."""
     kept = []
     for size in sizes:
         budget -= size

@@ -1,4 +1,4 @@
-"""Prefill and decode time per token, dense and trimmed, taken in the same run.
+"""Prefill and decode time per token, for the dense and the trimmed model, measured in one run.
 
 Shapes: B batch, P prompt tokens, R new tokens.
 """
@@ -23,7 +23,7 @@ from pdtrim_pl.staged.decoding import DecodeLoop
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Milliseconds per token position, the whole batch at once."""
+    """Milliseconds per token position, for the whole batch."""
 
     prefill_ms: float
     decode_ms: float
@@ -31,12 +31,12 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the repeats of one run."""
+    """Medians over the repeats of one measurement."""
 
     dense: StageTimes
-    """Every block in both stages, everything sent."""
+    """The full plan, with everything sent."""
     trimmed: StageTimes
-    """The plan and policy asked for."""
+    """The trimmed plan and its policy."""
     prompt_tokens: int
     new_tokens: int
     batch_size: int
@@ -44,12 +44,12 @@ class Timing:
 
     @property
     def prefill_speedup(self) -> float:
-        """Dense over trimmed time of the prefill stage."""
+        """Dense time divided by trimmed time of the prefill stage."""
         return self.dense.prefill_ms / self.trimmed.prefill_ms
 
     @property
     def decode_speedup(self) -> float:
-        """Dense over trimmed time of the decode stage."""
+        """Dense time divided by trimmed time of the decode stage."""
         return self.dense.decode_ms / self.trimmed.decode_ms
 
 
@@ -64,24 +64,24 @@ def measure_timing(
     repeats: int = 5,
     seed: int = 0,
 ) -> Timing:
-    """Time one request of random tokens under the full plan and under a trimmed one, by turns.
+    """Time one request of random tokens under the full plan and under a trimmed plan.
 
-    Both variants are warmed up, then take turns, so that a machine that speeds up or slows down treats them alike.
-    Prefill counts the blocks and the head on the last position; decode counts one pass and one head a token. The
-    transfer between the two is not counted. A merged or untied block keeps its own weights in the dense variant.
+    After a warm-up, the two variants are timed in turns, so that changes in the speed of the machine affect both. The
+    prefill time includes all blocks, and the head on the last position. The decode time includes one pass and one head
+    per token. The transfer is not timed. In the dense variant, a merged or untied block still uses its own weights.
 
     Args:
-        model: timed in eval mode; its modes come back afterwards.
+        model: the model. It is timed in eval mode; its mode is restored afterwards.
         plan: the trimmed plan; the model's own plan and policy by default.
-        policy: with `plan`, the policy of the trimmed variant, None sending everything.
-        prompt_tokens: positions prefill handles.
-        new_tokens: tokens decode is fed, one by one.
-        batch_size: requests at once.
-        repeats: timed turns of each variant.
-        seed: of the random token ids.
+        policy: the policy of the trimmed variant, if `plan` is given; None sends everything.
+        prompt_tokens: number of positions that prefill handles.
+        new_tokens: number of tokens that decode takes, one by one.
+        batch_size: number of requests in the batch.
+        repeats: number of timed repeats of each variant.
+        seed: seed of the random token ids.
 
     Raises:
-        UserError: a count below 1, or more tokens than the model's context.
+        UserError: a count is below 1, or there are more tokens than the model's context holds.
     """
     counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
     low = {name: value for name, value in counts.items() if value < 1}
@@ -124,7 +124,7 @@ def _time_once(
     prefill = clock() - start
     cache = encoded.cache.retained(policy)
     start = clock()
-    known = iter([*response.unbind(dim=1), response[:, 0]])  # what is picked last is fed to no pass
+    known = iter([*response.unbind(dim=1), response[:, 0]])  # the loop picks one more token than it runs
     loop = DecodeLoop(
         model, cache, room=response.shape[1], first=None, last_prompt=next(known), pick=lambda _: next(known), plan=plan
     )
@@ -135,7 +135,7 @@ def _time_once(
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds now; on a GPU, once the work queued so far is done."""
+    """A function that returns the time in seconds. On a GPU it first waits for the work that is queued."""
     if device.type != "cuda":
         return perf_counter
 

@@ -1,4 +1,4 @@
-"""Student and teacher compared token by token, a chunk of tokens at a time.
+"""Compare student and teacher token by token, one chunk of tokens at a time.
 
 Shapes: B batch, R response tokens, N response tokens without padding, H hidden, V vocabulary.
 """
@@ -17,20 +17,21 @@ from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 CHUNK_TOKENS = 128
-"""Tokens whose logits are alive at a time, where nobody says how many."""
+"""Default for the number of tokens whose logits are in memory at once."""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores of single response tokens, fp32, [N] each."""
+    """Scores of every response token, fp32, [N] each."""
 
     nll: Tensor
     """Negative log-likelihood of the token under the student, nats."""
     teacher_nll: Tensor
+    """Negative log-likelihood of the token under the teacher, nats."""
     kl: Tensor
     """KL(teacher || student), nats."""
     agreement: Tensor
-    """1 where both have the same most likely token."""
+    """1 if both models have the same most likely token, else 0."""
 
 
 @torch.no_grad()
@@ -41,13 +42,13 @@ def score_tokens(
     """Compare final hidden states of student and teacher, [N, H] each, token by token.
 
     Args:
-        student: final hidden states that predict `targets`.
-        teacher: the teacher's.
+        student: the student's final hidden states that predict `targets`, [N, H].
+        teacher: the teacher's final hidden states, [N, H].
         targets: response token ids, [N].
-        student_head: from hidden states to logits.
-        teacher_head: from hidden states to logits.
-        chunk_tokens: tokens whose logits are alive at a time.
-        min_chunks: call the heads at least so often, for heads that all ranks must gather together.
+        student_head: the student's head, from hidden states to logits.
+        teacher_head: the teacher's head.
+        chunk_tokens: number of tokens whose logits are in memory at once.
+        min_chunks: minimum number of calls of the heads. With sharded heads all ranks must make the same number.
     """
     parts: list[tuple[Tensor, ...]] = []
     for part in chunks(len(targets), chunk_tokens, min_chunks):
@@ -61,17 +62,17 @@ def score_tokens(
 
 @dataclass(frozen=True, eq=False)
 class Distributions:
-    """A teacher's distributions over some response tokens, kept so that students can be compared with them fast."""
+    """A teacher's distributions over some response tokens, stored for fast comparison with students."""
 
     probabilities: Tensor
     """fp32 [N, V]."""
     negative_entropy: Tensor
-    """Sum of p log p of each token, nats, fp32 [N]."""
+    """Sum of p log p over the vocabulary, nats, fp32 [N]."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, head: Head, hidden: Tensor, chunk_tokens: int = CHUNK_TOKENS, min_chunks: int = 0) -> Distributions:
-        """From the teacher's final hidden states, [N, H]; chunks as in `score_tokens`."""
+        """Compute them from the teacher's final hidden states, [N, H]; other arguments as of `score_tokens`."""
         parts = []
         for part in chunks(len(hidden), chunk_tokens, min_chunks):
             logs = F.log_softmax(head(hidden[part]).float(), dim=-1)
@@ -85,14 +86,14 @@ class Distributions:
     ) -> tuple[float, float]:
         """KL(teacher || student) and NLL of a student, summed over the tokens in fp64, nats.
 
-        The same as the sums of `score_tokens`, in half the passes over the vocabulary.
+        The result is that of summing `score_tokens`, with half the passes over the vocabulary.
 
         Args:
-            head: the student's, from hidden states to logits.
+            head: the student's head, from hidden states to logits.
             hidden: the student's final hidden states, [N, H].
             targets: response token ids, [N].
-            chunk_tokens: tokens whose logits are alive at a time.
-            min_chunks: call the head at least so often, for one that all ranks must gather together.
+            chunk_tokens: number of tokens whose logits are in memory at once.
+            min_chunks: minimum number of calls of the head. With a sharded head all ranks must make the same number.
         """
         kl = nll = 0.0
         for part in chunks(len(targets), chunk_tokens, min_chunks):
@@ -106,7 +107,10 @@ class Distributions:
 def final_hidden(
     model: StagedCausalLM, batch: Batch, plan: StagePlan | None = None, policy: KVRetentionPolicy | None = None
 ) -> Tensor:
-    """Teacher-forced final hidden states of the real response tokens, [N, H]."""
+    """Final hidden states of the teacher-forced pass that predict the real response tokens, [N, H].
+
+    Runs under `plan` and `policy`; under the model's own by default.
+    """
     out = model(*batch.request, plan=plan, policy=policy)
     hidden: Tensor = out.hidden[batch.response_mask]
     return hidden

@@ -1,4 +1,4 @@
-"""Distillation losses between teacher and student. One small class a loss, named in YAML by class path."""
+"""Distillation losses between teacher and student. Each loss is one small class, which YAML names by class path."""
 
 from pdtrim_pl.losses.base import Distilled, Head, LossTerm, StateLoss, TokenLoss
 from pdtrim_pl.losses.chunked import check_terms, chunks, distillation_loss, token_weights, weighted_sum

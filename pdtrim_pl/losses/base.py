@@ -1,4 +1,4 @@
-"""What a distillation loss looks at, and the two kinds of losses.
+"""The base classes of distillation losses, and their input.
 
 Shapes: N response tokens of a batch (padding left out), n tokens of one chunk, H hidden, V vocabulary.
 """
@@ -17,47 +17,49 @@ from pdtrim_pl.plan import Stage
 from pdtrim_pl.staged import KVCache
 
 Head = Callable[[Tensor], Tensor]
-"""From final hidden states [n, H] to logits [n, V]."""
+"""A function from final hidden states [n, H] to logits [n, V]."""
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """Student and teacher on one batch: all that a loss may look at."""
+    """Results of student and teacher on one batch: the input of every loss."""
 
     student: Tensor
     """Final hidden states of the student that predict the response tokens, [N, H]."""
     teacher: Tensor
+    """Final hidden states of the teacher, [N, H]."""
     targets: Tensor
     """Response token ids, [N]."""
     weights: Tensor
-    """Each token's share of the batch's mean, [N]; they sum to 1."""
+    """Weight of each token in the mean over the batch, [N]; the weights sum to 1."""
     student_head: Head
     teacher_head: Head
     student_cache: KVCache
-    """The prompt's cache as the student sent it."""
+    """The cache of the prompt as the student sent it."""
     teacher_cache: KVCache
-    """The teacher's cache at the same entries."""
+    """The cache of the teacher with the same entries."""
     student_blocks: Mapping[Stage, Mapping[int, Tensor]]
-    """Outputs of the student's blocks that a loss asked to see, [B, T, H] each."""
+    """Per stage: original index -> output of the student's block, [B, T, H]; empty if no loss needs them."""
     teacher_blocks: Mapping[Stage, Mapping[int, Tensor]]
+    """The same of the teacher."""
     token_masks: Mapping[Stage, Tensor]
-    """Real tokens of each stage, [B, T]."""
+    """True for real tokens of each stage, [B, T]."""
     min_chunks: int = 0
-    """Call the heads at least so often: sharded heads are gathered by all ranks together."""
+    """Minimum number of calls of the heads. With sharded heads all ranks must make the same number."""
 
 
 class LossTerm(ABC):
     """One weighted part of the training loss.
 
     Args:
-        weight: its factor in the sum.
+        weight: factor of this loss in the sum.
 
     Raises:
         UserError: the weight is not positive.
     """
 
     name: ClassVar[str]
-    """Under this name it is logged, as `train/<name>`."""
+    """Name of the loss. It is logged as `train/<name>`."""
 
     def __init__(self, weight: float = 1.0) -> None:
         if not weight > 0:
@@ -66,20 +68,20 @@ class LossTerm(ABC):
 
     @property
     def watches_blocks(self) -> bool:
-        """Whether the outputs of single blocks must be recorded for this loss."""
+        """Whether this loss needs the outputs of blocks."""
         return False
 
 
 class TokenLoss(LossTerm):
-    """A loss on the logits of single tokens. A subclass writes `per_token`."""
+    """A loss on the logits of each token. A subclass implements `per_token`."""
 
     @abstractmethod
     def per_token(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        """Losses [n] from logits in fp32, [n, V] each, and token ids [n]."""
+        """Losses [n] from fp32 logits of student and teacher, [n, V] each, and target ids [n]."""
 
 
 class StateLoss(LossTerm):
-    """A loss on hidden states or caches. A subclass writes `of`."""
+    """A loss on hidden states or caches. A subclass implements `of`."""
 
     @abstractmethod
     def of(self, batch: Distilled) -> Tensor:

@@ -1,8 +1,8 @@
-"""The training loss of a batch: a weighted list of losses, chunked over tokens so that no full logits are ever held.
+"""The training loss of a batch: a weighted list of losses. Logits are computed for one chunk of tokens at a time.
 
 Shapes: N response tokens of a batch (padding left out), n tokens of one chunk, H hidden, V vocabulary.
-Losses on tokens are means over a row's response tokens, then over rows, so a batch split over ranks gives the same
-value. Losses on states (`hidden`, `kv`) are means over the batch of each rank.
+Losses on tokens are averaged over the response tokens of a row, then over rows. So a batch that is split among ranks
+gives the same value. Losses on states (`hidden`, `kv`) are means over the batch of each rank.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pdtrim_pl.losses.base import Distilled, LossTerm, StateLoss, TokenLoss
 
 
 def distillation_loss(terms: Sequence[LossTerm], batch: Distilled, *, chunk_tokens: int = 128) -> dict[str, Tensor]:
-    """The value of every term, unweighted, by its name. Logits are made, used and freed chunk by chunk.
+    """The value of every loss, without its weight, by name. Logits are computed and freed chunk by chunk.
 
-    In backward each chunk's logits are made again, so at most `chunk_tokens` x V are alive at any time; value and
-    gradient equal those of the dense computation.
+    Backward computes the logits of each chunk again, so at most `chunk_tokens` x V logits of a model are in memory at
+    once. Value and gradient equal those of the dense computation.
 
     Args:
-        terms: the weighted list.
-        batch: student and teacher on one batch.
-        chunk_tokens: tokens per chunk.
+        terms: the losses.
+        batch: results of student and teacher on one batch.
+        chunk_tokens: number of tokens in a chunk.
     """
     token_terms = [term for term in terms if isinstance(term, TokenLoss)]
     values = {term.name: term.of(batch) for term in terms if isinstance(term, StateLoss)}
@@ -41,15 +41,15 @@ def distillation_loss(terms: Sequence[LossTerm], batch: Distilled, *, chunk_toke
 
 
 def weighted_sum(terms: Sequence[LossTerm], values: Mapping[str, Tensor]) -> Tensor:
-    """The training loss: every term's value times its weight."""
+    """The training loss: the sum of all values, each times its weight."""
     return torch.stack([term.weight * values[term.name] for term in terms]).sum()
 
 
 def check_terms(terms: Sequence[LossTerm]) -> None:
-    """Refuse an empty list, and one name twice.
+    """Refuse an empty list of losses, and a list with the same loss twice.
 
     Raises:
-        UserError: naming `losses`.
+        UserError: the list is empty or has a name twice.
     """
     names = [term.name for term in terms]
     if not names or len(set(names)) != len(names):
@@ -57,14 +57,14 @@ def check_terms(terms: Sequence[LossTerm]) -> None:
 
 
 def token_weights(response_mask: Tensor) -> Tensor:
-    """Each real response token's share of a mean over tokens, then rows: [B, R] -> [N], summing to 1."""
+    """Weights of real response tokens in a mean over the tokens of a row, then over rows: [B, R] -> [N]; sum 1."""
     counts = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
     rows = (response_mask.sum(dim=1) > 0).sum().clamp(min=1)
     return (response_mask.float() / counts / rows)[response_mask]
 
 
 def chunks(length: int, size: int, at_least: int = 0) -> list[slice]:
-    """Slices that cut `length` tokens into runs of at most `size`, followed by empty ones if those are too few."""
+    """Slices that cut `length` tokens into chunks of at most `size`; empty slices fill up to `at_least` chunks."""
     return [slice(i * size, (i + 1) * size) for i in range(max(ceil(length / size), at_least))]
 
 

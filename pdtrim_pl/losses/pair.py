@@ -1,4 +1,4 @@
-"""Student and teacher on one batch, as losses look at them."""
+"""Run student and teacher on one batch, and collect the input of the losses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def run_pair(
     """Run both models on a batch, the teacher without gradients.
 
     Args:
-        student: runs under its own plan and policy.
-        teacher: runs under its own plan; its cache is cut to the student's policy.
+        student: the student. It runs under its own plan and policy.
+        teacher: the teacher. It runs under its own plan. Its cache is cut to the positions of the student's policy.
         batch: requests with known responses.
-        watch_blocks: keep the outputs of single blocks too.
+        watch_blocks: whether to keep the outputs of blocks.
         min_chunks: see `Distilled`.
     """
     ours, theirs = BlockOutputs(), BlockOutputs()

@@ -1,4 +1,4 @@
-"""Losses on hidden states and on the keys and values that cross.
+"""Losses on hidden states, and on the keys and values that prefill sends.
 
 Shapes: B batch, T tokens of a stage, H hidden.
 """
@@ -18,12 +18,17 @@ from pdtrim_pl.plan import STAGES
 
 
 class HiddenMatch(StateLoss):
-    """Distance between student and teacher outputs of the same original block, over both stages' tokens.
+    """Distance between the student's and the teacher's output of the same original block, over the tokens of a stage.
+
+    The loss is the mean over blocks and stages.
 
     Args:
-        weight: factor in the sum.
-        metric: `mse`, relative to the teacher's mean square, or `cosine` (1 - cosine).
-        blocks: original indices to compare; every block that the student runs by default.
+        weight: factor of this loss in the sum.
+        metric: `mse`, relative to the teacher's mean square, or `cosine` (1 - cosine similarity).
+        blocks: original indices of the blocks to compare; by default every block that the student runs.
+
+    Raises:
+        UserError: no stage runs any of `blocks`. Raised in the first training step.
     """
 
     name = "hidden"
@@ -61,9 +66,10 @@ class HiddenMatch(StateLoss):
 
 
 class KVMatch(StateLoss):
-    """Distance between the student's and the teacher's prompt KV, as sent, for every block of D.
+    """Distance between the keys and values that the student sends and those of the teacher, for every block of D.
 
-    The mean over blocks of the squared difference relative to the teacher's mean square, keys and values alike.
+    The distance is the squared difference relative to the teacher's mean square. The loss is the mean over blocks, and
+    over keys and values.
     """
 
     name = "kv"

@@ -1,4 +1,4 @@
-"""Losses on the logits of single tokens.
+"""Losses on the logits of each token.
 
 Shapes: N response tokens of a batch (padding left out), n tokens of one chunk, H hidden, V vocabulary.
 """
@@ -16,7 +16,10 @@ from pdtrim_pl.losses.base import TokenLoss
 
 
 class _Tempered(TokenLoss):
-    """A divergence between softened distributions, scaled by temperature squared (Hinton et al., arXiv 1503.02531)."""
+    """A divergence between distributions softened by a temperature, times the temperature squared.
+
+    Source: Hinton et al. (arXiv 1503.02531).
+    """
 
     def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__(weight)
@@ -25,14 +28,14 @@ class _Tempered(TokenLoss):
         self.temperature = temperature
 
     def per_token(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        if self.temperature == 1:  # every pass over [n, V] costs time
+        if self.temperature == 1:  # saves a pass over [n, V]
             return self.divergence(F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1))
         softened = (F.log_softmax(logits / self.temperature, dim=-1) for logits in (student, teacher))
         return self.divergence(*softened) * self.temperature**2
 
     @abstractmethod
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """From log-probabilities [n, V] each to [n]."""
+        """The divergence [n] from log-probabilities of student and teacher, [n, V] each."""
 
 
 class KL(_Tempered):
@@ -45,7 +48,7 @@ class KL(_Tempered):
 
 
 class ReverseKL(_Tempered):
-    """Reverse divergence KL(student || teacher), mode seeking."""
+    """Reverse divergence KL(student || teacher), which is mode seeking."""
 
     name = "reverse_kl"
 
@@ -54,7 +57,7 @@ class ReverseKL(_Tempered):
 
 
 class JSD(_Tempered):
-    """Jensen-Shannon divergence: the mean of both divergences from the mixture, at most log 2."""
+    """Jensen-Shannon divergence: the mean of the two divergences from the mixture; at most log 2 nats."""
 
     name = "jsd"
 
@@ -64,7 +67,7 @@ class JSD(_Tempered):
 
 
 class CrossEntropy(TokenLoss):
-    """Cross-entropy of the response tokens themselves."""
+    """Cross-entropy of the response tokens; the teacher is not used."""
 
     name = "ce"
 

@@ -1,4 +1,4 @@
-"""Merges: one block, fitted locally, stands for a run of neighbours. What is fitted is offered to a search."""
+"""Merges: one block is fitted locally to replace a run of neighbouring blocks. A search may then choose it."""
 
 from pdtrim_pl.merging.exchange import exchanged, share_of
 from pdtrim_pl.merging.local_fits import FittedRuns, fit_runs

@@ -1,4 +1,4 @@
-"""Fitted blocks from the rank that fitted them to all others: facts as objects, weights tensor by tensor."""
+"""Send fitted blocks from the rank that fitted them to all others: facts as objects, weights tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 def share_of(ranks: Parallel, runs: Sequence[T]) -> list[T]:
-    """The runs that this rank fits: every `size`-th one, or all of them where no rank can run a block alone.
+    """The runs that this rank fits: every `size`-th run. With sharded weights every rank fits all runs.
 
-    All ranks have equally many, for they check in before every group of fits. One that has none left fits the last run
-    again, and `exchanged` ignores what it found.
+    All ranks get the same number of runs, since they synchronise before every group of fits. A rank without a run
+    repeats the last one, and `exchanged` ignores the result.
     """
     if not ranks.whole:
         return list(runs)
@@ -29,45 +29,51 @@ def share_of(ranks: Parallel, runs: Sequence[T]) -> list[T]:
 
 
 def exchanged(student: StagedCausalLM, mine: Sequence[FittedRun], count: int, ranks: Parallel) -> list[FittedRun]:
-    """All runs, fitted by the ranks that have them as their share, alike on every rank; every rank must call it.
+    """Collect all fitted runs on every rank. This is a collective: every rank must call it.
 
     Args:
-        student: whose blocks were fitted; it is not changed.
-        mine: what this rank made of its share.
-        count: runs in all.
-        ranks: who took part.
+        student: the model whose blocks were fitted. It is not changed.
+        mine: the fitted runs of this rank's share.
+        count: number of all runs.
+        ranks: the ranks that took part.
+
+    Returns:
+        All runs in their order, the same on every rank.
     """
     if ranks.size == 1:
         return list(mine)
-    told = ranks.gather([(replace(run, weights=None, trailing_blocks={}), sorted(run.blocks)) for run in mine])
+    facts = ranks.gather([(replace(run, weights=None, trailing_blocks={}), sorted(run.blocks)) for run in mine])
     owners = [(index % ranks.size, index // ranks.size) if ranks.whole else (0, index) for index in range(count)]
-    parcels = [_Parcel(owner, *told[owner][place]) for owner, place in owners]
+    transfers = [_Transfer(owner, *facts[owner][place]) for owner, place in owners]
 
-    def unpack() -> None:
-        for parcel, (owner, place) in zip(parcels, owners, strict=True):
-            held = mine[place].blocks if owner == ranks.rank or not ranks.whole else {}
-            for index in parcel.indices:
-                known = index in held
-                parcel.blocks[index] = held[index] if known else empty_block(student, index, whole=ranks.whole)
+    def allocate() -> None:
+        for transfer, (owner, place) in zip(transfers, owners, strict=True):
+            own = mine[place].blocks if owner == ranks.rank or not ranks.whole else {}
+            for index in transfer.indices:
+                known = index in own
+                transfer.blocks[index] = own[index] if known else empty_block(student, index, whole=ranks.whole)
 
-    ranks.together(unpack)  # where one has no memory for them, none waits for it
-    return [parcel.delivered(ranks.hand_out) for parcel in parcels]
+    ranks.together(allocate)  # if a rank runs out of memory, all stop instead of waiting for it
+    return [transfer.received(ranks.hand_out) for transfer in transfers]
 
 
 @dataclass
-class _Parcel:
-    """One run on its way."""
+class _Transfer:
+    """The transfer of one fitted run to all ranks."""
 
     owner: int
+    """The rank that fitted the run."""
     facts: FittedRun
-    """Without blocks."""
+    """The run without its blocks."""
     indices: list[int]
+    """Original indices of its blocks."""
 
     def __post_init__(self) -> None:
         self.blocks: dict[int, nn.Module] = {}
 
     @torch.no_grad()
-    def delivered(self, hand_out: Callable[[torch.Tensor, int], None]) -> FittedRun:
+    def received(self, hand_out: Callable[[torch.Tensor, int], None]) -> FittedRun:
+        """Broadcast the weights from the owner, and return the whole run."""
         for index in self.indices:
             for tensor in self.blocks[index].state_dict().values():
                 hand_out(tensor, self.owner)

@@ -1,8 +1,8 @@
-"""The end of a local fit: the last projection by least squares.
+"""The end of a local fit: solve the last projection of the block by least squares.
 
-Most families add what the last projection of a block makes of its input to the residual stream as it is. So the output
-is linear in its weights, and their best change, all other weights as they are, solves a ridge regression. Gradient
-steps come near to that; this gets there.
+In most families, the output of a block's last projection is added to the residual stream unchanged. So the output of
+the block is linear in the weights of this projection. If all other weights are fixed, the best change of these weights
+is the solution of a ridge regression. Gradient steps only come close to it.
 
 Shapes: N real tokens of the stages that merge, I inputs of the projection, H hidden.
 """
@@ -18,23 +18,22 @@ from pdtrim_pl.merging.recording import Recording
 from pdtrim_pl.merging.trial import Trial
 
 RIDGES = (1.0, 0.1, 0.01)
-"""What is added to the diagonal of the Gram matrix, as a share of its mean."""
+"""Values to add to the diagonal of the Gram matrix, as shares of its mean."""
 PASSES = len(RIDGES) + 1
-"""How often what is judged on runs, beside what is solved for, which runs once."""
+"""Number of passes over the `judging` text; the `training` text needs one."""
 
 
 @torch.no_grad()
 def solve_last_projection(trial: Trial, training: Sequence[Recording], judging: Sequence[Recording]) -> None:
     """Set the last projection to the ridge solution that is best on `judging`, by squared error and by cosine.
 
-    Where none is better in both, nothing changes. Ranks that shard the student make the same passes,
-    whatever rounding or a fit that diverged makes of the numbers. Three matrices [I, I] in fp64 are in memory for a
-    while.
+    If no solution is better in both, nothing changes. The number of passes does not depend on the data, so ranks with
+    sharded weights stay in step. Three matrices [I, I] in fp64 are in memory for a while.
 
     Args:
-        trial: after its steps, of a family that has such a projection.
-        training: what is solved for.
-        judging: other text.
+        trial: a trial after its optimizer steps, of a family with a `last_projection`.
+        training: the text to solve for.
+        judging: held-out text.
     """
     assert trial.last_projection is not None
     weight = trial.last_projection.weight
@@ -44,7 +43,7 @@ def solve_last_projection(trial: Trial, training: Sequence[Recording], judging: 
     closest, least = trial.judge(judging)
     for ridge in RIDGES:
         gram.diagonal().copy_(diagonal + ridge * scale)
-        factor, _ = torch.linalg.cholesky_ex(gram)  # of a fit that diverged: no number, never better
+        factor, _ = torch.linalg.cholesky_ex(gram)  # NaN if the fit diverged; NaN is never better
         _set(weight, before + torch.cholesky_solve(cross, factor).T.to(weight.dtype))
         cosine, error = trial.judge(judging)
         if error < least and cosine >= closest:
@@ -54,14 +53,14 @@ def solve_last_projection(trial: Trial, training: Sequence[Recording], judging: 
 
 def _set(weight: Tensor, value: Tensor) -> None:
     weight.copy_(value)
-    torch.clear_autocast_cache()  # under the caller's autocast it holds the weight as it was
+    torch.clear_autocast_cache()  # the caller's autocast may have cached the old weight
 
 
 @torch.no_grad()
 def moments(trial: Trial, recordings: Sequence[Recording]) -> tuple[Tensor, Tensor]:
-    """Of the last projection's inputs with each other, [I, I], and with what is missing at the output, [I, H].
+    """Second moments of the inputs x of the last projection: x'x [I, I], and x'e [I, H] with the output error e.
 
-    Products in fp32, sums in fp64.
+    Products are in fp32, sums in fp64.
     """
     projection, seen = trial.last_projection, list[Tensor]()
     assert projection is not None
@@ -73,7 +72,7 @@ def moments(trial: Trial, recordings: Sequence[Recording]) -> tuple[Tensor, Tens
         for recording in filter(trial.tokens, recordings):
             missing = trial.target(recording) - trial.output(recording)
             inputs = torch.cat([x[v].float() for x, v in zip(seen, trial.valid(recording), strict=True)])
-            with torch.autocast(weight.device.type, enabled=False):  # whose products would be in bf16
+            with torch.autocast(weight.device.type, enabled=False):  # autocast would multiply in bf16
                 gram += inputs.T @ inputs
                 cross += inputs.T @ missing
             seen.clear()

@@ -1,7 +1,8 @@
-"""The local fit: one block learns to do what a run of neighbours does, for many runs at once.
+"""Local fits: train one block to reproduce the output of a run of neighbouring blocks, for many runs at once.
 
-Source: LLM-Streamline (arXiv 2403.19135) replaces a span of blocks by one that is trained on the span's input and
-output; here from recorded hidden states of the teacher, per stage, under the contract of one request. Ours: the recipe.
+Source: LLM-Streamline (arXiv 2403.19135) replaces a span of blocks by one block that is trained on the span's input and
+output. Here the block is trained per stage, under the contract of one request, on recorded hidden states of the
+teacher. The recipe of the fit is our own.
 
 Shapes: N real tokens of the stages that merge, H hidden.
 """
@@ -31,24 +32,25 @@ from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.fitted_run import FittedRun
 
 _SMALLEST = 0.01
-"""Weights that start at zero, such as biases, learn as if they were of this size."""
+"""Minimum root mean square of a weight for its learning rate, for weights that start at zero, such as biases."""
 
 
 @dataclass(frozen=True)
 class FittedRuns:
-    """The outcome of the fits, and what they cost."""
+    """Results of local fits, and their cost."""
 
     runs: tuple[FittedRun, ...]
-    """One for every run asked for, in that order."""
+    """One result for every run, in the order of the argument."""
     tokens: int
-    """Positions trained on, summed over steps and fitted blocks."""
+    """Number of positions trained on, summed over steps and fitted blocks."""
     block_tokens: int
-    """One for every token and block that ran forward; a backward pass counts as two more."""
+    """Number of (token, block) pairs that ran forward. A backward pass counts as two more."""
     seconds: float
+    """Wall-clock time."""
 
     @property
     def accepted(self) -> tuple[FittedRun, ...]:
-        """The distillation set: those that reached the bar."""
+        """The distillation set: runs that reached `min_cosine`."""
         return tuple(run for run in self.runs if run.weights is not None)
 
 
@@ -60,14 +62,15 @@ class _Cost:
 
 @dataclass(eq=False)
 class _Fit:
-    """One block in training."""
+    """The training of one trial."""
 
     trial: Trial
     batches: Sequence[Recording]
-    """What it sees, step by step."""
+    """The batch of every step."""
     scale: float
-    """Mean square of what the run adds to its input: makes losses of different runs comparable."""
+    """Mean square of what the run adds to its input. Dividing by it makes the losses of different runs comparable."""
     plain_cosine: float
+    """Cosine before the fit."""
 
     @classmethod
     def of(cls, trial: Trial, training: Sequence[Recording], judging: Sequence[Recording], settings: Merging) -> _Fit:
@@ -75,8 +78,8 @@ class _Fit:
         judged = [recording for recording in judging if trial.tokens(recording)]
         if not usable or not judged:
             raise UserError(
-                f"There is no {' or '.join(trial.start.stands_for)} token to fit merged blocks on: responses of one "
-                "token give decode none. Use longer responses (`lengths` of the data), or merge in the other stage."
+                f"There is no {' or '.join(trial.start.stands_for)} token to fit merged blocks on: with responses of "
+                "one token, decode has none. Use longer responses (`lengths` of the data), or merge in the other stage."
             )
         squares = [trial.change(recording).double().square().mean() for recording in usable]
         scale = max(float(torch.stack(squares).mean()), 1e-12)
@@ -92,29 +95,32 @@ def fit_runs(
     gather: Gather | None = None, progress: Callable[[str], None] = lambda line: None,
     leave_if_asked: Callable[[], None] = lambda: None, trailing_blocks: int = 0,
 ) -> FittedRuns:  # fmt: skip
-    """Fit one block to each run of neighbours of the student's plan: from the first, from the last; the better is kept.
+    """Fit one block to each run of neighbours of the student's plan.
 
-    The teacher runs once for all runs. A fitted block does not depend on which other runs are fitted with it. Of the
-    batches, cut to the size of a step, some are held back to judge on (`Merging.held_back`). Neither model is changed,
-    nor any random generator.
+    For every run, two fits start from the weights of its first and of its last block. The better one is kept. The
+    teacher runs once for all runs. The result of a fit does not depend on the other runs. Batches are cut to the size
+    of a step, and some of them are held out to compare fits on (`Merging.held_back`). Models and random generators are
+    not changed.
 
     Args:
-        student: gives the weights to start from, plan and policy.
-        teacher: gives the hidden states to fit to, under its full plan.
-        batches: the calibration set.
-        target: the stage(s) to merge in; under `nested`, a merge in prefill of blocks that decode runs is one in both.
-        runs: original indices of neighbours in those stages.
-        settings: steps, learning rate, bar.
-        device: where both models are.
-        gather: from the strategy, where it shards weights; every rank then fits the same runs on the same batches.
-        progress: told how far it is.
-        leave_if_asked: called before every `pairs_at_once` runs; raises where the process has to leave the machine.
-        trailing_blocks: so many blocks after a run learn with it, towards the teacher's state after them: they make
-            good what one block alone cannot. Both stages must run and merge all of them alike.
+        student: provides the weights to start from, the plan and the policy.
+        teacher: provides the hidden states to fit to, under its full plan.
+        batches: the text to fit on.
+        target: the stage(s) to merge in. Under `nested`, a merge in prefill of blocks that decode runs affects both.
+        runs: original indices of neighbouring blocks in those stages.
+        settings: settings of the fits.
+        device: device of both models.
+        gather: makes sharded weights whole, if the strategy shards them. Every rank then fits the same runs on the same
+            batches.
+        progress: called with lines on the progress of the fits.
+        leave_if_asked: called before every group of `pairs_at_once` runs. It raises if the process has to stop.
+        trailing_blocks: number of blocks after a run that are trained with it, so that the output after them matches
+            the teacher. They compensate for what one block cannot do. Both stages must run the same blocks with the
+            same weights.
 
     Raises:
-        UserError: blocks that are not neighbours, or cannot be merged `tied`; a teacher of other blocks; no token of
-            the stage(s) to fit on.
+        UserError: blocks are not neighbours or cannot be merged with `tied`, the teacher has other blocks, or there is
+            no token to fit on in the stage(s).
     """
     started, cost = time.monotonic(), _Cost()
     _check_teacher(student, teacher)
@@ -141,7 +147,7 @@ def _check_teacher(student: StagedCausalLM, teacher: StagedCausalLM) -> None:
     ours, theirs = student.model.config, teacher.model.config
     if (ours.num_hidden_layers, ours.hidden_size) != (theirs.num_hidden_layers, theirs.hidden_size):
         raise UserError(
-            f"Merged blocks are fitted to the teacher's hidden states, and `loading.teacher` has "
+            f"Merged blocks are fitted to the teacher's hidden states, but `loading.teacher` has "
             f"{theirs.num_hidden_layers} blocks of width {theirs.hidden_size} where `model` has "
             f"{ours.num_hidden_layers} of {ours.hidden_size}. Leave `loading.teacher` out, or do not merge."
         )
@@ -150,25 +156,25 @@ def _check_teacher(student: StagedCausalLM, teacher: StagedCausalLM) -> None:
 def _starts(
     student: StagedCausalLM, target: Target, run: tuple[int, ...], settings: Merging, trailing_blocks: int
 ) -> list[Start]:
-    """The first and the last member that may be the block that stays."""
+    """The starts of a run's fits: from the first and from the last block that may stay."""
     moves = [Move(target, tuple(run), into) for into in run]
     allowed = [move for move in moves if settings.allows(student.plan, move)]
-    merged = [move.apply(student.plan, untied=False) for move in allowed or moves]  # raises where blocks are apart
+    merged = [move.apply(student.plan, untied=False) for move in allowed or moves]  # raises if they are not neighbours
     if not allowed:
         raise UserError(
             f"`tied: true` cannot merge {list(run)} in `{target}`: a stage without the merge goes on with the same "
             "weights. Merge in both stages, or leave `tied` out."
         )
-    helpers = _trailing(student.plan, run, trailing_blocks)
+    trailing = _trailing(student.plan, run, trailing_blocks)
     starts = [
-        Start(move, merging_stages(student.plan, plan, move), helpers)
+        Start(move, merging_stages(student.plan, plan, move), trailing)
         for move, plan in zip(allowed, merged, strict=True)
     ]
     return [starts[0], *starts[1:][-1:]]
 
 
 def _trailing(plan: StagePlan, run: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The next blocks behind a run, fewer where the model ends."""
+    """The next `count` blocks after a run; fewer at the end of the model."""
     blocks = [block for block in plan.prefill if block > max(run)][:count]
     own = [block for block in blocks if any(block in plan.untied[stage] for stage in STAGES)]
     if count and (plan.prefill != plan.decode or own):
@@ -181,10 +187,10 @@ def _trailing(plan: StagePlan, run: tuple[int, ...], count: int) -> tuple[int, .
 def _parts(
     asked: Sequence[list[Start]], teacher: StagedCausalLM, batches: Sequence[Batch], settings: Merging
 ) -> Iterator[Sequence[list[Start]]]:
-    """Runs whose hidden states fit into `cache_bytes` together."""
+    """Cut the runs into parts whose hidden states fit into `cache_bytes` together."""
     positions = sum(batch.prompt_ids.numel() + batch.response_ids.numel() for batch in batches)
     place = positions * teacher.model.config.hidden_size * teacher.model.dtype.itemsize
-    most = max(settings.pairs_at_once, settings.cache_bytes // max(1, place) - 1)  # neighbours share a place
+    most = max(settings.pairs_at_once, settings.cache_bytes // max(1, place) - 1)  # neighbouring runs share states
     for first in range(0, len(asked), most):
         yield asked[first : first + most]
 
@@ -193,7 +199,7 @@ def _fit_group(
     student: StagedCausalLM, group: Sequence[list[Start]], training: Sequence[Recording],
     judging: Sequence[Recording], settings: Merging, cost: _Cost, gather: Gather | None, *, solve: bool,
 ) -> list[FittedRun]:  # fmt: skip
-    """Train the blocks of some runs side by side, and keep the better one of each run."""
+    """Train the blocks of some runs in the same loop, and keep the better fit of each run."""
     fits = [
         [_Fit.of(Trial.of(student, start, gather), training, judging, settings) for start in starts] for starts in group
     ]
@@ -216,7 +222,7 @@ def _train(fits: Sequence[_Fit], settings: Merging, cost: _Cost) -> None:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * _rate(step, settings.steps)
         optimizer.zero_grad()
-        for fit in fits:  # one after another, so that one block's activations are in memory
+        for fit in fits:  # one after another: the activations of only one fit are in memory
             batch = fit.batches[step]
             with torch.enable_grad():
                 loss = F.mse_loss(fit.trial.output(batch), fit.trial.target(batch)) / fit.scale
@@ -226,18 +232,18 @@ def _train(fits: Sequence[_Fit], settings: Merging, cost: _Cost) -> None:
             cost.tokens += tokens
             cost.block_tokens += 3 * tokens * len(fit.trial.blocks)
         optimizer.step()
-        torch.clear_autocast_cache()  # under the caller's autocast it holds these weights as they were
-    optimizer.zero_grad()  # the least squares need the room
+        torch.clear_autocast_cache()  # the caller's autocast may have cached the old weights
+    optimizer.zero_grad()  # frees memory for the least squares
 
 
 def _rate(step: int, steps: int) -> float:
-    """Share of the highest learning rate."""
+    """Learning rate of a step, as a share of the peak: linear warm-up, then cosine decay."""
     rising = max(1, steps // 10)
     return min((step + 1) / rising, 0.5 * (1 + cos(pi * step / steps)))
 
 
 def _judged(fit: _Fit, judging: Sequence[Recording], settings: Merging) -> FittedRun:
-    """The block as the student would hold it, in its element type."""
+    """Evaluate a fit on held-out text, with its blocks in the element type of the student."""
     trial = fit.trial
     trial.blocks.requires_grad_(False).to(trial.student.model.dtype)
     cosine, mse = trial.judge(judging)

@@ -1,4 +1,4 @@
-"""What the teacher's hidden state is between blocks, for the fits of many runs at once.
+"""Record hidden states of the teacher between blocks, for the local fits of many runs.
 
 Shapes: B batch, T tokens of a stage, H hidden.
 """
@@ -19,15 +19,15 @@ from pdtrim_pl.staged.gate import Observer
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """One batch under the teacher."""
+    """Hidden states of the teacher on one batch."""
 
     request: Request
     hidden: Mapping[Stage, Mapping[int, Tensor]]
-    """Per stage, block index -> the hidden state that reaches that block, [B, T, H]; `num_blocks` is behind the last.
-    In the teacher's element type."""
+    """Per stage: block index -> the hidden state that reaches this block, [B, T, H], in the teacher's element type. The
+    index `num_blocks` stands for the output of the last block."""
 
     def tokens(self, stage: Stage) -> int:
-        """Real tokens of a stage."""
+        """Number of real tokens of a stage."""
         return int(self.request.valid[stage].sum())
 
 
@@ -36,10 +36,10 @@ def record(teacher: StagedCausalLM, batch: Batch, boundary: Boundary, places: Co
     """Run the teacher once and keep its hidden states at `places`.
 
     Args:
-        teacher: under its full plan.
-        batch: on the teacher's device.
-        boundary: which stage handles the prompt's last token.
-        places: block indices; `num_blocks` is behind the last block.
+        teacher: the teacher, under its full plan.
+        batch: a batch on the teacher's device.
+        boundary: boundary of the student's plan. The teacher's plan must have the same.
+        places: indices of blocks whose input is kept; `num_blocks` stands for the output of the last block.
     """
     assert teacher.plan.boundary == boundary
     hidden: dict[Stage, dict[int, Tensor]] = {stage: {} for stage in STAGES}

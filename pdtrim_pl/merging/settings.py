@@ -1,4 +1,4 @@
-"""How runs of blocks are fitted and merged. Imports no torch."""
+"""Settings of merges and of their local fits. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from typing import Any
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, Move, Stage, StagePlan
 
-_JUDGED = 64
-"""Examples that tell well enough which of two fits is better; with more of them, fewer are left to learn from."""
+_HELD_OUT = 64
+"""Maximum number of held-out examples. They suffice to compare fits, and more would leave less text to train on."""
 
 
 @dataclass(frozen=True)
 class Merging:
-    """The distillation set: neighbours that one block, after a local fit, can stand for."""
+    """Settings of merges: one block, after a local fit, replaces a run of neighbouring blocks."""
 
     min_cosine: float = 0.95
-    """A run may be merged if the fitted block reaches this mean cosine with the run's output (d_T of PDTrim)."""
+    """A run may be merged if the fitted block reaches this mean cosine similarity to the run's output (d_T of
+    PDTrim)."""
     steps: int = 128
-    """Optimizer steps of a fit. After them the block's last projection is solved by least squares on the same text, in
-    families that add what it gives as it is (not Gemma 2 and 3, OLMo 2, Granite), and kept so if that is better on text
-    that was held back."""
+    """Optimizer steps of a fit. Afterwards the last projection of the block is solved by least squares on the same
+    text. The solution is kept if it is better on held-out text. Families that do not add the output of this projection
+    to the residual stream unchanged skip it (Gemma 2 and 3, OLMo 2, Granite)."""
     batch_size: int = 1
-    """Examples a step sees, at most: batches of the data are cut, not joined. Of the same text, many small steps fit
-    better than few large ones (docs/results)."""
+    """Maximum number of examples in a step. Batches of the data are cut, but not joined. On the same text, many small
+    steps fit better than few large ones (docs/results)."""
     learning_rate: float = 0.02
-    """Of Adam, at its highest, as a share of a weight tensor's root mean square, so that it fits models of any width;
-    it rises for a tenth of the steps and falls to zero as a cosine."""
+    """Peak learning rate of Adam, as a share of the root mean square of a weight tensor, so that one value suits models
+    of any width. It rises over a tenth of the steps and falls to zero along a cosine."""
     tied: bool = False
-    """Write a merged block into the weights that both stages share, which only a merge in every stage that uses it
-    allows. Otherwise a block that is merged in one stage alone gets weights of its own there."""
+    """Write a merged block into the weights that both stages share. This is possible only if every stage that uses the
+    block merges it. By default, a block that is merged in one stage only gets weights of its own there."""
     pairs_at_once: int = 4
-    """Runs whose fp32 copies and Adam moments are in memory at a time: twice 16 bytes a weight of a block for each."""
+    """Number of runs that are fitted at once. Each needs fp32 weights, gradients and Adam moments of two blocks: 32
+    bytes per weight of a block."""
     cache_bytes: int = 4 * 2**30
-    """Most bytes of teacher hidden states to keep; with less than all, the teacher runs once for every part of the
-    runs."""
+    """Maximum number of bytes of teacher hidden states to keep. If they do not fit, the runs are cut into parts, and
+    the teacher runs once for each part."""
     seed: int = 0
-    """Of the order of the batches."""
+    """Seed of the order of batches."""
 
     def __post_init__(self) -> None:
         if not -1 <= self.min_cosine <= 1:
@@ -48,20 +50,20 @@ class Merging:
             raise UserError(f"Merging needs `pairs_at_once` and `batch_size` >= 1 and `cache_bytes` >= 0, got {self}.")
 
     def held_back(self, batches: int, size: int) -> int:
-        """Of batches of `size` examples, a step's each, so many are kept to judge on.
+        """Number of held-out batches, out of `batches` batches of `size` examples.
 
-        A quarter, but no more than give 64 examples; one of two or three, none of one.
+        A quarter of the batches, but at most 64 examples. One of two or three batches; none of a single batch.
         """
-        return min(batches // 4, -(-_JUDGED // size)) or min(1, batches - 1)
+        return min(batches // 4, -(-_HELD_OUT // size)) or min(1, batches - 1)
 
     def batches(self, size: int) -> int:
-        """So many batches of `size` examples give every step some of its own, beside those that are held back."""
+        """Number of batches of `size` examples that a fit can use: new text for every step, and held-out text."""
         step = min(size, self.batch_size)
-        steps = self.steps + min(-(-self.steps // 3), -(-_JUDGED // step))
+        steps = self.steps + min(-(-self.steps // 3), -(-_HELD_OUT // step))
         return -(-steps // -(-size // step))
 
     def allows(self, plan: StagePlan, move: Move) -> bool:
-        """Whether a merge can be made under `plan`: of neighbours, and, where `tied`, in every stage that uses it."""
+        """Whether `plan` allows a merge: its blocks are neighbours and, if `tied`, all stages that use it merge."""
         try:
             merged = move.apply(plan, untied=False)
         except ValueError:
@@ -69,12 +71,12 @@ class Merging:
         return not (self.tied and _left_out(plan, merged, move))
 
     def apply(self, plan: StagePlan, move: Move, **facts: Any) -> StagePlan:
-        """The plan after a merge; the block gets weights of its own only where another stage goes on with the old ones.
+        """The plan after a merge. The block gets weights of its own only if another stage still uses the old ones.
 
         Args:
-            plan: the plan before.
+            plan: the plan before the merge.
             move: a merge that `allows` accepts.
-            **facts: of the history, as of `StagePlan.merge`.
+            **facts: facts for the history, as in `StagePlan.merge`.
         """
         untied = bool(_left_out(plan, move.apply(plan, untied=False), move))
         assert not (untied and self.tied)
@@ -82,14 +84,14 @@ class Merging:
 
 
 def merging_stages(plan: StagePlan, merged: StagePlan, move: Move) -> dict[Stage, tuple[int, ...]]:
-    """Per stage that `move` merges in, the original blocks that the merged one stands for."""
+    """Per stage that `move` merges in: the original blocks that the merged block replaces."""
     assert move.into is not None
     runs = {stage: merged.merged[stage].get(move.into, ()) for stage in STAGES}
     return {stage: run for stage, run in runs.items() if run and run != plan.merged[stage].get(move.into)}
 
 
 def _left_out(plan: StagePlan, merged: StagePlan, move: Move) -> set[Stage]:
-    """Stages that go on using the shared weights of the merged block without merging."""
+    """Stages that use the shared weights of the merged block, but do not merge."""
     users = {stage for stage in STAGES if move.into in merged.blocks(stage)}
     if move.into in merged.kv_only:
         users.add("prefill")

@@ -1,4 +1,4 @@
-"""Blocks on trial for a run of neighbours: run under the contract from the teacher's hidden state, and compared.
+"""A trial block for a run of neighbours: run it on the teacher's hidden states, and compare its output with the run's.
 
 Shapes: B batch, T tokens of a stage, N real tokens of the stages that merge, H hidden.
 """
@@ -24,13 +24,13 @@ from pdtrim_pl.staged.gate import Observer, Resume, copy_of
 
 @dataclass(frozen=True)
 class Start:
-    """One way to make a merge: from which block's weights."""
+    """The start of a fit: a merge, and the block whose weights the fit starts from (`move.into`)."""
 
     move: Move
     stands_for: Mapping[Stage, tuple[int, ...]]
-    """Per stage that merges, the original blocks that the merged one is to stand for."""
+    """Per stage that merges: the original blocks that the merged block replaces."""
     trailing_blocks: tuple[int, ...] = ()
-    """Blocks behind the run that learn with it, towards what the teacher's state is behind them."""
+    """Blocks after the run that learn with it. The target is then the teacher's hidden state after them."""
 
     @property
     def into(self) -> int:
@@ -45,40 +45,46 @@ class Start:
 
     @property
     def end(self) -> int:
-        """The block behind all that learns."""
+        """The index after the last block that learns."""
         return max([*self.trailing_blocks, *(block for run in self.stands_for.values() for block in run)]) + 1
 
     @property
     def places(self) -> set[int]:
-        """Where the teacher's hidden state is needed."""
+        """Block indices at which the teacher's hidden state is needed."""
         return {self.first, self.end, self.into}
 
 
 @dataclass(eq=False)
 class Trial:
-    """A copy of one block that shall do what the run does, in the stages that merge it; blocks behind may help it.
+    """A copy of one block that learns to replace a run, in the stages that merge it. Trailing blocks may learn with it.
 
-    A block that is merged in decode alone attends, at prompt positions, to the keys and values that the student's own
-    prefill block of that index makes of the teacher's hidden state there; merged in prefill, to its own.
+    A block that is merged in prefill attends to its own keys and values of the prompt. A block that is merged only in
+    decode attends to those of the student's prefill block with the same index, run on the teacher's hidden state.
     """
 
     student: StagedCausalLM
     start: Start
     blocks: nn.ModuleDict
-    """The copy, and those of the blocks behind the run that learn with it, by index, in fp32: from what the first
-    merging stage runs now."""
+    """Index -> fp32 copy of a block that learns: the merged block and the trailing blocks. They start from the weights
+    of the first stage that merges."""
     plan: StagePlan
-    """These blocks alone, in both stages, merged."""
+    """A plan that runs only these blocks, in both stages, merged."""
     last_projection: nn.Linear | None
-    """The module in whose weights `output` is linear; None where the model family has none."""
+    """The module in whose weights `output` is linear; None if the model family has none."""
     _sent: dict[int, KVCache] = field(default_factory=dict)
+    """Key of a recording -> the cache that the student's prefill block sends, for merges only in decode."""
 
     @classmethod
     def of(cls, student: StagedCausalLM, start: Start, gather: Gather | None = None) -> Trial:
-        """The trial of a merge into the student's own plan; the student is not changed.
+        """Make the trial of a merge in the student's plan. The student is not changed.
+
+        Args:
+            student: the model whose blocks are copied.
+            start: the merge.
+            gather: makes sharded weights whole, if the strategy shards them.
 
         Raises:
-            UserError: the model family's `last_projection` is not a linear layer of its blocks.
+            UserError: `last_projection` of the model family is not a linear layer of its blocks.
         """
         now, stage = student.plan, next(iter(start.stands_for))
         learning = (start.into, *start.trailing_blocks)
@@ -93,27 +99,27 @@ class Trial:
         return cls(student, start, blocks.float().eval(), plan, last)
 
     def tokens(self, recording: Recording) -> int:
-        """Positions at which the block is compared."""
+        """Number of positions at which the outputs are compared."""
         return sum(recording.tokens(stage) for stage in self.start.stands_for)
 
     def valid(self, recording: Recording) -> list[Tensor]:
-        """Real tokens of each stage that merges and was fed any, bool [B, T]."""
+        """Real tokens of each stage that merges and has tokens, bool [B, T]."""
         masks = [recording.request.valid[stage] for stage in self.start.stands_for]
         return [mask for mask in masks if mask.shape[1]]
 
     def target(self, recording: Recording) -> Tensor:
-        """The run's output, fp32 [N, H]."""
+        """The teacher's hidden state that `output` should match, fp32 [N, H]."""
         return self._joined(recording, self.start.end)
 
     def change(self, recording: Recording) -> Tensor:
-        """What the run adds to its input, fp32 [N, H]."""
+        """The target minus the input of the run, fp32 [N, H]."""
         return self.target(recording) - self._joined(recording, self.start.first)
 
     def _joined(self, recording: Recording, place: int) -> Tensor:
         return self._real(recording, {stage: recording.hidden[stage].get(place) for stage in self.start.stands_for})
 
     def output(self, recording: Recording) -> Tensor:
-        """The output of the last of the blocks where the teacher's is `target`, fp32 [N, H]; gradients reach them."""
+        """The output of the last block of the trial, fp32 [N, H]. Gradients flow to the weights of its blocks."""
         dtype = next(self.blocks.parameters()).dtype
         outputs: dict[Stage, Tensor] = {}
 
@@ -134,12 +140,12 @@ class Trial:
         return self._real(recording, outputs)
 
     def _real(self, recording: Recording, hidden: Mapping[Stage, Tensor | None]) -> Tensor:
-        """The real positions of the merging stages, fp32 [N, H]; a stage that was fed nothing has no hidden state."""
+        """The hidden states at real positions of the merging stages, fp32 [N, H]. Stages without tokens are skipped."""
         found = [(hidden.get(stage), recording.request.valid[stage]) for stage in self.start.stands_for]
         return torch.cat([states[valid].float() for states, valid in found if states is not None])
 
     def _encode(self, recording: Recording, observer: Observer, dtype: torch.dtype) -> KVCache:
-        """The prompt's keys and values of this block, as the policy sends them."""
+        """The keys and values of the prompt for these blocks, as the policy sends them."""
         request = recording.request
         policy = None if self.student.policy is None else self.student.policy.restricted_to(self.plan)
         if "prefill" in self.start.stands_for:
@@ -162,7 +168,7 @@ class Trial:
 
     @contextmanager
     def _on_trial(self) -> Iterator[None]:
-        """The blocks are what their gates run, for the length of a pass."""
+        """Let the gates run the trial's blocks during a pass."""
         gates = {int(index): self.student.gates[int(index)] for index in self.blocks}
         before = {index: dict(gate.offers) for index, gate in gates.items()}
         for index, gate in gates.items():
@@ -178,7 +184,7 @@ class Trial:
 
     @torch.no_grad()
     def judge(self, recordings: Sequence[Recording]) -> tuple[float, float]:
-        """Mean cosine with the run's output, and mean squared error of one element."""
+        """Mean cosine similarity to the target, and mean squared error per element."""
         cosine, error, positions, width = 0.0, 0.0, 0, 1
         for recording in recordings:
             if self.tokens(recording):
@@ -196,18 +202,18 @@ def _linear(block: nn.Module, name: str | None) -> nn.Linear | None:
     if not isinstance(found, nn.Linear):
         raise UserError(
             f"`last_projection` of the model's Architecture is {name!r}, and a block has no linear layer of that name. "
-            "Name the one whose output is added to the residual stream last and as it is, or set it to None."
+            "Name the one whose output is added to the residual stream last and unchanged, or set it to None."
         )
     return found
 
 
 def empty_block(student: StagedCausalLM, index: int, *, whole: bool) -> nn.Module:
-    """A block as a fitted one is, in the student's element type and on its device, for weights that are to come.
+    """A block that receives fitted weights from another rank, in the student's element type and on its device.
 
     Args:
-        student: whose block it is like.
-        index: which.
-        whole: whether the student's own weights are whole here.
+        student: the model that has the block.
+        index: original index of the block.
+        whole: whether this process holds whole weights of the student.
     """
     block, like = student.gates[index].block, student.model
     if whole:
@@ -222,7 +228,7 @@ def _on_meta(student: StagedCausalLM, index: int, block: nn.Module) -> nn.Module
 
 
 def _whole_copy(student: StagedCausalLM, index: int, block: nn.Module, gather: Gather) -> nn.Module:
-    """A copy of a sharded block that no engine knows of: made anew, for an engine's hooks are copied with a block."""
+    """A whole copy of a sharded block. The block is built anew: a deep copy would contain the hooks of the engine."""
     fresh = _on_meta(student, index, block)
     weights: dict[str, Tensor] = {}
     for name, parameter in block.named_parameters():

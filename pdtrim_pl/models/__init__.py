@@ -1,1 +1,1 @@
-"""Hugging Face models: families, loading by name, and whether their files are whole."""
+"""Hugging Face models: adapters of model families, loading by name, and checks of model files."""

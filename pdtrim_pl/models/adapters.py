@@ -1,4 +1,4 @@
-"""Adapters of families that the package does not know: named by class path, in YAML and in an export's plan."""
+"""Adapters of users for other model families. YAML and the plan of an export name them by class path."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pdtrim_pl.models.architectures import ARCHITECTURES, Architecture
 
 
 def class_path_of(architecture: Architecture, model_type: str) -> str | None:
-    """What a plan says of an adapter, so that whoever loads an export finds it.
+    """Class path of an adapter for the stage plan. A process that loads an export imports the adapter by it.
 
     Returns:
-        None for the package's own adapter of that family, and for a class that no other process could import.
+        None for the package's own adapter of that family, and for a class that no other process can import.
     """
     own = type(architecture)
     if own is type(ARCHITECTURES.get(model_type)) or own.__module__ == "__main__" or "<locals>" in own.__qualname__:
@@ -21,10 +21,10 @@ def class_path_of(architecture: Architecture, model_type: str) -> str | None:
 
 
 def adapter_at(class_path: str) -> Architecture:
-    """The adapter that a plan names.
+    """Import and create the adapter that a plan names.
 
     Raises:
-        UserError: it cannot be imported, or is no adapter.
+        UserError: the class cannot be imported, or is not a subclass of `Architecture`.
     """
     try:
         found = resolve_name(class_path)
@@ -42,14 +42,14 @@ def adapter_at(class_path: str) -> Architecture:
 
 
 def check_adapter(architecture: Architecture | None) -> None:
-    """Refuse an adapter with settings of its own, which an export could not keep: it names the class alone.
+    """Refuse an adapter with instance attributes: an export records only the class, so they would be lost.
 
     Raises:
-        UserError: naming them.
+        UserError: the adapter has instance attributes. The message names them.
     """
     if architecture is not None and vars(architecture):
         raise UserError(
             f"`architecture` is a {type(architecture).__qualname__} with settings of its own, "
-            f"{', '.join(vars(architecture))}, and an export names the class alone. Make them class attributes, and a "
-            "subclass for other values."
+            f"{', '.join(vars(architecture))}, and an export records only the class. Make them class attributes, and "
+            "write a subclass for other values."
         )

@@ -1,4 +1,4 @@
-"""Where each model family keeps its blocks, and how a block makes keys and values. The only place that knows families.
+"""Adapters of model families: where a model keeps its blocks, and how a block projects keys and values.
 
 Shapes: B batch, T tokens, H hidden, K key/value heads, D head dimension, V vocabulary.
 """
@@ -19,31 +19,31 @@ RoPE = tuple[Tensor, Tensor]
 
 
 class Architecture(ABC):
-    """What the contract of one request needs to know about a model family.
+    """Adapter of one model family.
 
-    A new family is a subclass that names `kv_modules` and writes `keys_values`; the rest has the defaults of the
-    Llama line.
+    A new family is a subclass that sets `kv_modules` and implements `keys_values`. All other defaults fit models that
+    are built like Llama.
     """
 
     attention_name: ClassVar[str] = "self_attn"
     """Attribute of a block that holds its attention module."""
     kv_modules: ClassVar[tuple[str, ...]]
-    """Submodules of a block that a KV-only block needs, in the block's own naming."""
+    """Names of the submodules of a block that project keys and values. A KV-only block uses only these."""
     last_projection: ClassVar[str | None] = None
-    """Linear submodule of a block whose output, as it is, is added to the residual stream last; None where there is
-    none, or a norm or a factor comes behind it. Local fits end with its least-squares solution."""
+    """Name of the linear submodule whose output a block adds to the residual stream last and unchanged. None if there
+    is no such layer, or if a norm or a factor follows it. A local fit ends by solving it with least squares."""
     mask_by_kind: ClassVar[bool] = False
-    """Whether the model takes a dictionary of masks by `layer_types`."""
+    """Whether the model takes a dictionary of attention masks, one for each value in `layer_types`."""
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The list of decoder blocks the model loops over."""
+        """The list of decoder blocks that the model loops over."""
         blocks = model.base_model.get_submodule("layers")
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     @abstractmethod
     def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
-        """Project keys and values, and nothing else, from the hidden state that reaches a block.
+        """Project only keys and values from the hidden state that reaches a block.
 
         Args:
             block: the decoder block.
@@ -55,19 +55,19 @@ class Architecture(ABC):
         """
 
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
-        """The model's own head on final hidden states, [..., H] -> [..., V]."""
+        """Apply the model's head to final hidden states, [..., H] -> [..., V]."""
         head = model.get_output_embeddings()
         assert head is not None
         logits: Tensor = head(hidden)
         return logits
 
     def window(self, config: PreTrainedConfig, position: int) -> int | None:
-        """Sliding window of the block at `position` of this model, in tokens; None where it sees everything."""
+        """Sliding window of the block at `position` of this model, in tokens; None if the block sees every token."""
         kind = config.layer_types[position]
         return config.sliding_window if kind == "sliding_attention" else None
 
     def supports_sdpa(self, config: PreTrainedConfig) -> bool:
-        """Whether PyTorch's fused attention computes this model (not with soft-capped attention scores)."""
+        """Whether PyTorch's fused attention can compute this model. It cannot soft-cap attention scores."""
         return True
 
 
@@ -84,16 +84,16 @@ class LlamaLine(Architecture):
         return _rotate(self.head_norm(attention, keys).transpose(1, 2), rope), values.transpose(1, 2)
 
     def normed(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """What the projections read, [B, T, H]."""
+        """The input of the projections, [B, T, H]."""
         normed: Tensor = block.get_submodule("input_layernorm")(hidden)
         return normed
 
     def flat_norm(self, attention: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A norm over all heads of the keys at once, [B, T, K*D]."""
+        """Apply a norm over all key heads together, if the family has one; keys and values are [B, T, K*D]."""
         return keys, values
 
     def head_norm(self, attention: nn.Module, keys: Tensor) -> Tensor:
-        """A norm over each head of the keys, [B, T, K, D]."""
+        """Apply a norm to each key head, if the family has one; keys are [B, T, K, D]."""
         return keys
 
     def window(self, config: PreTrainedConfig, position: int) -> int | None:
@@ -117,7 +117,7 @@ class Mistral(LlamaLine):
 
 
 class Qwen2(LlamaLine):
-    """Qwen2: a window for the blocks that `layer_types` says."""
+    """Qwen2: `layer_types` says which blocks have a sliding window."""
 
     last_projection: ClassVar[str | None] = "mlp.down_proj"
     mask_by_kind = True
@@ -125,7 +125,7 @@ class Qwen2(LlamaLine):
 
 
 class Qwen3(Qwen2):
-    """Qwen3 and Gemma 3: as Qwen2, and each key head is normed."""
+    """Qwen3: as Qwen2, with a norm on each key head."""
 
     kv_modules = (*LlamaLine.kv_modules, "self_attn.k_norm")
 
@@ -140,7 +140,7 @@ def _softcapped(config: PreTrainedConfig, logits: Tensor) -> Tensor:
 
 
 class Gemma2(Qwen2):
-    """Gemma 2: windows by `layer_types`, a norm behind the MLP, soft-capped scores and logits."""
+    """Gemma 2: sliding windows by `layer_types`, a norm after the MLP, soft-capped attention scores and logits."""
 
     last_projection = None
 
@@ -152,7 +152,7 @@ class Gemma2(Qwen2):
 
 
 class Gemma3(Qwen3):
-    """Gemma 3 (text): normed key heads, else as Gemma 2."""
+    """Gemma 3 (text): as Gemma 2, with a norm on each key head."""
 
     last_projection = None
 
@@ -160,11 +160,11 @@ class Gemma3(Qwen3):
         return _softcapped(model.config, super().logits(model, hidden))
 
     def supports_sdpa(self, config: PreTrainedConfig) -> bool:
-        return config.attn_logit_softcapping is None  # else it would leave the cap out and say nothing
+        return config.attn_logit_softcapping is None  # sdpa would silently ignore the cap
 
 
 class Olmo2(LlamaLine):
-    """OLMo 2: no input norm but one behind attention and MLP, and one norm over all key heads."""
+    """OLMo 2: norms after attention and MLP instead of before them, and one norm over all key heads together."""
 
     kv_modules = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 
@@ -184,7 +184,7 @@ class Phi3(Mistral):
         attention = block.get_submodule("self_attn")
         size = _size(attention, "head_dim")
         width = _size(attention, "num_key_value_heads") * size
-        # The whole module, queries too: sharded weights are there only while a module runs.
+        # Run the whole module, queries included: sharded weights are gathered only while their module runs.
         fused = block.get_submodule("self_attn.qkv_proj")(self.normed(block, hidden))
         keys, values = fused[..., -2 * width :].split(width, dim=-1)
         keys, values = _by_head(keys, size), _by_head(values, size)
@@ -206,14 +206,14 @@ class GPTNeoX(LlamaLine):
 
 
 class Granite(LlamaLine):
-    """Granite: the Llama line with scaled logits and scaled additions to the residual stream."""
+    """Granite: as Llama, with scaled logits and scaled additions to the residual stream."""
 
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return super().logits(model, hidden) / model.config.logits_scaling
 
 
 class Starcoder2(Mistral):
-    """StarCoder 2: as Mistral, with other names in the MLP."""
+    """StarCoder 2: as Mistral, with another name for the last projection."""
 
     last_projection = "mlp.c_proj"
 
@@ -236,20 +236,20 @@ ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The adapter of a model family.
+    """The package's adapter for a model family.
 
     Raises:
-        UserError: no adapter; says what one must supply.
+        UserError: there is none. The message says what an adapter must supply.
     """
     check_model_type(config.model_type)
     return ARCHITECTURES[config.model_type]
 
 
 def check_model_type(model_type: str) -> None:
-    """Refuse a model family without an adapter.
+    """Refuse a model family for which the package has no adapter.
 
     Raises:
-        UserError: saying what one must supply.
+        UserError: there is none. The message says what an adapter must supply.
     """
     if model_type not in ARCHITECTURES:
         raise UserError(
@@ -263,13 +263,14 @@ def check_model_type(model_type: str) -> None:
 
 
 def _size(module: nn.Module, name: str) -> int:
-    """A number that an attention module keeps as an attribute."""
+    """An integer attribute of an attention module."""
     size = getattr(module, name)
     assert isinstance(size, int)
     return size
 
 
 def _by_head(x: Tensor, size: int) -> Tensor:
+    """Split the last dimension into heads: [..., heads * size] -> [..., heads, size]."""
     return x.view(*x.shape[:-1], -1, size)
 
 

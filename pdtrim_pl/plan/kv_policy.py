@@ -1,4 +1,4 @@
-"""The KV retention policy: which keys and values cross the wire, and how they are written. The only truth about it.
+"""The KV retention policy: which keys and values prefill sends to decode, and how they are encoded.
 
 Imports no torch, so another engine can apply a policy file with this module alone.
 """
@@ -21,7 +21,7 @@ from pdtrim_pl.plan.stages import Boundary
 
 POLICY_FORMAT = "pdtrim.kv_policy/2"
 FIRST_POLICY_FORMAT = "pdtrim.kv_policy/1"
-"""Knows no codecs; still read."""
+"""The first version has no codecs. This package still reads it."""
 POLICY_FILE = "kv_policy.json"
 BYTES_PER_ELEMENT: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 REPORTED_PROMPTS = (128, 1024, 8192)
@@ -44,7 +44,7 @@ class KVShape:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Key/value heads, head dimension, bytes of an element: what `Codec.row_bytes` counts with."""
+        """Key/value heads, head dimension and bytes of an element: arguments of `Codec.row_bytes`."""
         return self.num_key_value_heads, self.head_dim, BYTES_PER_ELEMENT[self.dtype]
 
     @property
@@ -73,7 +73,7 @@ class KVRetentionPolicy:
         return self.rules.get(block, KEEP_ALL)
 
     def check(self, plan: StagePlan) -> None:
-        """Refuse a policy that speaks of another plan.
+        """Refuse a policy that was made for another plan.
 
         Raises:
             UserError: a rule for a block outside D, or another boundary.
@@ -98,11 +98,14 @@ class KVRetentionPolicy:
         return sum(self.block_bytes(block, positions) for block in plan.decode)
 
     def block_bytes(self, block: int, positions: int) -> int:
-        """Bytes of one block's KV on the wire, for a prompt of which the prefill node handled `positions`."""
+        """Bytes of one block's KV on the wire, if the prefill node handled `positions` prompt positions."""
         return self.rule(block).bytes_sent(positions, *self.kv.sizes)
 
     def codecs(self, plan: StagePlan) -> dict[str, list[int]]:
-        """How blocks of D write what they send, in words -> those blocks; blocks without a codec are left out."""
+        """Description of each codec -> original indices of the blocks of D that use it, ascending.
+
+        Blocks without a codec are left out.
+        """
         found: dict[str, list[int]] = {}
         for block in plan.decode:
             if not self.rule(block).codec.is_none:
@@ -110,15 +113,15 @@ class KVRetentionPolicy:
         return dict(sorted(found.items()))
 
     def uncoded(self) -> KVRetentionPolicy:
-        """The same positions, written in the cache's own element type."""
+        """The same positions without codecs: keys and values are sent in the element type of the cache."""
         return replace(self, rules={block: rule.written_as(NO_CODEC) for block, rule in self.rules.items()})
 
     def full_bytes(self, plan: StagePlan, prompt_tokens: int) -> int:
-        """Bytes the unpruned model would send for the same positions."""
+        """Bytes that the unpruned model sends for a prompt of `prompt_tokens` tokens."""
         return self.kv.bytes_per_position * plan.model.num_blocks * handled_positions(prompt_tokens, plan.boundary)
 
     def reduction(self, plan: StagePlan, prompts: Sequence[int] = REPORTED_PROMPTS) -> list[dict[str, Any]]:
-        """Rows of `kv_policy.json`'s `reduction`, one a prompt length."""
+        """The rows of `reduction` in `kv_policy.json`, one for each prompt length in `prompts`."""
         rows = []
         for tokens in prompts:
             full, sent = self.full_bytes(plan, tokens), self.sent_bytes(plan, tokens)
@@ -144,7 +147,7 @@ class KVRetentionPolicy:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KVRetentionPolicy:
-        """Read a `pdtrim.kv_policy/2` object, or one of version 1, which knows no codecs.
+        """Read a `pdtrim.kv_policy/2` object, or one of version 1 (without codecs).
 
         Raises:
             UserError: wrong format or version, missing keys, or a rule out of range.
@@ -163,7 +166,11 @@ class KVRetentionPolicy:
 
     @classmethod
     def load(cls, path: Path, plan: StagePlan | None = None) -> KVRetentionPolicy:
-        """Read a policy file and, where a plan is given, check that they fit."""
+        """Read a policy file. With `plan`, also check that the policy fits it.
+
+        Raises:
+            UserError: the file is missing, malformed or for another plan. The message names the file.
+        """
         data = read_json(path, "KV policy")
         try:
             policy = cls.from_json(data)
@@ -175,5 +182,5 @@ class KVRetentionPolicy:
 
 
 def handled_positions(prompt_tokens: int, boundary: Boundary) -> int:
-    """Prompt positions the prefill node handles: the last one is decode's under `boundary: decode`."""
+    """Number of prompt positions that prefill handles. Under `boundary: decode`, decode handles the last one."""
     return prompt_tokens if boundary == "prefill" else max(prompt_tokens - 1, 0)

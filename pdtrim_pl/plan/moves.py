@@ -1,4 +1,4 @@
-"""What a search exchanges: a drop of one block, or a merge of a run of neighbours into one. Imports no torch."""
+"""A move of the search: drop one block, or merge a run of neighbouring blocks into one. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Move:
 
     target: Target
     run: tuple[int, ...]
-    """Original indices: the block that is dropped, or the neighbours that are merged, rising."""
+    """Original indices, ascending: the block that is dropped, or the neighbours that are merged."""
     into: int | None = None
-    """The block that stands for the run; None for a drop."""
+    """The block of the run that stays and replaces it; None for a drop."""
 
     def __post_init__(self) -> None:
         assert (len(self.run) == 1) if self.into is None else (len(self.run) > 1 and self.into in self.run)
 
     @property
     def removed(self) -> int:
-        """How many blocks fewer the target has."""
+        """Number of blocks that the target loses."""
         return len(self.run) - (self.into is not None)
 
     def apply(

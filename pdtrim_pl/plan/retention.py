@@ -1,4 +1,4 @@
-"""What one block sends of a prompt: which positions, and how they are written. Imports no torch."""
+"""The retention rule of one block: which prompt positions it sends, and how they are encoded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Keep = Literal["all", "first_last"]
 
 @dataclass(frozen=True, eq=False)
 class Retention:
-    """What one block sends: every prompt position, or the first and the last ones, under a codec.
+    """What one block sends: every prompt position, or the first and the last ones, encoded with a codec.
 
-    `first` and `last` count tokens when they are integers and are shares of the prompt, rounded up, when they are
-    floats in (0, 1]. A share is read as the decimal it is written as, so 0.07 of 100 tokens is 7.
+    Integers in `first` and `last` are numbers of tokens. Floats in (0, 1] are shares of the prompt, rounded up. A share
+    is taken as its decimal digits, without binary rounding error: 0.07 of 100 tokens is 7, not 8.
 
     Raises:
-        UserError: a count or share out of range, or a rule that could keep nothing.
+        UserError: a count or share out of range, or a rule that keeps nothing.
     """
 
     keep: Keep = "all"
     first: int | float = 0
     last: int | float = 0
     codec: Codec = NO_CODEC
-    """How keys and values of these positions are written."""
+    """How keys and values of these positions are encoded."""
 
     def __post_init__(self) -> None:
         if self.keep not in get_args(Keep):
@@ -55,22 +55,22 @@ class Retention:
 
     @property
     def _parts(self) -> tuple[object, ...]:
-        """The count 1 and the share 1.0 are equal numbers and different rules."""
+        """Fields that equality compares. Types are among them: the count 1 and the share 1.0 are different rules."""
         return self.keep, type(self.first), self.first, type(self.last), self.last, self.codec
 
     def counts(self, positions: int) -> tuple[int, int]:
-        """How many of the first and of the last `positions` are sent; they never overlap."""
+        """Number of first and number of last positions that are sent, out of `positions`. They never overlap."""
         if self.keep == "all":
             return positions, 0
         first = min(_tokens(self.first, positions), positions)
         return first, min(_tokens(self.last, positions), positions - first)
 
     def kept(self, positions: int) -> int:
-        """How many of `positions` prompt positions are sent."""
+        """Number of positions that are sent, out of `positions`."""
         return sum(self.counts(positions))
 
     def to_json(self) -> dict[str, Any]:
-        """The rule's keys in `kv_policy.json`. A share of 1.0 is written as `all`, for JSON has one kind of number."""
+        """The rule's keys in `kv_policy.json`. A share of 1.0 becomes `all`: some JSON readers take 1.0 for a count."""
         codec = {} if self.codec.is_none else {"codec": self.codec.to_json()}
         if self.keep == "all" or 1.0 in [v for v in (self.first, self.last) if isinstance(v, float)]:
             return {"keep": "all", **codec}
@@ -78,7 +78,7 @@ class Retention:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Retention:
-        """Read the keys of a rule; other keys are not looked at.
+        """Read the keys of a rule and ignore other keys.
 
         Raises:
             UserError: a value out of range.
@@ -89,15 +89,15 @@ class Retention:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every position crosses in the cache's own element type."""
+        """Whether every position is sent, in the element type of the cache."""
         return self.keep == "all" and self.codec.is_none
 
     def bytes_sent(self, positions: int, heads: int, width: int, element_bytes: int) -> int:
-        """Bytes of one row of which the prefill node handled `positions`; other arguments as of `Codec.row_bytes`."""
+        """Bytes sent of one row, if prefill handled `positions` of it; other arguments as of `Codec.row_bytes`."""
         return self.codec.row_bytes(self.kept(positions), heads, width, element_bytes)
 
     def written_as(self, codec: Codec) -> Retention:
-        """The same positions under another codec."""
+        """The same positions, encoded with another codec."""
         return replace(self, codec=codec)
 
 

@@ -1,7 +1,7 @@
-"""The stage plan: which blocks each inference stage runs. The only truth about structure.
+"""The stage plan: which blocks each inference stage runs.
 
 Imports no torch, so command-line tools and other engines read a plan in milliseconds.
-Blocks are always named by their index in the original model, from 0.
+A block is always named by its index in the original model, from 0.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class StagePlan:
-    """P and D of the method: the blocks the prefill and the decode stage run, each in original order.
+    """The blocks that each stage runs, in original order: P in `prefill`, D in `decode`.
 
     Raises:
-        UserError: naming every fault at once, if the plan is not one the contract can run.
+        UserError: the contract cannot run this plan. The message names every fault.
     """
 
     model: ModelRef
@@ -37,10 +37,11 @@ class StagePlan:
     relation: Relation = "nested"
     boundary: Boundary = "prefill"
     merged: Mapping[Stage, Mapping[int, tuple[int, ...]]] = field(default_factory=lambda: _EMPTY)
-    """Per stage: the block that stands for a run of original blocks, and that run."""
+    """Per stage: merged block -> the run of original blocks that it replaces, itself included."""
     untied: Mapping[Stage, tuple[int, ...]] = field(default_factory=lambda: _EMPTY)
-    """Per stage: blocks that hold weights of their own there instead of the shared ones."""
+    """Per stage: blocks for which the stage has weights of its own instead of the shared ones."""
     history: tuple[Removal, ...] = ()
+    """Every removal that led to this plan, in order."""
 
     def __post_init__(self) -> None:
         blocks: dict[Stage, tuple[int, ...]] = {"prefill": self.prefill, "decode": self.decode}
@@ -53,7 +54,7 @@ class StagePlan:
         object.__setattr__(self, "untied", MappingProxyType(untied))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Read-only mappings cannot be pickled; without this no model that holds a plan could be copied or spawned.
+        # Read-only mappings cannot be pickled, and a model that holds a plan must be copied and sent to processes.
         merged = {stage: dict(runs) for stage, runs in self.merged.items()}
         shared = (self.model, self.prefill, self.decode, self.relation, self.boundary)
         return StagePlan, (*shared, merged, dict(self.untied), self.history)
@@ -65,25 +66,25 @@ class StagePlan:
         return cls(model, every, every, relation, boundary)
 
     def blocks(self, stage: Stage) -> tuple[int, ...]:
-        """Original indices of the blocks `stage` runs, in order."""
+        """Original indices of the blocks that `stage` runs, in order."""
         return self.prefill if stage == "prefill" else self.decode
 
     def removed(self, stage: Stage) -> tuple[int, ...]:
-        """Original indices of the blocks that left `stage`, in order."""
+        """Original indices of the blocks that `stage` no longer runs, in order."""
         kept = set(self.blocks(stage))
         return tuple(block for block in range(self.model.num_blocks) if block not in kept)
 
     @property
     def kv_only(self) -> tuple[int, ...]:
-        """Blocks of D that prefill does not run but projects keys and values for."""
+        """Blocks of D that prefill does not run: it only projects their keys and values."""
         kept = set(self.prefill)
         return tuple(block for block in self.decode if block not in kept)
 
     def candidates(self, target: Target, protect_first: int = 1, protect_last: int = 1) -> tuple[int, ...]:
         """Blocks that may still be dropped from `target` without breaking the relation or a guard.
 
-        Under `nested` a prefill drop takes a block that decode has already lost while one is left, so that the
-        number of decode blocks stays what its own schedule says; when none is left, a block leaves both stages.
+        Under `nested`, the candidates of prefill are the blocks that decode has already dropped: so prefill drops do
+        not change the number of decode blocks. If there is no such block, any block may go, and it leaves both stages.
         """
         free = self.drop_candidates(target, protect_first, protect_last)
         if self.relation == "nested" and target == "prefill":
@@ -91,7 +92,7 @@ class StagePlan:
         return free
 
     def drop_candidates(self, target: Target, protect_first: int = 1, protect_last: int = 1) -> tuple[int, ...]:
-        """Every block that `drop` accepts for `target` and the guards allow."""
+        """Every block that `drop` accepts for `target` and that the guards allow."""
         self._check_target(target)
         last = self.model.num_blocks - protect_last
         free = (block for block in range(protect_first, last) if block in self._stage_set(target))
@@ -100,12 +101,13 @@ class StagePlan:
     def drop(
         self, target: Target, block: int, *, round: int = 0, criterion: str = "manual", score: float | None = None
     ) -> StagePlan:
-        """A new plan without `block` in the stage(s) that `target` and the relation name.
+        """A new plan without `block` in `target`.
 
-        Under `nested` and `unified`, what prefill drops, decode drops too.
+        Under `nested` and `unified`, decode also drops every block that prefill drops. `stages_losing` tells which
+        stages lose the block.
 
         Raises:
-            UserError: unknown stage, a block that is not there, or a stage left without blocks.
+            UserError: an unknown stage, a block that the stage does not run, or a stage left without blocks.
         """
         self._check_target(target)
         if block not in self._stage_set(target):
@@ -135,22 +137,22 @@ class StagePlan:
         self, target: Target, run: Iterable[int], into: int, *, untied: bool = True, round: int = 0,
         criterion: str = "manual", score: float | None = None,
     ) -> StagePlan:  # fmt: skip
-        """A new plan in which block `into` stands for the neighbouring blocks `run`.
+        """A new plan in which block `into` replaces the neighbouring blocks `run`.
 
-        The merge is made in the stages that a drop of the absorbed blocks would take them out of, so under `nested` a
-        prefill merge of blocks that decode still runs is made in both.
+        A merge changes the same stages as a drop of the absorbed blocks: under `nested`, a prefill merge of blocks that
+        decode still runs changes both stages.
 
         Args:
             target: the stage(s) whose blocks are merged.
             run: original indices of neighbours in those stages, `into` among them.
             into: the block that stays, at its own index.
             untied: give the merged block weights of its own in each of those stages.
-            round: of the history.
-            criterion: of the history.
-            score: of the history.
+            round: round number, for the history.
+            criterion: name of the criterion, for the history.
+            score: score of the criterion, for the history.
 
         Raises:
-            UserError: blocks that are not neighbours in each of those stages.
+            UserError: the blocks are not neighbours in each of those stages.
         """
         members = tuple(sorted(set(run)))
         absorbed = [block for block in members if block != into]
@@ -177,7 +179,7 @@ class StagePlan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as the `pdtrim.stage_plan/1` object. Optional keys are written only where they say something."""
+        """The plan as the `pdtrim.stage_plan/1` object. Empty optional keys are left out."""
         out: dict[str, Any] = {
             "format": PLAN_FORMAT,
             "model": {name: value for name, value in vars(self.model).items() if value is not None},
@@ -226,7 +228,11 @@ class StagePlan:
 
     @classmethod
     def load(cls, path: Path) -> StagePlan:
-        """Read a plan file; a ValueError names the file."""
+        """Read a plan file.
+
+        Raises:
+            UserError: the file is missing, malformed or holds an invalid plan. The message names the file.
+        """
         data = read_json(path, "stage plan")
         try:
             return cls.from_json(data)
@@ -234,12 +240,13 @@ class StagePlan:
             raise UserError(f"{path}: {error}") from error
 
     def _stage_set(self, target: Target) -> tuple[int, ...]:
+        """Blocks that can be dropped from `target`: for `both`, the blocks that both stages run."""
         if target == "both":
             return tuple(block for block in self.prefill if block in self.decode)
         return self.blocks(target)
 
     def stages_losing(self, target: Target, block: int) -> tuple[Stage, ...]:
-        """The stages that a drop of `block` from `target` takes it out of."""
+        """The stages that lose `block` when it is dropped from `target` under this relation."""
         if target == "both" or self.relation == "unified":
             return STAGES
         if self.relation == "nested" and target == "prefill" and block in self.decode:
@@ -262,5 +269,5 @@ class StagePlan:
 
 def _block(key: str) -> int:
     if not key.isdecimal():
-        raise UserError(f"`merged` has the key {key!r}, which is no block number.")
+        raise UserError(f"`merged` has the key {key!r}, which is not a block number.")
     return int(key)

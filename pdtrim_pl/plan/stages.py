@@ -1,4 +1,4 @@
-"""The words of a plan: stages, relations, boundaries, and the model and removals it names. Imports no torch."""
+"""The types that a plan is made of: stages, relations, boundaries, removals, model reference. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Action = Literal["drop", "merge"]
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 ONLY_TARGET: Mapping[Relation, Target] = MappingProxyType({"unified": "both", "prefill_only": "prefill"})
-"""The relations under which blocks can leave one target alone."""
+"""Relations that allow only one target of removals -> that target."""
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """The original model a plan speaks of."""
+    """The original model that a plan is for."""
 
     name_or_path: str
-    """Hub id, path or embedded name it was loaded from."""
+    """Hub id, path or embedded name that the model was loaded from."""
     model_type: str
-    """transformers' `config.model_type`."""
+    """`config.model_type` of transformers."""
     num_blocks: int
     """Number of decoder blocks of the original model."""
     architecture: str | None = None
-    """Class path of the adapter of its family, where it is not the package's own."""
+    """Class path of the adapter of the model's family; None for an adapter of this package."""
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ class Removal:
     criterion: str
     """Name of the criterion that chose it."""
     score: float | None
-    """The criterion's score, lower is less harm; None where nothing was scored."""
+    """Score of the criterion: lower means less harm. None if nothing was scored."""

@@ -1,4 +1,4 @@
-"""Whether a plan can be run. Imports no torch."""
+"""Check whether the contract can run a plan. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def plan_faults(
     num_blocks: int, blocks: Mapping[Stage, tuple[int, ...]], relation: Relation, boundary: Boundary, merged: Merged,
     untied: Untied,
 ) -> list[str]:  # fmt: skip
-    """Everything that is wrong with a plan of these parts; empty where it can be run. See `StagePlan`."""
+    """All faults of a plan with these parts; empty if the contract can run it. The parts are fields of `StagePlan`."""
     faults = []
     if relation not in get_args(Relation):
         faults.append(f"`relation` is {relation!r}, not one of {', '.join(get_args(Relation))}")

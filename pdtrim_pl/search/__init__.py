@@ -1,4 +1,4 @@
-"""Which removals: candidates, guards, greedy and one-shot choice, annealing within a round and over both stages."""
+"""Search for the blocks to remove: one-shot or greedy first, then simulated annealing, for one round or both stages."""
 
 from pdtrim_pl.search.annealing import Annealing, anneal
 from pdtrim_pl.search.choose import choose_drops

@@ -1,4 +1,4 @@
-"""Simulated annealing: exchange one removal for another, accept by energy, keep the best."""
+"""Simulated annealing: exchange one removal for another, accept the exchange by its energy, keep the best state."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from pdtrim_pl.search.space import Space, State
 
 @dataclass(frozen=True)
 class Annealing:
-    """Budget and cooling of a search that starts from a round's greedy choice.
+    """Budget and cooling of an annealing that starts from the greedy state.
 
-    A move exchanges one removal for another candidate and is accepted with probability exp(-dE / T), where E is the
-    mean KL to the teacher. The random draw is made before the evaluation, which is given up once it is certain to be
-    refused.
+    A move exchanges one removal for another candidate. It is accepted with probability exp(-dE / T), where E is the
+    mean KL to the teacher. The random number is drawn before the evaluation. So an evaluation stops as soon as the move
+    is certain to be refused.
     """
 
     evaluations: int = 200
-    """States looked at, known ones included, so that a continued search ends where an uninterrupted one does."""
+    """Number of states to evaluate. States whose energy is already known count too, so that a resumed search ends in
+    the same state as an uninterrupted one."""
     seconds: float | None = None
-    """Stop descent and annealing after so many seconds together, the greedy choice not counted; None sets no limit.
-    With a limit, two runs may end in different states."""
+    """Time limit for descent and annealing together, without the greedy search; None for no limit. With a limit, two
+    runs may end in different states."""
     temperature: float = 0.05
-    """First temperature, as a share of the greedy state's energy."""
+    """Initial temperature, as a share of the greedy state's energy."""
     cooling: float = 0.98
     """Factor on the temperature after every move."""
     seed: int = 0
     descend: bool = True
-    """First take larger steps downhill, to where none helps: in a round, exchange each removal for the best other one;
-    in a joint search, choose one stage anew. They end by themselves, or by `seconds`, and count as no evaluations."""
+    """Begin with a descent that takes larger steps, until none of them lowers the energy. In a round, a step exchanges
+    one removal for the best other one. In a joint search, a step chooses all removals of one stage again. The steps do
+    not count as `evaluations`."""
 
     def __post_init__(self) -> None:
         if self.evaluations < 1 or self.temperature <= 0 or not 0 < self.cooling <= 1:
@@ -45,7 +47,11 @@ class Annealing:
 def anneal(
     space: Space[State], first: State, settings: Annealing, progress: Callable[[str], None] = lambda line: None
 ) -> tuple[State, float]:
-    """Search from `first`; returns the best state ever seen and its energy. The same seed gives the same result."""
+    """Search from `first` and return the best state seen, with its energy. The same seed gives the same result.
+
+    Raises:
+        UserError: the energy of `first` is not finite.
+    """
     draw, began = random.Random(settings.seed), time.monotonic()
 
     def over() -> bool:
@@ -86,6 +92,6 @@ def anneal(
 
 
 def _left(moves: int, seconds: float, settings: Annealing, elapsed: float) -> float:
-    """Seconds to the end, by the pace of the moves so far or by the limit."""
+    """Estimate of the seconds left, from the speed so far and the time limit."""
     left = seconds / moves * (settings.evaluations - moves)
     return left if settings.seconds is None else min(left, max(settings.seconds - elapsed, 0.0))

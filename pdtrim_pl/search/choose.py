@@ -1,4 +1,4 @@
-"""One round of drops: candidates, guards, a criterion's scores, and the new plan."""
+"""One round of drops: score the candidates with a criterion, respect the guards, and return the new plan."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def choose_drops(
     criterion: Criterion, context: ScoringContext, plan: StagePlan, target: Target, count: int, *,
     round: int = 0, guards: Guards | None = None,
 ) -> StagePlan:  # fmt: skip
-    """Drop the `count` blocks that hurt least from `target`; returns the new plan, its history holding the scores.
+    """Drop the `count` blocks of least harm from `target`. The history of the new plan contains their scores.
 
     Raises:
-        UserError: fewer than `count` blocks may go.
+        UserError: fewer than `count` blocks can be dropped, or a score is not finite.
     """
     guards = guards or Guards()
     chooser = _LeastScore(criterion, context, target, round)
@@ -42,7 +42,7 @@ def choose_drops(
 
 @dataclass(frozen=True)
 class _Dropped:
-    """A plan, and how many blocks this round has dropped to get there."""
+    """A plan, and the number of blocks that this round has dropped so far."""
 
     plan: StagePlan
     count: int = 0
@@ -50,7 +50,7 @@ class _Dropped:
 
 @dataclass(frozen=True)
 class _Drops:
-    """How plans lose block after block of a target, until `count` are gone."""
+    """The `Growth` of a round: plans lose one block of the target after another, until `count` are gone."""
 
     target: Target
     count: int
@@ -73,7 +73,7 @@ class _Drops:
 
 
 class _LeastScore:
-    """Chooses the block of least harm by a criterion, and writes its score into the plan's history."""
+    """The `Chooser` of a round: takes the block of least harm, and writes its score into the history of the plan."""
 
     def __init__(self, criterion: Criterion, context: ScoringContext, target: Target, round: int) -> None:
         self.criterion, self.context, self.target, self.round = criterion, context, target, round
@@ -99,7 +99,7 @@ class _LeastScore:
 
 
 def warn_if_deep(plan: StagePlan) -> None:
-    """Warn above one third of all blocks: beyond it block removal is known to break models."""
+    """Warn if more than one third of all blocks are gone: removing more is known to break models."""
     for stage in STAGES:
         gone = len(plan.removed(stage))
         if gone * 3 > plan.model.num_blocks:

@@ -1,4 +1,4 @@
-"""Greedy search: one choice after another, always the best one, until a goal is reached."""
+"""Greedy search: make the best choice at every step, until a goal is reached."""
 
 from __future__ import annotations
 
@@ -16,68 +16,68 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class Option(Generic[State]):
-    """One choice that a greedy search may make next."""
+    """One possible next choice of a greedy search."""
 
     choice: Hashable
-    """Names it, whatever was chosen before."""
+    """Identifies the choice, independent of the choices before it."""
     state: State
-    """What it leads to."""
+    """The state after this choice."""
     gain: float = 1.0
-    """What it brings nearer; the rise of energy is divided by it."""
+    """How much nearer to the goal this choice leads. `LeastRise` divides the rise of energy by it."""
 
 
 class Growth(Protocol[State]):
-    """How states grow, choice by choice, towards a goal."""
+    """Defines a greedy search: its goal, and the possible choices at every state."""
 
     def reached(self, state: State) -> bool:
-        """Whether the goal is reached."""
+        """Whether the state reaches the goal."""
 
     def options(self, state: State) -> Sequence[Option[State]]:
-        """What may be chosen next."""
+        """The possible next choices."""
 
     def step(self, state: State, progress: Progress) -> Progress:
-        """Called before a choice: says how far the search is, and returns what the choice itself reports to."""
+        """Called before every choice. Reports progress, and returns the function to which the choice reports."""
 
 
 class Chooser(Protocol[State]):
-    """Finds the best of some options by some measure."""
+    """Finds the best of some options."""
 
     def choose(
         self, state: State, options: Sequence[Option[State]], value: float, progress: Progress
     ) -> tuple[Option[State], float] | None:
-        """The best option and its value, lower is better; None where none is considered.
+        """The best option and its value; lower is better. None if no option is acceptable.
 
         Args:
-            state: where all options start from.
-            options: at least one.
-            value: of that state.
-            progress: told how many were looked at.
+            state: the state before the choice.
+            options: the options, at least one.
+            value: value of `state`.
+            progress: called with lines on the progress of the choice.
         """
 
 
 @dataclass(frozen=True)
 class Grown(Generic[State]):
-    """Where a greedy search ended."""
+    """Result of a greedy search."""
 
     state: State
     value: float
-    """Of the last choice."""
+    """Value of the last choice."""
     reached: bool
-    """Whether the goal is reached; if not, nothing more could be chosen."""
+    """Whether the goal is reached. If not, no choice was left."""
 
 
 def grow(
     growth: Growth[State], state: State, chooser: Chooser[State], value: float = 0.0,
     progress: Progress = lambda line: None,
 ) -> Grown[State]:  # fmt: skip
-    """Choose until the goal is reached or nothing more can be chosen.
+    """Make one choice after another, until the goal is reached or no choice is left.
 
     Args:
-        growth: what may be chosen, and the goal.
-        state: where to begin.
-        chooser: finds the best option of every step.
-        value: of the first state, for choosers that look at rises.
-        progress: told how far it is.
+        growth: the goal and the possible choices.
+        state: the first state.
+        chooser: finds the best option at every step.
+        value: value of the first state, for choosers that compare rises.
+        progress: called with lines on the progress of the search.
     """
     while not growth.reached(state):
         options = growth.options(state)
@@ -90,7 +90,7 @@ def grow(
 
 
 class LeastEnergy(Generic[State]):
-    """Chooses the option of least energy; looks at all of them, at each no longer than it may be the best."""
+    """Chooses the option of least energy. The evaluation of an option stops when it cannot be the best any more."""
 
     def __init__(self, space: Space[State]) -> None:
         self.space = space
@@ -105,16 +105,16 @@ class LeastEnergy(Generic[State]):
 
 
 class LeastRise(Generic[State]):
-    """Chooses the option of least rise of energy for its gain, and looks again only at those that may be it.
+    """Chooses the option with the least rise of energy per gain. Only promising options are evaluated again.
 
-    What an option cost at an earlier step is taken for the least that it costs now, as in Minoux's accelerated greedy
-    algorithm (1978). It need not be so, for removals help or hurt each other; the choice is then not the very best.
+    The rise of an option at an earlier step is taken as a lower bound of its rise now, as in the accelerated greedy
+    algorithm of Minoux (1978). The bound may be wrong, since removals interact. Then the choice may not be the best.
     """
 
     def __init__(self, space: Space[State]) -> None:
         self.space = space
         self.known: dict[Hashable, float] = {}
-        """Rise for its gain of every choice, when it was last looked at."""
+        """Choice -> rise of energy per gain at its last evaluation."""
 
     def choose(
         self, state: State, options: Sequence[Option[State]], value: float, progress: Progress

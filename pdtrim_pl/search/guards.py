@@ -1,4 +1,4 @@
-"""What no round of removals may do."""
+"""Guards: limits on the removals of every round."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pdtrim_pl.errors import UserError
 
 @dataclass(frozen=True)
 class Guards:
-    """Limits on every round."""
+    """Limits on the removals of every round."""
 
     protect_first: int = 1
-    """So many of the first blocks are never dropped."""
+    """Number of first blocks that are never removed."""
     protect_last: int = 1
-    """So many of the last blocks are never dropped."""
+    """Number of last blocks that are never removed."""
     max_removed: int | None = None
-    """At most so many blocks may be gone from a stage; None sets no cap."""
+    """Maximum number of removed blocks in a stage; None for no limit."""
 
     def __post_init__(self) -> None:
         if self.protect_first < 0 or self.protect_last < 0 or (self.max_removed is not None and self.max_removed < 0):

@@ -1,4 +1,4 @@
-"""One search over both stages and what crosses between them, against a target of costs. For `relation: free`."""
+"""A joint search over the blocks of both stages and the KV policy, to meet a cost target. For `relation: free`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pdtrim_pl.search.space import Space, after, fits
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 PolicyOf = Callable[[StagePlan], KVRetentionPolicy | None]
-"""The policy that a plan is searched with."""
+"""Returns the KV policy under which a plan is evaluated."""
 
 
 @dataclass(frozen=True)
 class JointState:
-    """Removals of both stages."""
+    """Removals in both stages."""
 
     removals: tuple[Move, ...] = ()
 
     def with_(self, move: Move) -> JointState:
-        """This state and one more removal."""
+        """This state with one more removal."""
         return JointState(tuple(sorted([*self.removals, move], key=_by_stage)))
 
     def without(self, move: Move) -> JointState:
@@ -40,23 +40,23 @@ class JointState:
 
 
 class JointSearch(Space[JointState]):
-    """Plans and policies that meet a target, at the least energy.
+    """Searches for a plan and a policy that meet a cost target with the least energy.
 
-    The policy follows from the plan: it takes the bytes that the wire may cost, at the least damage. So a removal in
-    decode leaves more bytes to the blocks that stay.
+    `policy_of` computes the policy of every plan. A removal in decode saves bytes on the wire, which the policy then
+    spends on the remaining blocks.
 
     Args:
-        evaluator: the energy.
+        evaluator: measures the energy.
         start: the plan before the search, of `relation: free`.
-        target: the most that prefill, decode and the wire may cost.
-        cost: from plan and policy to costs.
-        guards: blocks that no removal may touch, and a cap a stage.
-        policy_of: the policy of a plan; by default the student's, restricted to the plan.
-        merges: merges that may be chosen beside drops; none is made in both stages at once.
-        merging: how they were fitted.
+        target: maximum costs of prefill, decode and wire.
+        cost: computes the costs of a plan and a policy.
+        guards: limits on removals.
+        policy_of: computes the policy of a plan. By default every plan has the policy of the student.
+        merges: merges that may be chosen, besides drops. Each must be in one stage only.
+        merging: settings with which they were fitted.
 
     Raises:
-        UserError: the plan has another relation, or nothing that may be chosen reaches the target.
+        UserError: the plan has another relation.
     """
 
     def __init__(
@@ -88,18 +88,18 @@ class JointSearch(Space[JointState]):
         return Candidate(plan, self._policy(plan))
 
     def final(self, state: JointState, round: int, energy: float) -> Candidate:
-        """Plan and policy of the state that a search returned, the plan's history saying so."""
+        """Plan and policy of the state that a search returned. The history of the plan records round and energy."""
         plan = after(self.start, state.removals, self.merging, round=round, criterion="joint", score=energy)
         warn_if_deep(plan)
         return Candidate(plan, self._policy(plan))
 
     def excess(self, state: JointState) -> float:
-        """By how much the state costs too much; 0 where the target is met."""
+        """By how much the costs of the state exceed the target; 0 if it meets the target. See `CostTarget.excess`."""
         candidate = self.candidate(state)
         return self.target.excess(self.cost.shares(candidate.plan, candidate.policy))
 
     def greedy(self, progress: Progress = lambda line: None) -> tuple[JointState, float]:
-        """One removal after another, the least rise of energy for what it brings nearer to the target; see `LeastRise`.
+        """Greedy search: the next removal has the least rise of energy per reduction of the excess; see `LeastRise`.
 
         Raises:
             UserError: the target cannot be reached.
@@ -110,10 +110,10 @@ class JointSearch(Space[JointState]):
     def improved(
         self, state: JointState, progress: Progress = lambda line: None, over: Callable[[], bool] = lambda: False
     ) -> tuple[JointState, float]:
-        """Choose anew for prefill alone and for decode alone, in turns, for as long as it helps.
+        """Undo all removals in prefill and choose them again; then in decode; until nothing helps.
 
-        Exchanges of single removals do not get from a plan that drops the same blocks in both stages to one that does
-        not, for every KV-only block on the way costs prefill something.
+        Exchanges of single removals cannot replace this. If a plan drops the same blocks in both stages, each exchange
+        creates a KV-only block, which costs prefill time.
         """
         energy, idle = self.known_energy(state), 0
         for stage in cycle(STAGES):
@@ -127,7 +127,7 @@ class JointSearch(Space[JointState]):
         return state, energy
 
     def _grown(self, state: JointState, stages: Sequence[Stage], progress: Progress) -> JointState | None:
-        """A state that meets the target, by removals of some stages; None where they do not reach it."""
+        """Add removals in some stages until the state meets the target; None if it cannot be met."""
         grown = grow(_Nearer(self, stages), state, LeastRise(self), self.known_energy(state), progress)
         return self._without_needless(grown.state, random.Random(0)) if grown.reached else None
 
@@ -140,10 +140,12 @@ class JointSearch(Space[JointState]):
         return state
 
     def state_of(self, plan: StagePlan) -> JointState:
-        """The state whose plan drops what another plan of the same model lacks, to start a search from it.
+        """The state with the drops of another plan of the same model, as a start of a search.
+
+        Further choices are drawn at random if this state does not meet the target.
 
         Raises:
-            UserError: the plan merges blocks or keeps one that the start has lost, or the target cannot be reached.
+            UserError: `plan` merges blocks or keeps a block that `start` has lost, or the target cannot be reached.
         """
         state = JointState()
         for stage in STAGES:
@@ -155,7 +157,7 @@ class JointSearch(Space[JointState]):
         return self._reached(self._met(state, random.Random(0)))
 
     def neighbour(self, state: JointState, draw: random.Random) -> JointState | None:
-        """Exchange one removal for another of its stage, remove on until the target is met, undo what that spares."""
+        """Exchange one removal for another of its stage, add removals until the target is met, undo needless ones."""
         if not state.removals:
             return None
         out = draw.choice(state.removals)
@@ -167,7 +169,7 @@ class JointSearch(Space[JointState]):
         return state if met is None else self._without_needless(met, draw)
 
     def _met(self, state: JointState, draw: random.Random) -> JointState | None:
-        """A state that meets the target, by drawn removals; None where they lead nowhere."""
+        """Add random removals until the state meets the target; None if it cannot be met."""
         excess = self.excess(state)
         while excess > 0:
             options = self.nearer(state, excess)
@@ -178,13 +180,13 @@ class JointSearch(Space[JointState]):
         return state
 
     def nearer(self, state: JointState, excess: float, stages: Sequence[Stage] = STAGES) -> list[Option[JointState]]:
-        """The states with one removal more that are nearer to the target; the gain is how much nearer."""
+        """States with one more removal that are nearer to the target. Their gain is the reduction of the excess."""
         more = [(move, state.with_(move)) for move in self._open(state) if move.target in stages]
         options = [Option(move, other, excess - self.excess(other)) for move, other in more]
         return [option for option in options if option.gain > 0]
 
     def _open(self, state: JointState) -> list[Move]:
-        """What may be removed beside a state's removals."""
+        """Removals that may be added to a state."""
         plan = self.candidate(state).plan
         moves = [move for move in self.pool if fits(move, state.removals)]
         return [move for move in moves if move not in state.removals and self._keeps_enough(plan, move)]
@@ -196,7 +198,7 @@ class JointSearch(Space[JointState]):
         return left >= 1 and (cap is None or plan.model.num_blocks - left <= cap)
 
     def _without_needless(self, state: JointState, draw: random.Random) -> JointState:
-        """Undo removals, in a drawn order, without which the target is met too."""
+        """Undo, in random order, removals without which the target is still met."""
         for move in draw.sample(state.removals, len(state.removals)):
             spared = state.without(move)
             if self.excess(spared) == 0:
@@ -211,7 +213,7 @@ class JointSearch(Space[JointState]):
 
 @dataclass(frozen=True)
 class _Nearer:
-    """How a joint search's states grow towards its target, by removals of some stages alone."""
+    """The `Growth` of a joint search: removals in some stages lead towards its target."""
 
     search: JointSearch
     stages: Sequence[Stage]

@@ -1,4 +1,4 @@
-"""The distillation set: neighbours that one fitted block can stand for."""
+"""The distillation set: runs of neighbouring blocks that one fitted block can replace."""
 
 from __future__ import annotations
 
@@ -23,22 +23,25 @@ def distillation_set(
     context: ScoringContext, start: StagePlan, target: Target, settings: Merging, guards: Guards,
     batches: Sequence[Batch] | None = None,
 ) -> list[Move]:  # fmt: skip
-    """Fit every pair of neighbours of a target and offer those that reach the bar to the plans that name them.
+    """Fit one block to every pair of neighbours in a target, and offer those with a sufficient cosine to the student.
 
-    Asked for before the context's evaluator, whose journal then knows the fitted weights. The offers end when the
-    student's plan is applied.
+    Call this before `context.evaluator` is created: its journal is keyed by the offered weights too. The offers end
+    when a plan is applied to the student.
 
     Args:
-        context: student, teacher and calibration set; its student runs under `start`.
+        context: student, teacher and calibration set. The student runs under `start`.
         start: the plan whose neighbours may be merged.
         target: the stage(s) to merge in.
-        settings: of the fit.
-        guards: blocks that no merge may touch.
-        batches: text to fit on, the same on every rank; the calibration set by default, on which merges then look
-            better than they are.
+        settings: settings of the fits.
+        guards: blocks that no merge may include.
+        batches: text to fit on, the same on every rank. By default this is the calibration set; energies measured on it
+            are then too low.
 
     Returns:
-        The merges that may be chosen, in order of their blocks.
+        The merges that a search may choose, in the order of their blocks.
+
+    Raises:
+        UserError: see `fit_runs`.
     """
     pairs = neighbours(start, target, settings, guards)
     accepted = _accepted(_fitted(context, target, pairs, settings, batches or context.batches))
@@ -51,22 +54,24 @@ def replace_span(
     context: ScoringContext, start: StagePlan, count: int, settings: Merging, guards: Guards, batches: Sequence[Batch],
     screening_steps: int, trailing_blocks: int = 0,
 ) -> StagePlan:  # fmt: skip
-    """Let one block stand for `count + 1` neighbours in both stages: those where, after a brief fit, least KL is left.
+    """Replace `count + 1` neighbouring blocks (a span) of both stages by one fitted block.
 
-    Asked for as `distillation_set` is. What was fitted is on offer to the plan that is returned.
+    Screening: one block is fitted briefly to every span, and the span with the least KL is chosen. A long fit follows
+    for this span. The fitted weights are offered to the student, and the returned plan uses them. Call this before
+    `context.evaluator` is created, as with `distillation_set`.
 
     Args:
-        context: student, teacher and calibration set; its student runs under `start`.
-        start: the plan before.
-        count: blocks to remove.
-        settings: of the fit of the block that stays.
-        guards: blocks that no merge may touch.
+        context: student, teacher and calibration set. The student runs under `start`.
+        start: the plan before the merge.
+        count: number of blocks to remove.
+        settings: settings of the long fit.
+        guards: blocks that no merge may include.
         batches: text to fit on, the same on every rank.
-        screening_steps: optimizer steps of the brief fits, one for every span.
-        trailing_blocks: so many blocks behind the span learn with it; see `fit_runs`.
+        screening_steps: optimizer steps of each brief fit.
+        trailing_blocks: number of blocks after the span that learn with it; see `fit_runs`.
 
     Raises:
-        UserError: no neighbours to merge, or a fit that does not reach `min_cosine`.
+        UserError: there are no neighbours to merge, or the long fit does not reach `min_cosine`.
     """
     spans = neighbours(start, "both", settings, guards, count + 1)
     if not spans:
@@ -88,7 +93,7 @@ def replace_span(
 
 
 def least_kl(context: ScoringContext, start: StagePlan, fitted: Sequence[FittedRun]) -> tuple[int, float]:
-    """The index of the merge that leaves the least KL to the teacher on the calibration set, and that KL, nats."""
+    """The index of the merge with the least KL to the teacher on the calibration set, and this KL in nats."""
     context.student.offer(fitted)
     with torch.no_grad():
         found = context.evaluator.best([Candidate(run.move.apply(start, untied=False)) for run in fitted])
@@ -99,7 +104,7 @@ def least_kl(context: ScoringContext, start: StagePlan, fitted: Sequence[FittedR
 def neighbours(
     plan: StagePlan, target: Target, settings: Merging, guards: Guards, length: int = 2
 ) -> list[tuple[int, ...]]:
-    """Runs of so many blocks next to each other in a target that may be merged there, into any of them."""
+    """Runs of `length` neighbouring blocks of a target that may be merged there, into any block of the run."""
     allowed = set(plan.candidates(target, guards.protect_first, guards.protect_last))
     blocks = plan.blocks("decode" if target == "decode" else "prefill")
     runs = [blocks[first : first + length] for first in range(len(blocks) - length + 1)]
@@ -111,7 +116,7 @@ def _fitted(
     context: ScoringContext, target: Target, runs: Sequence[tuple[int, ...]], settings: Merging,
     batches: Sequence[Batch], trailing_blocks: int = 0,
 ) -> list[FittedRun]:  # fmt: skip
-    """Every run's fit on every rank; the ranks share the runs."""
+    """Fit all runs, split among the ranks. Every rank gets all results."""
     ranks = context.ranks
 
     def fit_share() -> list[FittedRun]:

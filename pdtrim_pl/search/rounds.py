@@ -1,4 +1,4 @@
-"""The states of one round: so many removals, drops or merges, from one target."""
+"""The search of one round: a state is a number of removals (drops or merges) from one target."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.space import Space, after, fits
 
 Removals = tuple[Move, ...]
-"""The removals of one round, in a fixed order."""
+"""The removals of one round, in the order of `order`."""
 
 
 class RoundSearch(Space[Removals]):
-    """Plans made from a round's first plan by `count` removals.
+    """Searches for the best `count` removals from the plan before a round.
 
     Args:
-        evaluator: the energy.
+        evaluator: measures the energy.
         start: the plan before the round.
         target: the stage(s) that lose blocks.
-        count: removals of the round.
-        guards: blocks that no drop may touch, and a cap.
-        merges: the distillation set: merges that may be chosen beside drops.
-        merging: how they were fitted.
+        count: number of removals of the round.
+        guards: limits on removals.
+        merges: merges that may be chosen, besides drops (the distillation set).
+        merging: settings with which they were fitted.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RoundSearch(Space[Removals]):
         return self.evaluator.candidate(after(self.start, state, self.merging))
 
     def final(self, state: Removals, round: int, criterion: str, energy: float | None) -> StagePlan:
-        """The plan of the state that a search returned, its history saying so."""
+        """The plan of the state that a search returned. Its history records round, criterion and energy."""
         plan = after(self.start, state, self.merging, round=round, criterion=criterion, score=energy)
         warn_if_deep(plan)
         return plan
@@ -62,37 +62,37 @@ class RoundSearch(Space[Removals]):
             others = self._exchanges(state, out)
             if others:
                 return draw.choice(others)
-            left.remove(out)  # the guards or the relation let nothing else go in its place
+            left.remove(out)  # the guards or the relation allow no other removal in its place
         return None
 
     def improved(
         self, state: Removals, progress: Progress = lambda line: None, over: Callable[[], bool] = lambda: False
     ) -> tuple[Removals, float]:
-        """Exchange one removal for the best other one, in turns, until no single exchange helps or the time is over."""
+        """Exchange each removal in turn for the best other one, until no exchange lowers the energy or time is over."""
         energy, turn, idle = self.known_energy(state), 0, 0
         while idle < len(state) and not over():
             out = state[turn % len(state)]
             progress(f"exchanging {turn + 1}: energy {energy:.4f}, {idle} of {len(state)} removals stay")
             self.rebase(tuple(move for move in state if move != out))
-            # The state itself runs too: its energy is known, so others are evaluated no further than to exceed it.
+            # The present state competes too. Its energy is known, so the others stop as soon as they exceed it.
             options = [state, *self._exchanges(state, out)]
             chosen, energy = self.best(options)
             turn, idle, state = turn + 1, 0 if chosen else idle + 1, options[chosen]
         return state, energy
 
     def _exchanges(self, state: Removals, out: Move) -> list[Removals]:
-        """The states with another removal in place of this one."""
+        """The states with another removal in place of `out`."""
         rest = [move for move in state if move != out]
         left = [move for move in self.pool if move not in state and fits(move, rest)]
         others = [tuple(sorted([*rest, move], key=order)) for move in left]
         return [other for other in others if self._allowed(other)]
 
     def greedy(self, lazy: bool = False, progress: Progress = lambda line: None) -> tuple[Removals, float]:
-        """One removal after another, each the one of least energy.
+        """Greedy search: the next removal is the one with the least energy.
 
         Args:
-            lazy: look again only at candidates that were good before; see `LeastRise`.
-            progress: told how far it is.
+            lazy: evaluate only candidates again that were good before; see `LeastRise`.
+            progress: called with lines on the progress of the search.
 
         Raises:
             UserError: fewer removals are possible than the round asks for.
@@ -113,7 +113,7 @@ class RoundSearch(Space[Removals]):
         return len(state) == self.count
 
     def options(self, state: Removals) -> list[Option[Removals]]:
-        """The states with one removal more that the guards allow."""
+        """The states with one more removal that the guards allow."""
         options = [Option(m, tuple(sorted([*state, m], key=order))) for m in self.pool if fits(m, state)]
         return [option for option in options if self._allowed(option.state)]
 
@@ -126,7 +126,7 @@ class RoundSearch(Space[Removals]):
         return tuple(sorted((Move(self.target, (block,)) for block in blocks), key=order))
 
     def _allowed(self, state: Removals) -> bool:
-        """Whether every stage keeps a block and loses no more than the guards let it."""
+        """Whether every stage keeps at least one block and loses no more than `max_removed`."""
         gone = [block for move in state for block in move.run if block != move.into]
         cap, blocks = self.guards.max_removed, self.start.model.num_blocks
         for stage in STAGES:
@@ -142,5 +142,5 @@ def _step(progress: Progress, step: int, steps: int, line: str) -> None:
 
 
 def order(move: Move) -> tuple[tuple[int, ...], int]:
-    """The order in which a state holds its moves."""
+    """Sort key of the moves of a state."""
     return move.run, -1 if move.into is None else move.into

@@ -1,4 +1,4 @@
-"""What a search walks through: states, their plans and energies, and how one state becomes another."""
+"""The base class of searches: states, their plans and energies, and the steps from one state to another."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from pdtrim_pl.plan import Move, StagePlan
 
 State = TypeVar("State")
 NOT_FINITE = (
-    "The KL to the teacher on the calibration set is not finite, of the plan that a search starts from or of all that "
-    "it may choose. Check the model's weights, and use bfloat16 or float32 if they are float16."
+    "The KL to the teacher on the calibration set is not finite, for the first plan of a search or for all candidates. "
+    "Check the model's weights, and use bfloat16 or float32 if they are float16."
 )
 
 
 class Space(ABC, Generic[State]):
-    """States around one starting plan. A subclass says what a state is."""
+    """The states that a search can reach from one plan. A subclass defines what a state is."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
 
     @abstractmethod
     def candidate(self, state: State) -> Candidate:
-        """Plan and policy of a state."""
+        """The plan and the policy of a state."""
 
     @abstractmethod
     def neighbour(self, state: State, draw: random.Random) -> State | None:
-        """A state that differs from this one by an exchange; None where there is nothing to exchange."""
+        """A random state that differs from this one by an exchange; None if no exchange is possible."""
 
     @abstractmethod
     def improved(
         self, state: State, progress: Progress = lambda line: None, over: Callable[[], bool] = lambda: False
     ) -> tuple[State, float]:
-        """A state that the space's own larger steps lead to from this one, and its energy; no worse than this one.
+        """Descend from a state by larger steps than `neighbour`. Returns a state that is no worse, and its energy.
 
         Args:
-            state: where to begin.
-            progress: told how far it is.
-            over: asked before a step whether to take it no more.
+            state: the first state.
+            progress: called with lines on the progress of the search.
+            over: called between steps; True ends the descent.
         """
 
     def energy(self, state: State, limit: float = inf) -> float | None:
-        """The state's energy, nats, if it is below `limit`, else None."""
+        """The energy of a state in nats, if it is below `limit`; else None."""
         candidate = self.candidate(state)
         return self.evaluator.energy_below(candidate.plan, limit, candidate.policy)
 
     def known_energy(self, state: State) -> float:
-        """The state's energy, nats.
+        """The energy of a state in nats.
 
         Raises:
-            UserError: it is not finite.
+            UserError: the energy is not finite.
         """
         energy = self.energy(state)
         if energy is None:
@@ -65,12 +65,16 @@ class Space(ABC, Generic[State]):
         return energy
 
     def rebase(self, state: State) -> None:
-        """Make this state the one whose neighbours are cheap."""
+        """Make this state the base of the evaluator: states that differ little from it are then cheap to evaluate."""
         candidate = self.candidate(state)
         self.evaluator.rebase(candidate.plan, candidate.policy)
 
     def best(self, states: list[State], progress: Progress = lambda line: None) -> tuple[int, float]:
-        """The index of the best of some states, and its energy."""
+        """The index of the best of some states, and its energy in nats.
+
+        Raises:
+            UserError: no state has a finite energy.
+        """
         index, energy = self.evaluator.best(
             [self.candidate(state) for state in states],
             progress=lambda done: progress(f"{len(states)} candidates, {done} batches evaluated"),
@@ -84,10 +88,10 @@ def after(plan: StagePlan, moves: Sequence[Move], merging: Merging, **facts: Any
     """The plan after some removals.
 
     Args:
-        plan: the plan before.
-        moves: removals that fit each other. Merges are made first, for they need their neighbours to be there.
-        merging: says which merged blocks get weights of their own.
-        **facts: of the history, as of `StagePlan.drop`.
+        plan: the plan before the removals.
+        moves: removals that do not overlap. Merges are applied first, while their blocks are still neighbours.
+        merging: decides which merged blocks get weights of their own.
+        **facts: facts for the history, as in `StagePlan.drop`.
     """
     for move in sorted(moves, key=lambda move: move.into is None):
         plan = move.apply(plan, **facts) if move.into is None else merging.apply(plan, move, **facts)
@@ -95,7 +99,7 @@ def after(plan: StagePlan, moves: Sequence[Move], merging: Merging, **facts: Any
 
 
 def fits(move: Move, others: Iterable[Move]) -> bool:
-    """Whether a move can be made beside others: in no stage is a block part of two removals."""
+    """Whether a move overlaps with none of the others: in each stage, a block is part of at most one removal."""
     return not any(_meets(move, other) and set(move.run) & set(other.run) for other in others)
 
 

@@ -1,8 +1,8 @@
-"""Which positions each block sends and in how many bits, for a number of bytes: the least damage.
+"""Allocation of bytes: choose positions and bits of each block, for the least damage within a number of bytes.
 
-A *side* is the keys or the values of one block. Damages of the two coarsest forms are measured side by side, under the
-contract. Those of finer forms follow from them, because rounding noise falls by four with every bit, and the KL with
-it. A block may also send its first and last positions alone; that damage is measured too.
+A *side* is the keys or the values of one block. The damage of the two coarsest forms is measured for each side, under
+the contract. The damage of finer forms is extrapolated: with every bit, rounding noise and KL fall by a factor of four.
+A block may also send only its first and last positions; that damage is measured too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Side = Literal["keys", "values"]
 SIDES: tuple[Side, ...] = ("keys", "values")
 Choice = Mapping[int, Retention]
 NOISE_BITS: Mapping[Form, float] = {"none": 16.0, "fp8": 5.0, "int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0}
-"""Bits of an integer form that rounds as coarsely; e4m3 keeps three bits of a number, whatever its size."""
+"""Bits of the integer form with the same rounding noise. e4m3 keeps three bits of mantissa at every magnitude."""
 MEASURED = 2
-"""Forms of a side that are measured, the coarsest ones."""
+"""Number of forms that are measured for each side: the coarsest ones."""
 TRIMMED_BITS = 4
-"""A trimmed block sends so few positions that bits are better saved elsewhere."""
+"""Bits of a trimmed block. It sends few positions, so its bits cost few bytes."""
 SINKS = 1
-"""First positions that cross as they are: in 3 bits this more than halves the KL for 1 % of the bytes."""
+"""Number of first positions that are not rounded. With 3 bits, one more than halves the KL for 1 % more bytes."""
 STEPS = 60
-"""Halvings of the interval of prices."""
+"""Number of bisection steps on the price of a byte."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Offer:
     size: int
     """Bytes of one request."""
     damage: float
-    """Predicted rise of the KL, nats."""
+    """Predicted increase of the KL, nats."""
 
 
 @dataclass
@@ -47,11 +47,12 @@ class Allocation:
     """Chooses a rule for every block.
 
     Args:
-        context: of the selector.
-        forms: what keys or values may be written as, besides `none`.
-        prompt_tokens: length of the prompt at which bytes are counted.
-        examples: requests that damages are measured on, and as many that repeat their prompt.
-        trimmed: the positions that a block may send instead of all; None: every block sends all.
+        context: context of the selector.
+        forms: forms that a side may have, besides `none`.
+        prompt_tokens: length of the prompt for which bytes are counted.
+        examples: number of calibration requests to measure damage on; as many requests that repeat their prompt are
+            added.
+        trimmed: positions that a block may send instead of all; None: every block sends all positions.
     """
 
     context: SelectionContext
@@ -60,7 +61,7 @@ class Allocation:
     examples: int = 8
     trimmed: Retention | None = None
     offers: dict[int, list[Offer]] = field(default_factory=dict)
-    """Of every block, from `measure`."""
+    """The rules that each block may have; `measure` fills it."""
 
     def __post_init__(self) -> None:
         self.blocks = self.context.plan.decode
@@ -72,27 +73,27 @@ class Allocation:
 
     @property
     def smallest(self) -> dict[int, Retention]:
-        """The choice of least bytes."""
+        """The choice with the fewest bytes."""
         return dict.fromkeys(self.blocks, self._smallest_rule)
 
     def rules(self, choice: Choice) -> dict[int, Retention]:
-        """The rules of a choice; a block that sends everything as it is has none."""
+        """The rules of a choice. A block that sends everything without a codec has no rule."""
         return {block: rule for block, rule in choice.items() if not rule.is_whole}
 
     def size_of(self, rule: Retention) -> int:
-        """Bytes of one block of one request."""
+        """Bytes of one block in one request."""
         return rule.bytes_sent(self._positions, *self.context.kv_shape.sizes)
 
     def bytes_of(self, choice: Choice) -> int:
-        """Bytes of one request."""
+        """Bytes of one request under a choice."""
         return sum(self.size_of(rule) for rule in choice.values())
 
     def energy(self, choice: Choice) -> float:
-        """KL to the teacher under a choice, nats; every rank must call it."""
+        """KL(teacher || student) under a choice, nats. Every rank must call it."""
         return self.context.energy(self.rules(choice), self.examples)
 
     def measure(self) -> None:
-        """Measure every side, and every block's trimmed positions, alone; every rank must call it."""
+        """Measure the damage of every side, and of the trimmed positions of every block. Every rank must call it."""
         base = self.energy({})
         for block in self.blocks:
             sides = {side: self._side_damages(block, side, base) for side in SIDES}
@@ -115,13 +116,14 @@ class Allocation:
         return {**damages, "none": 0.0}
 
     def cheapest(self, budget: float, blocks: Sequence[int] | None = None) -> dict[int, Retention]:
-        """The choice of least predicted damage that takes at most `budget` bytes; the smallest where none is so small.
+        """The choice of least predicted damage within `budget` bytes; the smallest choice if none is small enough.
 
-        One price for a byte, found by bisection (Lagrange); what is left of the budget goes where a byte helps most.
+        Bisection finds one price of a byte for all blocks (Lagrange multiplier). The rest of the budget is then spent
+        where a byte reduces the damage most.
 
         Args:
             budget: bytes of one request.
-            blocks: that send something; by default all blocks of the context's plan.
+            blocks: decode blocks; by default those of the plan of the context.
         """
         blocks = self.blocks if blocks is None else blocks
         low, high = 1e-18, 1e6
@@ -139,7 +141,7 @@ class Allocation:
         return self.filled_up(best, budget)
 
     def filled_up(self, choice: Choice, budget: float) -> dict[int, Retention]:
-        """Larger rules for a choice, one after the other where a byte helps most, up to `budget` bytes."""
+        """Give blocks larger rules, first where a byte reduces the damage most, up to `budget` bytes in all."""
         filled = dict(choice)
         while True:
             left = budget - self.bytes_of(filled)
@@ -155,10 +157,9 @@ class Allocation:
             filled[block] = rule
 
     def exchanged(self, choice: Choice, budget: float) -> dict[int, Retention]:
-        """Give one block a larger rule and another one a smaller, as long as the joint energy falls.
+        """Exchange bytes: give one block a larger rule and another one a smaller, as long as the joint energy falls.
 
-        What one step up saves and one step down costs is measured once for every block, with all others as chosen.
-        Every rank must call it.
+        The effect of every single step is measured once, with all other blocks as chosen. Every rank must call it.
         """
         best, energy = dict(choice), self.energy(choice)
         steps = [(block, rule) for block, rule in best.items() for rule in self._neighbours(rule)]
@@ -193,12 +194,12 @@ class Allocation:
         }
 
     def _rules(self) -> list[Retention]:
-        """Every rule that a block may have."""
+        """All rules that a block may have."""
         whole = [KEEP_ALL.written_as(codec_of(keys, values)) for keys, values in product(self.menu, self.menu)]
         return whole if self.trimmed is None else [*whole, self.trimmed]
 
     def _neighbours(self, rule: Retention) -> Iterator[Retention]:
-        """The rules that are one step away: the next form of one side, or trimmed positions."""
+        """Rules that are one step away: the next form of one side, or trimmed positions."""
         if rule == self.trimmed:
             yield KEEP_ALL.written_as(codec_of(self.menu[-1], self.menu[-1]))
             return
@@ -212,17 +213,17 @@ class Allocation:
 
 
 def forms_of(rule: Retention) -> list[tuple[Side, Form]]:
-    """Forms of both sides."""
+    """The forms of keys and values."""
     return [("keys", rule.codec.keys), ("values", rule.codec.values)]
 
 
 def written(side: Side, form: Form) -> Retention:
-    """The rule that sends all positions, of which one side is written in a form."""
+    """The rule that sends all positions, with one side in a form and the other one as it is."""
     return KEEP_ALL.written_as(codec_of(form, "none") if side == "keys" else codec_of("none", form))
 
 
 def codec_of(keys: Form, values: Form) -> Codec:
-    """The codec of two forms: what is rounded to integers is rotated before, and attention sinks cross as they are."""
+    """The codec of two forms. Integer forms are rotated, which costs no byte; attention sinks are not rounded."""
     if keys == values == "none":
         return NO_CODEC
     return Codec(keys, values, rotate_keys=keys.startswith("int"), rotate_values=values.startswith("int"), exact=SINKS)

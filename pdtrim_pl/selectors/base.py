@@ -1,4 +1,4 @@
-"""What a KV selector looks at, and the class that every selector extends."""
+"""The base class of KV selectors, and the measurements that a selector may use."""
 
 from __future__ import annotations
 
@@ -22,38 +22,52 @@ from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 REPEATED = 32
-"""Calibration examples whose prompts are repeated, at most, to measure recall."""
+"""Maximum number of calibration examples on which recall is measured."""
+
+
+@dataclass(frozen=True)
+class SelectorLoad:
+    """What a selector keeps and runs on the models' device, for `pdtrim fit --dry_run`."""
+
+    calibration: bool = False
+    """Whether it keeps the prompt caches of the whole calibration set (it calls `SelectionContext.damage`)."""
+    examples: int = 0
+    """Number of calibration requests whose prompt caches it keeps (it calls `SelectionContext.energy` with it). As many
+    requests that repeat their prompt, up to twice as long, are kept with them."""
+    eager_attention: bool = False
+    """Whether it runs a pass with eager attention (it reads `SelectionContext.mass`)."""
 
 
 @dataclass(frozen=True)
 class SelectionContext:
-    """What a selector may look at. Measurements are taken when asked for, and once."""
+    """Measurements for a selector. Each is made when the selector asks for it; mass and recall are made once."""
 
     plan: StagePlan
     kv_shape: KVShape
     measure_mass: Callable[[], Mapping[int, float]]
     damage: Callable[[int, Retention], float]
-    """Mean KL(teacher || student) in nats per response token when only that block of D is trimmed by that rule."""
+    """Mean KL(teacher || student) in nats per response token if only this block of D sends by this rule."""
     energy: Callable[[Mapping[int, Retention], int], float]
-    """Mean KL(teacher || student) in nats per response token under some rules, over so many calibration requests and as
-    many whose response repeats the prompt: running text hardly looks back, and losing the prompt looks free on it."""
+    """Mean KL(teacher || student) in nats per response token under some rules. The second argument is the number of
+    calibration requests. As many requests that repeat their prompt are added: ordinary text hardly attends far back, so
+    on it alone the loss of the prompt would seem harmless."""
     measure_recall: Callable[[Mapping[int, Retention]], float]
     _recalled: dict[frozenset[tuple[int, Retention]], float] = field(default_factory=dict, init=False)
 
     @cached_property
     def mass(self) -> Mapping[int, float]:
-        """Attention mass of the selector's rule, per block of D (see `evaluation.attention`)."""
+        """Attention mass of the selector's rule for each block of D (see `evaluation.attention`)."""
         return self.measure_mass()
 
     def recall(self, rules: Mapping[int, Retention]) -> float:
-        """Share of the tokens of repeated prompts that the student finds under some rules, teacher-forced."""
+        """Share of the tokens of repeated prompts that the student ranks first under some rules, teacher-forced."""
         key = frozenset(rules.items())
         if key not in self._recalled:
             self._recalled[key] = self.measure_recall(rules)
         return self._recalled[key]
 
     def sent_ratio(self, rules: Mapping[int, Retention], prompt_tokens: int = 1024) -> float:
-        """Bytes of the unpruned model sending everything over bytes sent under `rules`, for one prompt."""
+        """Bytes that the unpruned model sends divided by bytes sent under `rules`, for one prompt; inf if none."""
         policy = KVRetentionPolicy(self.plan.boundary, self.kv_shape, rules)
         sent = policy.sent_bytes(self.plan, prompt_tokens)
         return policy.full_bytes(self.plan, prompt_tokens) / sent if sent else inf
@@ -64,7 +78,7 @@ class KVSelector(ABC):
 
     Args:
         first: prompt positions at the start that a trimmed block sends: a count, or a share of the prompt.
-        last: prompt positions at the end that it sends.
+        last: prompt positions at the end that a trimmed block sends: a count, or a share of the prompt.
 
     Raises:
         UserError: a count or share out of range.
@@ -88,9 +102,13 @@ class KVSelector(ABC):
         """Whether attention mass is measured, for the choice or for the report."""
         return True
 
+    def load(self) -> SelectorLoad:
+        """What this selector keeps and runs. A subclass that calls `damage` or `energy` must say so here."""
+        return SelectorLoad(eager_attention=self.looks_at_mass)
+
     @abstractmethod
     def select(self, context: SelectionContext) -> dict[int, Retention]:
-        """Rules by original block index, for blocks of D only; a block without one sends everything."""
+        """Original block index -> rule, for blocks of D only. A block without a rule sends everything."""
 
 
 def selection_context(
@@ -106,39 +124,43 @@ def selection_context(
     ranks: Parallel = Parallel(),
     journal: Path | None = None,
 ) -> SelectionContext:
-    """The context of a student's plan as it is now. Measures nothing yet.
+    """Make the context for the student's present plan. Nothing is measured yet.
 
-    The first damage runs every prompt once and keeps its cache; each damage is then a decode pass from the block that
-    is trimmed. Under several ranks every one must ask for the same measurements in the same order.
+    The first call of `damage` or `energy` runs prefill on every request and keeps the caches. Each further call is a
+    decode pass that starts at the first block with another rule. With several ranks, all must ask for the same
+    measurements in the same order.
 
     Args:
         student: the model that will send less.
-        teacher: the reference of `damage`.
-        batches: calibration requests; held, for they are read once a measurement.
+        teacher: the reference of `damage` and `energy`.
+        batches: calibration requests. They are kept, since every measurement reads them.
         kv_shape: shape of one block's KV per position.
-        device: where both models are.
+        device: device of both models.
         first: the selector's `first`, for `mass`.
-        last: the selector's `last`.
-        memory: `base` is the most that `damage` keeps; on batches that do not fit a damage costs prefill too.
-        ranks: damages split the batches among them; every rank measures the mass, and rank 0's counts.
-        journal: file of evaluations; a damage that it knows is not measured again.
+        last: the selector's `last`, for `mass`.
+        memory: memory limits; only `base` is used. On batches that do not fit, every call runs prefill again.
+        ranks: the batches of damages and energies are split among the ranks. Mass is measured on every rank; the result
+            of rank 0 is used.
+        journal: file of evaluations. A value that is found there is not measured again.
     """
-    plan, held = student.plan, list(batches)
+    plan, requests = student.plan, list(batches)
 
     def policy(rules: Mapping[int, Retention]) -> KVRetentionPolicy:
         return KVRetentionPolicy(plan.boundary, kv_shape, rules)
 
     @cache
     def repeated() -> list[Batch]:
-        longest = max(batch.response_ids.shape[1] for batch in held)
-        return requests_within(student, held, REPEATED, longest)
+        longest = max(batch.response_ids.shape[1] for batch in requests)
+        return requests_within(student, requests, REPEATED, longest)
 
     @cache
     def evaluator(examples: int | None) -> Evaluator:
-        # Kept distributions would cost digits: they subtract entropies, and the damage of one block may be tiny.
+        # No stored distributions: comparing with them subtracts entropies, and the damage of one block may be tiny.
         exact = replace(memory, teacher=0)
-        requests = held if examples is None else first_examples(held, examples) + first_examples(repeated(), examples)
-        made = Evaluator(student, teacher, requests, device=device, memory=exact, ranks=ranks, journal=journal)
+        chosen = requests
+        if examples is not None:
+            chosen = first_examples(requests, examples) + first_examples(repeated(), examples)
+        made = Evaluator(student, teacher, chosen, device=device, memory=exact, ranks=ranks, journal=journal)
         made.rebase(plan, policy({}))
         return made
 
@@ -152,28 +174,28 @@ def selection_context(
 
     def recall(rules: Mapping[int, Retention]) -> float:
         ranks.leave_if_asked()
-        chosen, requests = policy(rules), repeated()
+        chosen, texts = policy(rules), repeated()
 
         def found(batch: Batch) -> tuple[int, int]:
             return recalled_tokens(student, batch, plan=plan, policy=chosen)
 
         with eval_mode(student), torch.no_grad():
             if ranks.whole:
-                counts = measured_by_ranks(ranks, requests, lambda batch, _: found(batch))
-            else:  # every forward pass is a collective: all run the same batches
-                counts = [found(batch) for batch in requests]
+                counts = measured_by_ranks(ranks, texts, lambda batch, _: found(batch))
+            else:  # every forward pass is a collective: all ranks run the same batches
+                counts = [found(batch) for batch in texts]
         right, tokens = (sum(column) for column in zip(*counts, strict=True))
         return right / tokens
 
     def mass() -> Mapping[int, float]:
-        found, *_ = ranks.together(lambda: attention_mass(student, held, first=first, last=last, device=device))
+        found, *_ = ranks.together(lambda: attention_mass(student, requests, first=first, last=last, device=device))
         return found
 
     return SelectionContext(plan, kv_shape, mass, damage, energy, recall)
 
 
 def first_examples(batches: Iterable[Batch], most: int) -> list[Batch]:
-    """The first so many examples, in batches as they come."""
+    """The first `most` examples. Batches keep their sizes; the last one may be cut."""
     found: list[Batch] = []
     for batch in batches:
         if most > 0:

@@ -11,24 +11,25 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import KEEP_ALL, KVRetentionPolicy, Retention
 from pdtrim_pl.plan.codec import FORMS, Form
 from pdtrim_pl.selectors.allocation import Allocation
-from pdtrim_pl.selectors.base import KVSelector, SelectionContext
+from pdtrim_pl.selectors.base import KVSelector, SelectionContext, SelectorLoad
 from pdtrim_pl.selectors.menu import INTEGERS
 
 log = logging.getLogger(__name__)
 
 Order = Literal["mass", "damage"]
 FLOOR_STEPS = 7
-"""Halvings of the interval of bytes where too little is recalled."""
+"""Number of bisection steps on the bytes, if recall is below the floor."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured to choose the bits of every block."""
+    """Settings of the measurements that choose the bits of every block."""
 
     examples: int = 8
-    """Calibration requests, and as many that repeat their prompt. Four decode passes over them are needed a block."""
+    """Number of calibration requests; as many requests that repeat their prompt are added. Every block needs four
+    decode passes over them."""
     exchanges: bool = False
-    """After the choice by parts, exchange bits between blocks as long as the joint damage falls: twice the work."""
+    """Exchange bits between blocks after the first choice, as long as the joint damage falls. This doubles the work."""
 
     def __post_init__(self) -> None:
         if self.examples < 1:
@@ -36,31 +37,32 @@ class Effort:
 
 
 class BudgetSelector(KVSelector):
-    """Reaches a reduction of the bytes on the wire at the least damage.
+    """Reaches a given reduction of the bytes on the wire with the least damage.
 
-    With codecs, keys and values of each block get the number of bits, or the block the trimmed positions, that cost the
-    least KL to the teacher for the bytes. That KL counts requests that repeat their prompt, so blocks that find text in
-    the prompt keep it. With `codecs: [none]` blocks are trimmed to their first and last positions, as few as
-    reach the reduction; prompts then lose their middle. The reduction counts against the unpruned model sending
-    everything, so decode blocks that were dropped are part of it. The default is the figure of PDTrim (arXiv
+    With codecs, the bits of keys and values are chosen for each block, so that the KL to the teacher is least. A block
+    may also be trimmed: it then sends only its first and last positions. Half of the requests that the KL is measured
+    on repeat their prompt, so blocks that look back are not trimmed. With `codecs: [none]` nothing is rounded: as few
+    blocks as needed are trimmed, and prompts lose their middle there. The reduction is relative to the unpruned model
+    that sends everything, so dropped decode blocks count towards it. The default is the figure of PDTrim (arXiv
     2509.04467).
 
     Args:
-        reduction: full bytes over sent bytes, at least 1.
-        codecs: forms that keys and values may be written in; they cross as they are too where that fits. `none` alone
-            trims positions instead.
-        min_recall: share of what the student finds of a repeated prompt when everything crosses that it must find under
-            the policy. Bytes are spent until it does, and the run says so. Not looked at when positions are trimmed.
-        effort: how much is measured to choose the bits.
+        reduction: full bytes divided by sent bytes, at least 1.
+        codecs: forms that keys and values may have. They may also be sent unrounded if the bytes allow it. `none` alone
+            leaves out positions instead.
+        min_recall: floor on recall, as a share of the student's recall when everything is sent. If recall is lower,
+            more bytes are sent until it is reached, with a warning. Not used with `codecs: [none]`.
+        effort: settings of the measurements that choose the bits.
         first: prompt positions at the start that a trimmed block sends.
-        last: prompt positions at the end that it sends.
-        order: of trimming: `mass` takes blocks in descending attention mass; `damage` in ascending KL to the teacher
-            when only that block is trimmed, which costs one decode pass over the calibration data a block.
-        prompt_tokens: length of the prompt at which the bytes are counted.
-        trim: with codecs, whether a block may also send its first and last positions alone.
+        last: prompt positions at the end that a trimmed block sends.
+        order: order in which blocks are trimmed without codecs: `mass` by descending attention mass; `damage` by
+            ascending KL to the teacher when only this block is trimmed, which needs one decode pass over the
+            calibration data per block.
+        prompt_tokens: length of the prompt for which the bytes are counted.
+        trim: with codecs, whether blocks may be trimmed.
 
     Raises:
-        UserError: an argument out of range; and from `select`, a reduction that cannot be reached.
+        UserError: an argument is out of range. `select` raises it if the reduction cannot be reached.
     """
 
     def __init__(
@@ -91,10 +93,20 @@ class BudgetSelector(KVSelector):
 
     @property
     def looks_at_mass(self) -> bool:
+        return self._trims
+
+    def load(self) -> SelectorLoad:
+        if self._trims:
+            return SelectorLoad(calibration=self.order == "damage", eager_attention=True)
+        return SelectorLoad(examples=self.effort.examples)
+
+    @property
+    def _trims(self) -> bool:
+        """Whether positions are left out instead of rounding."""
         return set(self.codecs) == {"none"}
 
     def select(self, context: SelectionContext) -> dict[int, Retention]:
-        return self._trimmed(context) if set(self.codecs) == {"none"} else self._coded(context)
+        return self._trimmed(context) if self._trims else self._coded(context)
 
     # Codecs
 
@@ -122,8 +134,8 @@ class BudgetSelector(KVSelector):
     def _above_the_floor(
         self, context: SelectionContext, allocation: Allocation, choice: dict[int, Retention], budget: float
     ) -> dict[int, Retention]:
-        """The choice with as many more bytes as it needs to recall enough, found by bisection."""
-        least = self.min_recall * context.recall({})  # of what the student finds when everything crosses
+        """The choice, with as many more bytes as `min_recall` needs. Bisection finds the number of bytes."""
+        least = self.min_recall * context.recall({})  # recall when everything is sent
         if context.recall(allocation.rules(choice)) >= least:
             return choice
         low, high = budget, float(allocation.bytes_of(dict.fromkeys(allocation.blocks, KEEP_ALL)))

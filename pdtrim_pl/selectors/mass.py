@@ -1,4 +1,4 @@
-"""Selectors that look at single blocks: everything is sent, or what gets little attention is not."""
+"""Selectors that decide block by block: send everything, or leave out positions that get little attention."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pdtrim_pl.selectors.base import KVSelector, SelectionContext
 
 
 class NoSelector(KVSelector):
-    """Everything is sent. The counts only say which attention mass the report shows."""
+    """Sends everything. `first` and `last` only set which attention mass the report shows."""
 
     def select(self, context: SelectionContext) -> dict[int, Retention]:
         return {}
 
 
 class MassSelector(KVSelector):
-    """Trims every block that pays at least `threshold` of its prompt attention to the positions kept.
+    """Trims every block whose attention mass on the kept positions is at least `threshold`.
 
     Args:
-        threshold: share of attention mass in [0, 1].
+        threshold: share of the attention to the prompt, in [0, 1].
         first: see `KVSelector`.
         last: see `KVSelector`.
 

@@ -1,4 +1,4 @@
-"""What a selector looks at where there is no training run: an exported pair, against itself sending everything.
+"""The measurements of a selector for an exported pair. The reference is the pair itself when it sends everything.
 
 Shapes: B batch, R response tokens, N response tokens of a batch without padding, H hidden.
 """
@@ -23,24 +23,27 @@ from pdtrim_pl.staged.model import StagedOutput
 
 @dataclass(frozen=True, eq=False)
 class _Encoded:
-    """One batch after prefill."""
+    """What is kept of one batch after prefill."""
 
     batch: Batch
     request: Request
     out: StagedOutput
     reference: Tensor
-    """Final hidden states of the response tokens when everything crosses, [N, H]."""
+    """Final hidden states of the response tokens when everything is sent, [N, H]."""
 
 
 class PairMeasures:
-    """Measures policies of an exported pair: prompts run once, every measurement is a decode pass.
+    """Measures policies on an exported pair. Prefill runs once per request; every measurement is a decode pass.
 
-    The caches of all prompts are kept, on the device of the decode half.
+    The caches of all requests are kept on the device of the decode half.
 
     Args:
-        prefill: the prefill half.
-        decode: the decode half.
-        batches: requests with known responses; as many whose response repeats the prompt are added.
+        prefill: the prefill half of the pair.
+        decode: the decode half of the pair.
+        batches: requests with known responses. As many requests that repeat their prompt are added.
+
+    Raises:
+        UserError: there is no request.
     """
 
     def __init__(self, prefill: StagedCausalLM, decode: StagedCausalLM, batches: Sequence[Batch]) -> None:
@@ -53,10 +56,10 @@ class PairMeasures:
         self.repeated = [self._encoded(batch) for batch in requests_within(decode, batches, rows, longest)]
 
     def context(self, shape: KVShape) -> SelectionContext:
-        """What a selector may look at.
+        """The context for a selector. It has no attention mass.
 
         Args:
-            shape: of one block's KV per position, as it crosses.
+            shape: shape of one block's KV per position, in the element type on the wire.
         """
         plan = self.decode.plan
 
@@ -94,7 +97,7 @@ class PairMeasures:
 
     @torch.no_grad()
     def _kl(self, policy: KVRetentionPolicy, requests: Sequence[_Encoded]) -> float:
-        """Mean KL to the pair that sends everything, nats per response token."""
+        """Mean KL of a policy relative to sending everything, nats per response token."""
         total, tokens = 0.0, 0
         for encoded in requests:
             targets = encoded.batch.response_ids[encoded.batch.response_mask]

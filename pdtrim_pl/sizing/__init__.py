@@ -1,1 +1,1 @@
-"""What a run and a request need: memory of a process, FLOPs and bytes of a request."""
+"""Sizing: memory of a process of a run, FLOPs and bytes of a request."""

@@ -1,4 +1,4 @@
-"""What a callback says that it will hold in memory, for `pdtrim fit --dry_run`."""
+"""The memory that a callback needs while it works, for `pdtrim fit --dry_run`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from dataclasses import dataclass
 
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
+from pdtrim_pl.selectors import SelectorLoad
 
 
 @dataclass(frozen=True)
 class CallbackLoad:
-    """What one callback holds on the models' device while it works."""
+    """What one callback needs on the models' device while it works."""
 
     search: SearchMemory | None = None
-    """How much its search keeps; None if it does not search."""
+    """Memory limits of its search; None if it does not search."""
     merging: Merging | None = None
-    """How it fits merged blocks; None if it fits none."""
+    """Settings of its local fits; None if it merges no blocks."""
     fitted_at_once: int = 0
-    """Blocks that its local fits train at a time."""
+    """Number of blocks that its local fits train at once."""
+    selection: SelectorLoad | None = None
+    """What its KV selector keeps and runs, within the limits of the run's searches; None if it chooses no policy."""
     untrained_student: bool = False
-    """Whether it measures the student's weights as they were before training. They are the teacher's, unless the
-    teacher is another model: then they are loaded again, whole, on every process."""
+    """Whether it measures the student's weights as they were before training. Usually they are the teacher's weights.
+    If the teacher is another model, they are loaded again, whole, on every process."""
 
 
 class TellsLoad(ABC):
-    """Base of callbacks that need memory besides that of training and validation."""
+    """Base class of callbacks that need more memory than training and validation."""
 
     @abstractmethod
     def load(self) -> CallbackLoad:
-        """What this callback holds under its settings."""
+        """What this callback needs under its settings."""

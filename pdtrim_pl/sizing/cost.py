@@ -1,4 +1,4 @@
-"""What one request costs under a plan and a policy, counted from the model's shapes: no weights, no run, no clock.
+"""The costs of one request under a plan and a policy, computed from the model's shapes without running it.
 
 Shapes: P prompt positions that prefill handles, R response tokens, K key/value heads, D head dimension.
 """
@@ -25,17 +25,17 @@ from pdtrim_pl.plan import (
     StagePlan,
     handled_positions,
 )
-from pdtrim_pl.sizing.memory import meta_model
+from pdtrim_pl.sizing.shape import meta_model
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
 
 ROUNDING = 1e-9
-"""Relative slack of a comparison with a target: 24 of 30 blocks meet 0.8."""
+"""Relative tolerance of the comparison with a target, so that 24 of 30 blocks meet a target of 0.8."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of one request as shares of the dense model's: 1.0 is the full plan that sends everything."""
+    """Costs of one request as shares of the dense model's costs. The full plan that sends everything costs 1.0."""
 
     prefill_flops: float
     decode_bytes: float
@@ -44,7 +44,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class CostTarget:
-    """The most a request may cost, as shares of the dense model's costs, each in (0, 1].
+    """Maximum costs of a request, as shares of the dense model's costs, each in (0, 1].
 
     Raises:
         UserError: a share out of range.
@@ -53,23 +53,23 @@ class CostTarget:
     prefill_flops: float = 1.0
     """Floating-point operations of prefill."""
     decode_bytes: float = 1.0
-    """Bytes that a step of decode reads."""
+    """Bytes that a decode step reads."""
     wire_bytes: float = 1.0
-    """Bytes of keys and values that cross from prefill to decode."""
+    """Bytes of keys and values that prefill sends to decode."""
 
     def __post_init__(self) -> None:
         faults = [f"`target.{name}` is {share!r}" for name, share in vars(self).items() if not 0.0 < share <= 1.0]
         if faults:
-            raise UserError(f"{', '.join(faults)}: give a share of the dense model's cost in (0, 1]; 1 asks nothing.")
+            raise UserError(f"{', '.join(faults)}: give a share of the dense model's cost in (0, 1]; 1 sets no limit.")
 
     def met(self, costs: Costs) -> bool:
         """Whether no cost is above its target, up to rounding."""
         return self.excess(costs) == 0.0
 
     def excess(self, costs: Costs) -> float:
-        """By how much the costs are too high: the sum of what each is above its target, as a share of the target.
+        """By how much the costs exceed the target: the sum of the relative excess of each cost; 0 if all are met.
 
-        A sum, so that every saving where there is too much brings a search nearer; 0 where the target is met.
+        It is a sum, so that a saving in any cost that is too high brings a search nearer to the target.
         """
         ratios = (
             costs.prefill_flops / self.prefill_flops,
@@ -81,15 +81,16 @@ class CostTarget:
 
 @dataclass(frozen=True)
 class BlockSize:
-    """What the costs of one block depend on."""
+    """The sizes of one block that its costs depend on."""
 
     parameters: int
+    """Number of parameters."""
     matrices: int
-    """Weights in its linear layers: multiply-adds of one position."""
+    """Number of weights in linear layers, which is the number of multiply-adds for one position."""
     kv_matrices: int
-    """Those that a KV-only block needs, as this package runs it: a fused projection is run whole."""
+    """The same for a KV-only block. A fused projection runs whole and counts whole."""
     window: int | None
-    """Sliding window in tokens; None where it sees everything."""
+    """Sliding window in tokens; None if the block sees every token."""
 
 
 @dataclass(frozen=True)
@@ -97,49 +98,49 @@ class CostModel:
     """Costs of one request of a fixed shape. Build it with `of` or `of_config`.
 
     `prefill_flops` counts two operations for every multiply-add of the linear layers and of the two attention
-    products. Attention is counted as `torch.utils.flop_counter.FlopCounterMode` counts it: every query against every
-    key, also above the diagonal and outside a sliding window. The head runs once, for the last position, where prefill
-    predicts the first token (`boundary: prefill`).
+    products. Attention is counted as in `torch.utils.flop_counter.FlopCounterMode`: every query with every key, also
+    above the diagonal and outside a sliding window. If prefill predicts the first token (`boundary: prefill`), the head
+    runs once, for the last position.
 
-    `decode_bytes` is what a step of decode must read, in the model's own element type: the weights of the blocks it
-    runs, the final norm, the head, one row of the embeddings, and the keys and values the new token attends to, its
-    own among them; the mean over the steps that the response takes.
+    `decode_bytes` are the bytes that a decode step must read, in the model's own element type: the weights of its
+    blocks, the final norm, the head, one row of the embeddings, and the keys and values that the new token attends to
+    (its own included). It is the mean over the steps of the response.
 
     `wire_bytes` are the bytes of keys and values that the policy sends.
 
-    The dense model is that of the plan's own `boundary`, so that the full plan costs 1.0 under either.
+    Shares are relative to the dense model with the `boundary` of the plan, so the full plan costs 1.0 under both.
     """
 
     prompt: int
     response: int
     kv: KVShape
     query_width: int
-    """Query heads times their dimension."""
+    """Number of query heads times the head dimension."""
     blocks: tuple[BlockSize, ...]
     head_matrix: int
-    """Weights of the head's linear layer."""
+    """Number of weights of the head's linear layer."""
     step_parameters: int
-    """Weights outside the blocks that a step of decode reads: final norm, head, one row of the embeddings."""
+    """Number of weights outside the blocks that a decode step reads: final norm, head, one row of the embeddings."""
 
     def __post_init__(self) -> None:
         for name, value, least in (("prompt", self.prompt, 2), ("response", self.response, 2)):
             if value < least:
                 raise UserError(
-                    f"`{name}` of the cost model is {value} token(s): give at least {least}, for with fewer one of the "
+                    f"`{name}` of the cost model is {value} token(s): give at least {least}. With fewer, one of the "
                     "stages has nothing to do."
                 )
 
     @classmethod
     def of(cls, model: StagedCausalLM, prompt: int, response: int) -> CostModel:
-        """Costs of a model that is at hand, whether or not this process holds its weights whole.
+        """The cost model of a loaded model. Its weights may be sharded.
 
         Args:
-            model: with all its blocks.
-            prompt: tokens of the prompt.
-            response: tokens of the response.
+            model: the model, with all its blocks.
+            prompt: number of prompt tokens.
+            response: number of response tokens.
 
         Raises:
-            UserError: a prompt or response of fewer than two tokens.
+            UserError: prompt or response has fewer than two tokens.
         """
         architecture, dtype = model.architecture, model.model.dtype
         return cls.of_config(model.model.config, prompt, response, dtype=dtype, architecture=architecture)
@@ -149,17 +150,17 @@ class CostModel:
         cls, config: PreTrainedConfig, prompt: int, response: int, *, dtype: torch.dtype | None = None,
         architecture: Architecture | None = None,
     ) -> CostModel:  # fmt: skip
-        """Costs of a model that only its configuration describes.
+        """The cost model of a configuration, without weights.
 
         Args:
-            config: of a decoder-only model.
-            prompt: tokens of the prompt.
-            response: tokens of the response.
-            dtype: element type of weights and KV; the configuration's own by default, else float32.
-            architecture: adapter of the model's family, where the package has none.
+            config: configuration of a decoder-only model.
+            prompt: number of prompt tokens.
+            response: number of response tokens.
+            dtype: element type of weights and KV; by default that of the configuration, else float32.
+            architecture: adapter of the model's family, if the package has none.
 
         Raises:
-            UserError: no adapter for the family, or a prompt or response of fewer than two tokens.
+            UserError: there is no adapter for the family, or prompt or response has fewer than two tokens.
         """
         architecture = architecture or architecture_of(config)
         model = meta_model(config)
@@ -187,15 +188,15 @@ class CostModel:
         )  # fmt: skip
 
     def prefill_flops(self, plan: StagePlan) -> int:
-        """Floating-point operations of prefill, as `FlopCounterMode` counts them."""
+        """Floating-point operations of prefill, counted as in `FlopCounterMode`."""
         return self._prefill(plan.prefill, plan.kv_only, plan.boundary)
 
     def decode_bytes(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> float:
-        """Bytes that a step of decode reads, mean over the response's steps; no policy sends everything."""
+        """Bytes that a decode step reads, as the mean over the steps of the response. No policy sends everything."""
         return self._decode(plan.decode, policy, plan.boundary)
 
     def wire_bytes(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> int:
-        """Bytes of keys and values on the wire, as `KVRetentionPolicy.sent_bytes`; no policy sends everything."""
+        """Bytes of keys and values on the wire; see `KVRetentionPolicy.sent_bytes`. No policy sends everything."""
         positions = handled_positions(self.prompt, plan.boundary)
         shape = self.kv if policy is None else policy.kv
         if policy is None:
@@ -203,7 +204,7 @@ class CostModel:
         return sum(_sent_bytes(policy.rule(block), positions, shape) for block in plan.decode)
 
     def shares(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> Costs:
-        """All three as shares of the dense model's, which runs every block and sends everything."""
+        """All three costs as shares of those of the dense model, which runs every block and sends everything."""
         flops, read = self._dense[plan.boundary]
         shape = self.kv if policy is None else policy.kv
         everything = shape.bytes_per_position * handled_positions(self.prompt, plan.boundary) * len(self.blocks)
@@ -242,14 +243,22 @@ def _sent_bytes(rule: Retention, positions: int, kv: KVShape) -> int:
     return rule.bytes_sent(positions, *kv.sizes)
 
 
-@lru_cache(maxsize=4096, typed=True)  # typed: 1 token is not a share of 1.0
+@lru_cache(maxsize=4096, typed=True)  # `typed` tells the count 1 from the share 1.0
 def _counts(keep: str, first: int | float, last: int | float, positions: int) -> tuple[int, int]:
     return Retention("all" if keep == "all" else "first_last", first, last).counts(positions)
 
 
 @lru_cache(maxsize=4096)
 def _entries(first: int, last: int, positions: int, steps: int, window: int | None) -> int:
-    """Cached entries that the new tokens of all steps attend to, of which decode was sent the first and last ones."""
+    """Number of cache entries that the new tokens of all steps attend to, summed over the steps.
+
+    Args:
+        first: number of first prompt positions that were sent.
+        last: number of last prompt positions that were sent.
+        positions: number of prompt positions that prefill handles.
+        steps: number of decode steps.
+        window: sliding window in tokens; None for no window.
+    """
     total = 0
     for step in range(steps):
         hidden = 0 if window is None else max(positions + step + 1 - window, 0)  # earlier ones are out of the window

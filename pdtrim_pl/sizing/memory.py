@@ -1,4 +1,4 @@
-"""How much memory one process of a run takes: exact for weights and optimizer, estimated for activations.
+"""Memory of one process of a run: exact for weights and optimizer, an estimate for activations.
 
 Shapes: B batch, T tokens of an example, H hidden, I inner size of the MLP, V vocabulary, L blocks.
 """
@@ -9,127 +9,94 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.selectors import SelectorLoad
+from pdtrim_pl.sizing.shape import Shape
 
 GIB = 2**30
 LOGIT_COPIES = 8
-"""fp32 tensors [tokens of a chunk, V] alive at once: both logits, log-probabilities, their gradients."""
+"""Number of fp32 tensors [tokens of a chunk, V] in memory at once: logits and log-probabilities of both models, and
+their gradients."""
 HOST_BYTES = 2 * GIB
 """Python, its libraries and the data of one process; not measured on a machine with GPUs."""
 CONTEXT_BYTES = 2 * GIB
 """CUDA's context, NCCL's buffers and what the allocator cannot give back."""
 GATHERED_PARAMETERS = 10**9
-"""DeepSpeed's default for whole weights that ZeRO-3 keeps alive (`stage3_max_live_parameters`)."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model's memory depends on."""
-
-    parameters: int
-    embeddings: int
-    """Of them, those of token embeddings and head."""
-    block: int
-    """Parameters of one block."""
-    largest: int
-    """Parameters of the largest single weight."""
-    hidden: int
-    inner: int
-    kv: int
-    """Key (or value) elements of one block and position."""
-    blocks: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, architecture: Architecture | None = None) -> Shape:
-        """Count a model that is built on the meta device: true shapes, no memory.
-
-        Args:
-            config: of a decoder-only model.
-            architecture: adapter of the model's family, where the package has none.
-
-        Raises:
-            UserError: no adapter for its family.
-        """
-        adapter = architecture or architecture_of(config)
-        model = meta_model(config)
-        block = adapter.blocks(model)[0]
-        facts = config.to_dict()
-        heads = config.num_attention_heads
-        size = facts.get("head_dim") or config.hidden_size // heads
-        sizes = [parameter.numel() for parameter in model.parameters()]
-        return cls(
-            parameters=sum(sizes), embeddings=_embeddings(model),
-            block=sum(parameter.numel() for parameter in block.parameters()), largest=max(sizes),
-            hidden=config.hidden_size, inner=config.intermediate_size,
-            kv=(facts.get("num_key_value_heads") or heads) * size, blocks=config.num_hidden_layers,
-            vocabulary=config.vocab_size,
-        )  # fmt: skip
+"""DeepSpeed's default for the whole weights that ZeRO-3 keeps in memory (`stage3_max_live_parameters`)."""
+REPEATED_LENGTH = 2
+"""A request that repeats its prompt is at most so many times as long as an example."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread over processes and in which element types it is held."""
+    """How a run is spread over processes, and its element types."""
 
     processes: int = 1
     zero_stage: int = 0
-    """0 where every process holds everything."""
+    """What is sharded, as a ZeRO stage; 0 if every process holds everything."""
     fsdp: bool = False
-    """FSDP cuts up what ZeRO-3 does; its shards are what trains, in fp32, and weights are gathered to compute with."""
+    """FSDP shards the same as ZeRO-3. It trains the fp32 shards themselves, and gathers weights to compute."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     student_bytes: int = 4
-    """Bytes of one weight."""
+    """Bytes of one weight of the student."""
     teacher_bytes: int = 4
+    """Bytes of one weight of the teacher."""
     loaded_bytes: tuple[int, int] = (4, 4)
-    """Of one weight of student and teacher as they are loaded."""
+    """Bytes of one weight of student and teacher while they are loaded."""
     compute_bytes: int = 4
     """Bytes of one activation."""
     autocast: bool = False
-    """Weights in fp32 are cast for every step, and the copies are kept until its end."""
+    """Whether fp32 weights are cast in every step. The copies are kept until the end of the step."""
     optimizer_states: int = 2
-    """State tensors of a weight's size: 2 for Adam."""
+    """Number of state tensors per weight: 2 for Adam."""
     frozen_embeddings: bool = False
-    """Token embeddings and head have neither gradients nor optimizer states."""
+    """Whether token embeddings and head have neither gradients nor optimizer states."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one process has in hand at a time."""
+    """The work of one process at one time."""
 
     batch: int
+    """Examples in a training batch."""
     eval_batch: int
-    """Examples in a batch of the calibration set and of the text that merged blocks are fitted on."""
+    """Examples in a batch of the calibration set, and of the text that merged blocks are fitted on."""
     tokens: int
+    """Maximum number of tokens of an example."""
     chunk_tokens: int
+    """Number of tokens whose logits are in memory at once."""
     gradient_checkpointing: bool
     calibration: int = 0
-    """Examples of the calibration set, whose batches the processes share."""
+    """Number of examples of the calibration set. Its batches are split among the processes."""
+    searches: bool = True
+    """Whether a callback searches for removals."""
     merging: Merging | None = None
-    """How merged blocks are fitted, where any are."""
+    """Settings of local fits; None if no blocks are merged."""
     fitted_at_once: int = 0
-    """Blocks that local fits train at a time."""
+    """Number of blocks that local fits train at once."""
+    selection: SelectorLoad | None = None
+    """What the KV selector keeps and runs; None if no policy is chosen."""
     search_cache_bytes: int = 4 * GIB
+    """Limit of a search, and of a KV selector, for prompt caches and hidden states."""
     search_teacher_bytes: int = 2 * GIB
+    """Limit of a search for the teacher's probabilities."""
     untrained_bytes: int = 0
-    """One weight of the student before training, where the export loads it again; 0 where it does not."""
+    """Bytes of one weight of the student before training, if the export loads it again; else 0."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process by what they are for."""
+    """Bytes of one process, by purpose."""
 
     device: Mapping[str, int]
+    """Bytes on the device."""
     host: Mapping[str, int]
-    """What is moved to the host's memory."""
+    """Bytes in host memory that offloading moves there."""
     loading: int = 0
-    """In the host's memory while models are loaded, before anything is moved there."""
+    """Bytes in host memory while models are loaded, before anything is offloaded."""
     first: int = 0
-    """What the first process of all has in its host's memory besides, while it exports or writes a whole checkpoint."""
+    """Additional bytes in the host memory of rank 0, while it exports or writes a whole checkpoint."""
 
     @property
     def total(self) -> int:
@@ -137,25 +104,13 @@ class MemoryEstimate:
         return sum(self.device.values())
 
     def of_host(self, processes: int) -> int:
-        """Bytes in the memory of the first host, on which so many processes run, at the time when there are most."""
+        """Peak bytes in the memory of the first host, which runs `processes` processes."""
         moved = processes * sum(self.host.values()) + self.first
         return processes * HOST_BYTES + max(moved, processes * self.loading)
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on the meta device: every weight's shape, and no memory."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
-def _embeddings(model: PreTrainedModel) -> int:
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
-
-
 def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Load) -> MemoryEstimate:
-    """The most one process needs at any time of a run."""
+    """Peak memory of one process over a whole run."""
     trained = student.parameters - (student.embeddings if layout.frozen_embeddings else 0)
     device = {
         "student": student.parameters * layout.student_bytes // _shards(layout, 3),
@@ -165,7 +120,7 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
     }
     host = {}
     if layout.offload_optimizer:
-        # The gradients wait for the step in fp32 beside the states.
+        # Until the step, the gradients are in host memory too, in fp32.
         host["optimizer"] = device.pop("optimizer") + trained * 4 // _shards(layout, 2)
         device.pop("gradients")
     if layout.offload_parameters:
@@ -176,20 +131,24 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
     device["activations or search"] = max(
         _activations(student, layout, load) + _activations(teacher, layout, load, kept=False) + _logits(student, load),
         _search(student, layout, load) + _logits(student, load) + _offers(student, layout, load),
+        _selection(student, layout, load) + _logits(student, load),
         _fits(student, layout, load) + _offers(student, layout, load),
         _activations(student, layout, load, kept=False)
         + _logits(student, load)
         + student.parameters * load.untrained_bytes,
     )
     device["reserve"] = CONTEXT_BYTES
-    # FSDP cuts up what is loaded already; all others load to the device, ZeRO-3 a layer at a time.
+    # FSDP shards models that are loaded whole in host memory. The others load to the device, ZeRO-3 layer by layer.
     whole = (student.parameters * layout.loaded_bytes[0], teacher.parameters * layout.loaded_bytes[1])
     return MemoryEstimate(device, host, sum(whole) if layout.fsdp else 0, _first(student, layout))
 
 
 def _first(student: Shape, layout: Layout) -> int:
-    """A copy of the student that the export is compared with, and the whole student where no process has it; under FSDP
-    whole weights and states of every checkpoint."""
+    """Bytes that rank 0 needs in host memory for an export or a whole checkpoint.
+
+    An export needs a copy of the student for verification, and under ZeRO-3 also the whole student. A checkpoint under
+    FSDP needs whole weights and optimizer states.
+    """
     weights = student.parameters * layout.student_bytes
     checkpoint = weights * (1 + layout.optimizer_states) if layout.fsdp else 0
     return max(checkpoint, (2 if layout.zero_stage == 3 else 1) * weights)
@@ -200,7 +159,7 @@ def _shards(layout: Layout, from_stage: int) -> int:
 
 
 def _optimizer_bytes(layout: Layout) -> int:
-    """An engine keeps fp32 weights beside those in 16 bits, and its states are in fp32."""
+    """Bytes of optimizer states per weight. DeepSpeed adds an fp32 copy of 16-bit weights; its states are in fp32."""
     if layout.zero_stage and not layout.fsdp and layout.student_bytes < 4:
         return 4 * (layout.optimizer_states + 1)
     return layout.student_bytes * layout.optimizer_states
@@ -217,7 +176,8 @@ def _communication(student: Shape, teacher: Shape, layout: Layout) -> int:
 
 
 def _activations(shape: Shape, layout: Layout, load: Load, *, kept: bool = True) -> int:
-    """What backward needs of B x T tokens; without gradients, what one block and all caches hold."""
+    """Activations of B x T tokens that backward needs. With `kept=False`: of a pass without gradients, which holds
+    the activations of one block, and the caches of all blocks."""
     tokens = load.batch * load.tokens
     block = block_elements(shape)
     thin = shape.hidden + 2 * shape.kv if kept else 2 * shape.kv
@@ -226,7 +186,7 @@ def _activations(shape: Shape, layout: Layout, load: Load, *, kept: bool = True)
 
 
 def block_elements(shape: Shape) -> int:
-    """Elements that autograd keeps of one block and token: norms in fp32, projections, attention, MLP."""
+    """Elements that autograd keeps for one block and token: norms in fp32, projections, attention, MLP."""
     return 11 * shape.hidden + 5 * shape.kv + 4 * shape.inner
 
 
@@ -236,18 +196,45 @@ def _logits(shape: Shape, load: Load) -> int:
 
 def _search(shape: Shape, layout: Layout, load: Load) -> int:
     """Prompt caches and hidden states of the calibration set, and the teacher's distributions, up to their limits."""
-    batches = ceil(load.calibration / max(load.eval_batch, 1))
-    tokens = min(ceil(batches / layout.processes) * load.eval_batch, load.calibration) * load.tokens
-    base = tokens * (2 * shape.kv + shape.hidden) * shape.blocks * layout.compute_bytes
-    reference = tokens * shape.hidden * layout.compute_bytes
+    if not load.searches:
+        return 0
+    tokens = _share(load.calibration, layout, load) * load.tokens
     distributions = tokens * shape.vocabulary * 4
-    return min(base, load.search_cache_bytes) + min(distributions, load.search_teacher_bytes) + reference
+    return _kept(shape, tokens, layout, load) + min(distributions, load.search_teacher_bytes)
+
+
+def _share(examples: int, layout: Layout, load: Load) -> int:
+    """The largest number of examples that one process gets, if whole batches are split among all."""
+    batches = ceil(examples / max(load.eval_batch, 1))
+    return min(ceil(batches / layout.processes) * load.eval_batch, examples)
+
+
+def _kept(shape: Shape, tokens: int, layout: Layout, load: Load) -> int:
+    """Caches and hidden states between all blocks, up to the limit, and the teacher's final hidden states."""
+    base = tokens * (2 * shape.kv + shape.hidden) * shape.blocks * layout.compute_bytes
+    return min(base, load.search_cache_bytes) + tokens * shape.hidden * layout.compute_bytes
+
+
+def _selection(shape: Shape, layout: Layout, load: Load) -> int:
+    """What a KV selector needs: caches to try policies against, or one block's attention scores."""
+    if load.selection is None:
+        return 0
+    examples = min(load.selection.examples, load.calibration)
+    tokens = (1 + REPEATED_LENGTH) * _share(examples, layout, load) * load.tokens
+    if load.selection.calibration:
+        tokens = max(tokens, _share(load.calibration, layout, load) * load.tokens)
+    caches = _kept(shape, tokens, layout, load)
+    if not load.selection.eager_attention:
+        return caches
+    # Eager attention has its scores before and after the softmax in memory, and the softmax itself is in fp32.
+    scores = load.eval_batch * shape.heads * load.tokens**2 * (2 * layout.compute_bytes + 4)
+    return max(caches, scores + 2 * shape.kv * shape.blocks * load.eval_batch * load.tokens * layout.compute_bytes)
 
 
 def _fits(shape: Shape, layout: Layout, load: Load) -> int:
     """Hidden states to fit to, and the blocks in training: fp32 weights, gradients and Adam's two moments.
 
-    Least squares, after the steps of all, has three fp64 matrices as wide as the MLP instead of gradients and moments.
+    Least squares comes after the steps. It needs three fp64 matrices as wide as the MLP, but no gradients or moments.
     """
     if load.merging is None:
         return 0
@@ -259,5 +246,5 @@ def _fits(shape: Shape, layout: Layout, load: Load) -> int:
 
 
 def _offers(shape: Shape, layout: Layout, load: Load) -> int:
-    """Every pair's fitted block waits beside the student until the round is over."""
+    """The fitted blocks of all pairs, which are kept until the end of the round."""
     return 0 if load.merging is None else (shape.blocks - 1) * shape.block * layout.student_bytes

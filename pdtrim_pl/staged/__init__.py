@@ -1,4 +1,4 @@
-"""The contract of one request: prefill, boundary, transfer, decode. One implementation for every user of it."""
+"""The contract of one request: prefill, boundary, transfer, decode. Training, search and serving all run this code."""
 
 from pdtrim_pl.models.adapters import adapter_at, check_adapter
 from pdtrim_pl.models.architectures import ARCHITECTURES, Architecture, architecture_of

@@ -1,4 +1,4 @@
-"""How a decoder block of transformers wants to be called, learned from the block: its argument names may change.
+"""Call a decoder block of transformers. Its argument names differ between releases, so its signature is read.
 
 Shapes: B batch, T new tokens, N cached entries.
 """
@@ -25,25 +25,26 @@ _NO_CACHE = {
     "position_ids",
     "use_cache",
 }
-"""Arguments of blocks that are known to be something else. Read only where nothing is annotated as a cache."""
+"""Block arguments that are never the cache. Used only if no argument is annotated as a cache."""
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What one block is called with: the model's own arguments, with our mask and our cache among them."""
+    """How to call one block: with the model's own arguments, our mask and our cache."""
 
     cache: str
     """Name of the argument that takes the cache."""
 
     @classmethod
     def of(cls, block: nn.Module) -> BlockCall:
-        """Learn it from the signature of the block's `forward`.
+        """Read the name of the cache argument from the signature of the block's `forward`.
 
-        The cache is the argument annotated as a transformers `Cache`. Where none is annotated so, it is the only
-        argument without annotation that is not known to be something else.
+        The cache is the argument annotated as a transformers `Cache`. If no argument is annotated so, the cache is the
+        only argument that has no annotation and is not in `_NO_CACHE`.
 
         Raises:
-            UserError: the block takes no cache that way; names the block's class and its arguments.
+            UserError: no argument looks like the cache, or several do. The message names the block's class and its
+                arguments.
         """
         _, *arguments = inspect.signature(block.forward).parameters.values()  # the first is the hidden state
         named = [a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)]
@@ -64,13 +65,13 @@ class BlockCall:
         """The arguments of one call.
 
         Args:
-            given: keyword arguments that the model passed.
-            placeholder: the mask that the model was given; blocks get it as it is.
-            mask: what this block gets in its place, [B, 1, T, N] or None.
-            cache: the past of this block; it is updated by the call.
+            given: keyword arguments that the model passed to the block.
+            placeholder: the mask that we passed to the model. The model passes it on to its blocks unchanged.
+            mask: the mask that replaces the placeholder for this block, [B, 1, T, N] or None.
+            cache: the past of this block. The call adds the new keys and values to it.
 
         Raises:
-            UserError: the model did not pass the placeholder on, so that its own mask would decide.
+            UserError: the placeholder is not among the arguments, so the model would use a mask of its own.
         """
         masks = [name for name, value in given.items() if value is placeholder]
         if not masks:
@@ -82,7 +83,11 @@ class BlockCall:
 
 
 def rope_among(given: Mapping[str, Any]) -> RoPE:
-    """Cosine and sine that a model passed to its block: the one pair of tensors among the arguments."""
+    """Cosine and sine that a model passed to its block: the first pair of tensors among the arguments.
+
+    Raises:
+        UserError: there is no such pair.
+    """
     for value in given.values():
         if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
             return value
@@ -93,6 +98,6 @@ def rope_among(given: Mapping[str, Any]) -> RoPE:
 
 
 def _is_cache(annotation: object) -> bool:
-    if isinstance(annotation, str):  # of a module that postpones annotations
+    if isinstance(annotation, str):  # the block's module has `from __future__ import annotations`
         return re.search(r"\b(Dynamic|Static)?Cache\b", annotation) is not None
     return any(isinstance(kind, type) and issubclass(kind, Cache) for kind in (annotation, *get_args(annotation)))

@@ -1,4 +1,4 @@
-"""Keys and values of original blocks at their true positions, what a policy keeps of them, and the masks they imply.
+"""The KV cache: keys and values of original blocks at true positions, what a policy keeps of them, attention masks.
 
 Shapes: B batch, K key/value heads, N cached entries, T new tokens, D head dimension.
 """
@@ -18,9 +18,9 @@ from pdtrim_pl.wire.packing import packed
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Where the entries of a cache stand: true position and whether they count, each [B, N].
+    """True position and validity of every entry of a cache, each [B, N]. Padding is not valid.
 
-    Blocks that keep the same entries share one object, so a mask is built once for all of them.
+    Blocks that keep the same entries share one `Slots` object, so one attention mask serves all of them.
     """
 
     positions: Tensor
@@ -32,7 +32,7 @@ class Slots:
         return Slots(positions, torch.cat([self.valid, other.valid], dim=1))
 
     def kept_by(self, rule: Retention) -> tuple[Tensor, Slots]:
-        """The entries a rule keeps: their indices [B, kept], left-justified row by row, and their slots."""
+        """Indices [B, kept] of the entries that a rule keeps, left-justified in each row, and their slots."""
         lengths = self.valid.sum(dim=1)
         counts = torch.tensor([rule.counts(n) for n in lengths.tolist()], device=self.valid.device)
         first, last = counts[:, :1], lengths[:, None] - counts[:, 1:]
@@ -44,14 +44,14 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class BlockKV:
-    """Keys (RoPE applied at true positions) and values of one block, each [B, K, N, D], and where they stand."""
+    """Keys (with RoPE at true positions) and values of one block, each [B, K, N, D], and their slots."""
 
     keys: Tensor
     values: Tensor
     slots: Slots
 
-    def opened(self) -> OneBlockCache:
-        """What attention appends to; these entries stay as they are."""
+    def attention_cache(self) -> OneBlockCache:
+        """The cache object for attention, which appends to it. These entries do not change."""
         return OneBlockCache(self.keys, self.values)
 
     def at(self, order: Tensor, slots: Slots) -> BlockKV:
@@ -60,17 +60,20 @@ class BlockKV:
         return BlockKV(self.keys.gather(2, index), self.values.gather(2, index), slots)
 
     def transferred(self, codec: Codec) -> BlockKV:
-        """These left-justified entries as decode sees them after they crossed under a codec."""
+        """Encode and decode these entries with a codec: the result is what decode attends to.
+
+        The entries must be left-justified.
+        """
         if codec.is_none:
             return self
         keys, values = transferred(self.keys, self.values, self.slots.valid.sum(dim=1), codec)
         return BlockKV(keys, values, self.slots)
 
     def packed(self, codec: Codec) -> Tensor:
-        """These left-justified entries as the bytes that cross under a codec, uint8.
+        """The bytes of these entries on the wire, encoded with a codec, uint8. The entries must be left-justified.
 
         Raises:
-            FloatingPointError: keys or values that are to be rounded are not finite.
+            FloatingPointError: the codec rounds, and keys or values are not finite.
         """
         if not self.keys.shape[2]:
             return torch.empty(0, dtype=torch.uint8, device=self.keys.device)
@@ -83,7 +86,7 @@ class BlockKV:
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
-    """What crosses from prefill to decode, and what decode adds to it."""
+    """Keys and values that prefill sends to decode, and those that decode adds."""
 
     blocks: Mapping[int, BlockKV]
     """Original block index -> its entries."""
@@ -91,7 +94,10 @@ class KVCache:
     """True position of each row's next token, [B]."""
 
     def retained(self, policy: KVRetentionPolicy | None) -> KVCache:
-        """What decode gets of a prompt's cache under `policy`; gradients flow through it, and through codecs."""
+        """The part of a prompt's cache that decode gets under `policy`, as its codecs deliver it.
+
+        Gradients flow through the result. Rounding passes them on unchanged (straight-through). None keeps everything.
+        """
         if policy is None:
             return self
         keep, blocks = keeper(), dict[int, BlockKV]()
@@ -102,9 +108,9 @@ class KVCache:
 
 
 def keeper() -> Callable[[BlockKV, Retention], BlockKV]:
-    """A function that takes the entries that a rule keeps of a block, left-justified.
+    """Make a function that returns the entries of a block that a rule keeps, left-justified.
 
-    Blocks that share their slots share those of what is kept.
+    The function remembers the slots that it computed: blocks that shared their slots before share them afterwards.
     """
     known: dict[tuple[int, Retention], tuple[Tensor, Slots]] = {}
 
@@ -118,9 +124,9 @@ def keeper() -> Callable[[BlockKV, Retention], BlockKV]:
 
 
 class OneBlockCache:
-    """What a Hugging Face attention module sees as its cache: the past of one block, and a place for the result.
+    """The cache object that a Hugging Face attention module gets. It holds the past of one block, then the result.
 
-    The module's `layer_idx` is ignored, so blocks may be missing, renumbered or of unequal length.
+    It ignores the `layer_idx` of the module, so blocks may be missing or renumbered, and their lengths may differ.
     """
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
@@ -138,8 +144,8 @@ class OneBlockCache:
 def attention_mask(queries: Slots, entries: Slots, window: int | None) -> Tensor:
     """Which cached entries each new token may see, boolean [B, 1, T, N]; the new tokens are the last T entries.
 
-    A token always sees itself, so that padding rows have no empty softmax. No tensor of T x N elements is wider than a
-    byte: at 32 768 tokens the mask of one row takes 1 GiB, and differences of positions would take 8.
+    Every token sees itself, so the softmax of a padding row is never empty. All tensors of T x N elements are boolean:
+    at 32 768 tokens such a tensor takes 1 GiB a row, and differences of positions (int64) would take 8 GiB.
     """
     asked, held = queries.positions[:, :, None], entries.positions[:, None, :]
     seen = held <= asked

@@ -1,4 +1,4 @@
-"""Token by token: the decode node's loop, and when it stops.
+"""Decoding token by token: the loop of the decode node and its stop rules.
 
 Shapes: B batch, P prompt tokens, R response tokens, V vocabulary.
 """
@@ -19,7 +19,7 @@ from pdtrim_pl.staged.preallocated import PreallocatedCache
 from pdtrim_pl.staged.request import as_bool
 
 PickToken = Callable[[Tensor], Tensor]
-"""From logits [B, V] to token ids [B]."""
+"""Chooses the next tokens: from logits [B, V] to token ids [B]."""
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -28,19 +28,20 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 class DecodeLoop(Iterator[Tensor]):
-    """The decode node's loop: an iterator over token ids, [B] each.
+    """The loop of the decode node: an iterator over token ids, [B] each.
 
-    It ends when `room` tokens are out or every row has produced a stop token; a row that has repeats it until then.
+    It ends after `room` tokens, or earlier when every row has produced a stop token. A row that has produced a stop
+    token repeats it until the loop ends.
 
     Args:
-        staged: the decode stage.
-        sent: what prefill sent. The loop copies it into a cache with room for the response, and lets go of it.
-        room: number of tokens to yield at most.
-        first: the response's first token where prefill predicted it (`boundary: prefill`), [B]; else None.
-        last_prompt: the prompt's last token, decode's first input under `boundary: decode`, [B].
-        pick: from logits to a token.
+        staged: the model that decodes.
+        sent: the cache that prefill sent. The loop copies it into a larger cache and keeps no reference to it.
+        room: maximum number of tokens.
+        first: first token of the response, [B], if prefill predicted it (`boundary: prefill`); else None.
+        last_prompt: last token of the prompt, [B]. Under `boundary: decode` it is the first input of decode.
+        pick: chooses a token from the logits.
         stop_ids: stop tokens.
-        plan: decode under another plan than the stage's own.
+        plan: decode under this plan instead of the model's own.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class DecodeLoop(Iterator[Tensor]):
     ) -> None:  # fmt: skip
         self.staged, self.pick, self.plan = staged, pick, plan
         self.left = room
-        """Tokens that may still come."""
+        """Maximum number of tokens that are still to come."""
         self._first, self._fed = first, last_prompt
         self._stops = torch.tensor(sorted(stop_ids), device=last_prompt.device, dtype=last_prompt.dtype)
         self._done = torch.zeros_like(last_prompt, dtype=torch.bool)
@@ -79,25 +80,25 @@ def stream(
     staged: StagedCausalLM, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, max_new_tokens: int,
     stop_ids: Collection[int] = (), pick: PickToken = greedy,
 ) -> DecodeLoop:  # fmt: skip
-    """Encode prompts under the model's plan and policy; the loop then yields ids [B] as they come. Greedy by default.
+    """Run prefill under the model's plan and policy, and return the loop that decodes. Greedy by default.
 
     Args:
-        staged: both stages.
+        staged: the model that runs both stages.
         prompt_ids: token ids, [B, P], padded on the left.
         prompt_mask: True on real tokens, [B, P]; all real by default.
-        max_new_tokens: tokens of a response at most.
-        stop_ids: a response ends at one of these.
-        pick: from logits to a token.
+        max_new_tokens: maximum number of tokens of a response.
+        stop_ids: a response ends at one of these tokens.
+        pick: chooses a token from the logits.
 
     Raises:
-        UserError: no token is asked for, or more than the model's context holds.
+        UserError: `max_new_tokens` is below 1, or prompt and response exceed the model's context.
     """
     if max_new_tokens < 1:
         raise UserError(f"`max_new_tokens` is {max_new_tokens}: give at least 1.")
     staged.check_length(prompt_ids, prompt_mask, max_new_tokens)
     valid = as_bool(prompt_ids, prompt_mask)
-    handed = prompt_ids.shape[1] - (staged.plan.boundary == "decode")
-    encoded = staged.prefill(prompt_ids[:, :handed], valid[:, :handed])
+    handled = prompt_ids.shape[1] - (staged.plan.boundary == "decode")
+    encoded = staged.prefill(prompt_ids[:, :handled], valid[:, :handled])
     first = pick(staged.logits(encoded.hidden[:, -1])) if staged.plan.boundary == "prefill" else None
     return DecodeLoop(
         staged, encoded.cache.retained(staged.policy), room=max_new_tokens, first=first, last_prompt=prompt_ids[:, -1],
@@ -109,21 +110,21 @@ def generate(
     staged: StagedCausalLM, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, max_new_tokens: int,
     stop_ids: Collection[int] = (), pick: PickToken = greedy,
 ) -> Tensor:  # fmt: skip
-    """Generate a batch of responses, [B, up to max_new_tokens]; arguments as for `stream`.
+    """Generate a batch of responses, [B, up to max_new_tokens]; arguments and errors as for `stream`.
 
-    A row that has produced one of `stop_ids` repeats it until every row is done.
+    A row that has produced one of `stop_ids` repeats it until every row has.
     """
     loop = stream(staged, prompt_ids, prompt_mask, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pick=pick)
     return torch.stack(list(loop), dim=1)
 
 
 def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
-    """The end-of-sequence tokens that a model's generation config or its tokenizer knows."""
+    """The end-of-sequence tokens of a model's generation config and of its tokenizer, ascending."""
     config = model.generation_config
     return joined_stop_ids(config and config.eos_token_id, tokenizer and tokenizer.eos_token_id)
 
 
-def joined_stop_ids(*told: object) -> tuple[int, ...]:
-    """One rising tuple of token ids out of several `eos_token_id`, each a number, a list, or None."""
-    ids = {token for entry in told for token in (entry if isinstance(entry, list | tuple) else [entry])}
+def joined_stop_ids(*settings: object) -> tuple[int, ...]:
+    """Join several values of `eos_token_id` (a number, a list or None each) into one ascending tuple of token ids."""
+    ids = {token for entry in settings for token in (entry if isinstance(entry, list | tuple) else [entry])}
     return tuple(sorted(token for token in ids if isinstance(token, int)))

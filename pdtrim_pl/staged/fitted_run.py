@@ -1,4 +1,4 @@
-"""A block fitted to stand for a run of neighbours, while it is only on offer to the plans that name it."""
+"""A block fitted to replace a run of neighbours. Plans can try it before it becomes part of the model."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pdtrim_pl.plan import Move, Stage
 
 @dataclass(frozen=True, eq=False)
 class FittedRun:
-    """What one block, after a local fit, makes of a run of neighbours."""
+    """Result of a local fit: one block that replaces a run of neighbouring blocks."""
 
     move: Move
-    """The merge: target, run, and the block that was the better one to start from."""
+    """The merge: target, run, and the block that the fit started from."""
     stands_for: Mapping[Stage, tuple[int, ...]]
-    """Per stage that merges, the original blocks the merged one stands for, as the plan's `merged` names them."""
+    """Per stage that merges: the original blocks that the merged block replaces, as in `StagePlan.merged`."""
     cosine: float
-    """Mean cosine to the run's output at held positions, after the fit."""
+    """Mean cosine similarity to the run's output on held-out positions, after the fit."""
     plain_cosine: float
-    """The same before the fit: the block alone, the others of the run dropped."""
+    """The same before the fit: the merged block runs with its old weights, the others of the run are dropped."""
     mse: float
-    """Mean squared error of one element of the output at held positions, after the fit."""
+    """Mean squared error per element of the output on held-out positions, after the fit."""
     weights: nn.Module | None
-    """The fitted block in the student's element type; None where the cosine fell short of the bar."""
+    """The fitted block in the student's element type; None if `cosine` is below the threshold."""
     trailing_blocks: Mapping[int, nn.Module] = field(default_factory=dict)
-    """Blocks behind the run that were fitted with it, by their indices: plans that make the merge use them too."""
+    """Original index -> a block after the run that was fitted with it. Plans with this merge use these blocks too."""
 
     @property
     def blocks(self) -> Mapping[int, nn.Module]:
-        """All that was fitted, by index; nothing where the cosine fell short of the bar."""
+        """Original index -> fitted block, trailing blocks included; empty if `cosine` is below the threshold."""
         assert self.move.into is not None
         return {} if self.weights is None else {self.move.into: self.weights, **self.trailing_blocks}

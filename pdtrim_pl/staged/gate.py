@@ -25,43 +25,45 @@ from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, atten
 from pdtrim_pl.staged.preallocated import PreallocatedCache, PreallocatedKV
 
 Observer = Callable[[int, Tensor, Tensor], None]
-"""Called with a block's original index, its input and its output, each [B, T, H]."""
+"""A function that is called with a block's original index, its input and its output, each [B, T, H]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Resume:
-    """Where a pass may start because an earlier one, with the same blocks before it, has been there."""
+    """Start a pass at a block in the middle. An earlier pass over the same tokens has run the blocks before it."""
 
     block: int
-    """Original index of the first block to look at."""
+    """Original index of the block to start at."""
     hidden: Tensor
-    """Hidden state that reaches it, [B, T, H]."""
+    """Hidden state that reaches this block, [B, T, H]."""
     cached: Mapping[int, BlockKV]
-    """Entries after this pass of the blocks before it, where later passes need them."""
+    """Original index -> keys and values of the earlier pass, for the blocks before this one that later passes need."""
 
 
 @dataclass
 class StagePass:
-    """One pass of one stage over new tokens. Gates find it with `current_pass`: the model never sees it."""
+    """One pass of one stage over new tokens. Gates read it with `current_pass`; the Hugging Face model does not."""
 
     stage: Stage
     plan: StagePlan
     tokens: Slots
     """Positions and validity of the new tokens, [B, T]."""
     past: KVCache | PreallocatedCache | None
-    """Entries of earlier passes; None for prefill."""
+    """Keys and values of earlier passes; None for prefill."""
     additive_masks: bool
-    """Eager attention adds its mask; fused attention takes a boolean one, or none."""
+    """True for eager attention, which adds its mask to the scores. Fused attention takes a boolean mask or none."""
     recompute: bool = False
-    """Gradient checkpointing: keep a block's inputs and outputs only."""
+    """Gradient checkpointing: keep only the input and output of each block, and recompute the rest in backward."""
     keep: bool = True
-    """Whether later passes need this pass's keys and values."""
+    """Whether later passes need the keys and values of this pass."""
     observer: Observer | None = None
+    """Called after every block that ran."""
     resume: Resume | None = None
+    """The block to start at; None starts at the first block."""
     cached: dict[int, BlockKV] = field(default_factory=dict)
-    """Filled by the gates: entries of every block after this pass."""
+    """Original index -> keys and values after this pass. The gates fill it."""
     dtype: torch.dtype | None = None
-    """Of a pass that starts at a block: the model's own hidden states'."""
+    """Element type of the model's hidden states. The gates set it if the pass starts in the middle (`resume`)."""
     _slots: dict[int | None, Slots] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
 
@@ -71,14 +73,14 @@ class StagePass:
         self.projects = frozenset(self.plan.kv_only) if self.stage == "prefill" else frozenset[int]()
         self.sends = frozenset(self.plan.decode)
         self.all_valid = bool(self.tokens.valid.all())
-        # Any 4D mask: transformers hands one on as it is, and every gate puts its own in its place.
+        # Any 4D mask serves: transformers passes it on unchanged, and every gate replaces it with its own mask.
         self.placeholder = self.tokens.valid[:, None, None]
         if self.resume is not None:
             self.cached.update({i: kv for i, kv in self.resume.cached.items() if i < self.resume.block})
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Gates that are reached in here, by this thread, belong to this pass."""
+        """Make this the current pass of the thread: every gate that runs inside the `with` block obeys it."""
         token = _CURRENT.set(self)
         try:
             yield
@@ -86,19 +88,20 @@ class StagePass:
             _CURRENT.reset(token)
 
     def slots(self, past: BlockKV | PreallocatedKV | None) -> Slots:
-        """Slots of a block's entries after this pass, shared between blocks that share a past."""
+        """Slots of a block's entries after this pass. Blocks whose past has the same slots get the same object."""
         key = None if past is None else id(past.slots)
         if key not in self._slots:
             self._slots[key] = self.tokens if past is None else past.slots.extended(self.tokens)
         return self._slots[key]
 
     def mask(self, slots: Slots, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Mask of the new tokens over `slots`, [B, 1, T, N], built once for equal arguments.
+        """Attention mask of the new tokens over `slots`, [B, 1, T, N]. Equal arguments get the same mask.
 
-        None where fused attention needs none: a plain causal prompt, or one token that sees everything.
+        None if fused attention needs no mask: for a causal prompt without padding, or for one token that sees every
+        entry.
         """
         if window is not None and slots is self.tokens and window >= slots.positions.shape[1]:
-            window = None  # a prompt that is no longer than a window has one mask for all blocks, or none
+            window = None  # the prompt fits into the window, so all blocks can share one mask
         key = (id(slots), window, dtype if self.additive_masks else torch.bool)
         if key not in self._masks:
             self._masks[key] = self._build(slots, window, dtype)
@@ -121,10 +124,10 @@ _CURRENT: ContextVar[StagePass] = ContextVar("current_pass")
 
 
 def current_pass() -> StagePass:
-    """The pass that reaches a gate now, in this thread.
+    """The pass that runs now in this thread.
 
     Raises:
-        RuntimeError: the Hugging Face model was called by itself.
+        RuntimeError: no pass runs: the Hugging Face model was called directly.
     """
     try:
         return _CURRENT.get()
@@ -136,7 +139,7 @@ def current_pass() -> StagePass:
 
 
 class Gate(nn.Module):
-    """Stands in a model's block list for one block and obeys the plan of the pass that reaches it."""
+    """Replaces one block in a model's block list, and runs, skips or projects it as the current pass demands."""
 
     def __init__(self, block: nn.Module, index: int, window: int | None, architecture: Architecture) -> None:
         super().__init__()
@@ -146,21 +149,25 @@ class Gate(nn.Module):
         self.architecture = architecture
         self.call = BlockCall.of(block)
         self.project: Callable[[nn.Module, Tensor, RoPE], tuple[Tensor, Tensor]] = architecture.keys_values
-        """Makes keys and values of a KV-only block; a strategy that shards weights puts its own in place."""
+        """Projects the keys and values of a KV-only block. A strategy that shards weights replaces this function."""
         self.untied = nn.ModuleDict()
+        """Stage -> the block with weights of its own for that stage."""
         self.offers: dict[tuple[Stage, int, tuple[int, ...]], nn.Module] = {}
-        """Fitted weights that come with merges a search may choose, by stage, block that stays and run: no parameters
-        of the model yet."""
+        """Fitted weights for merges that a search may choose; the key is stage, block that stays and run. They are not
+        parameters of the model."""
 
     def __getattr__(self, name: str) -> Any:
-        """Some models read attributes of their blocks, such as `attention_type`; the block answers."""
+        """Look up missing attributes on the block: some models read them there, such as `attention_type`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
 
     def weights(self, stage: Stage, plan: StagePlan) -> nn.Module:
-        """The block whose weights `stage` uses under `plan`: those on offer for its run, its own, or the shared one."""
+        """The block whose weights `stage` uses under `plan`.
+
+        An offer that fits a merge of the plan comes first, then weights of the stage's own, then the shared weights.
+        """
         offered = self._offered(stage, plan)
         if offered is not None:
             return offered
@@ -172,15 +179,15 @@ class Gate(nn.Module):
         return next(fits, None)
 
     def untie(self, stage: Stage) -> None:
-        """Give `stage` weights of its own, starting from the shared ones."""
+        """Give `stage` weights of its own. They start as a copy of the shared ones."""
         if stage not in self.untied:
             self.untied[stage] = copy_of(self.block)
 
     def check_offers(self, plan: StagePlan) -> None:
-        """Refuse a plan that would put fitted weights into shared ones that a stage without the merge uses too.
+        """Refuse a plan that would write fitted weights into shared weights that are also used without the merge.
 
         Raises:
-            UserError: with the way out.
+            UserError: both stages use the shared weights of this block, but for different runs.
         """
         users = (stage for stage in _stages_using(self.index, plan) if self.index not in plan.untied[stage])
         shared = {stage: self._offered(stage, plan) for stage in users}
@@ -191,8 +198,13 @@ class Gate(nn.Module):
                 "both stages."
             )
 
-    def take_up(self, plan: StagePlan, write: Callable[[nn.Parameter, Tensor], None]) -> None:
-        """Untie what `plan` unties, make the weights on offer for its merges those of their stages, end the offers."""
+    def apply_plan(self, plan: StagePlan, write: Callable[[nn.Parameter, Tensor], None]) -> None:
+        """Create the untied weights of `plan`, write the offers that fit its merges into the model, drop all offers.
+
+        Args:
+            plan: what each stage runs from now on.
+            write: writes a value into a parameter.
+        """
         chosen = {stage: self._offered(stage, plan) for stage in STAGES}
         self.offers.clear()
         targets: dict[int, tuple[nn.Module, nn.Module]] = {}
@@ -201,20 +213,20 @@ class Gate(nn.Module):
                 self.untie(stage)
             fitted, weights = chosen[stage], self.weights(stage, plan)
             if fitted is not None:
-                targets[id(weights)] = (weights, fitted)  # once, where both stages share them
+                targets[id(weights)] = (weights, fitted)  # one entry if both stages share the weights
         for weights, fitted in targets.values():
             for name, parameter in weights.named_parameters():
                 write(parameter, fitted.get_parameter(name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        """Offers move with the model, though they are no part of it."""
+        """Move and cast the offers too: they are not submodules."""
         super()._apply(fn, recurse)
         for weights in {id(weights): weights for weights in self.offers.values()}.values():
             weights._apply(fn)
         return self
 
     def forward(self, hidden: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-        """Run, project or skip; hidden state in and out, [B, T, H]."""
+        """Run the block, project its keys and values, or skip it; hidden state in and out, [B, T, H]."""
         current = current_pass()
         if current.resume is not None:
             current.dtype = current.dtype or hidden.dtype
@@ -232,8 +244,8 @@ class Gate(nn.Module):
         past = current.past.blocks[self.index] if current.past is not None else None
         slots = current.slots(past)
         mask = current.mask(slots, self.window, hidden.dtype)
-        opened = OneBlockCache if past is None else past.opened
-        call = partial(self._run, block, kwargs, current.placeholder, mask, opened)
+        new_cache = OneBlockCache if past is None else past.attention_cache
+        call = partial(self._run, block, kwargs, current.placeholder, mask, new_cache)
         if current.recompute and torch.is_grad_enabled():
             out, keys, values = checkpoint(call, hidden, use_reentrant=False)
         else:
@@ -242,14 +254,14 @@ class Gate(nn.Module):
             current.observer(self.index, hidden, out)
         if current.keep and self.index in current.sends:
             current.cached[self.index] = BlockKV(keys, values, slots)
-        # Blocks are fitted in fp32 inside a model of bf16, by a pass that starts there; the last norm takes bf16 only.
+        # A local fit runs fp32 blocks inside a bf16 model, in a pass that starts at them. The final norm needs bf16.
         return out.to(current.dtype) if self.index == current.last and current.dtype is not None else out
 
     def _run(
         self, block: nn.Module, given: dict[str, Any], placeholder: Tensor, mask: Tensor | None,
-        opened: Callable[[], OneBlockCache], hidden: Tensor,
+        new_cache: Callable[[], OneBlockCache], hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        cache = opened()
+        cache = new_cache()  # made here, so that a recomputed block starts from the same past
         out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
         if cache.keys is None or cache.values is None:
             raise UserError(
@@ -260,13 +272,13 @@ class Gate(nn.Module):
 
 
 def _stages_using(index: int, plan: StagePlan) -> tuple[Stage, ...]:
-    """Stages that run a block or project its keys and values."""
+    """Stages that run the block at `index` or project its keys and values."""
     return tuple(s for s in STAGES if index in plan.blocks(s) or (s == "prefill" and index in plan.kv_only))
 
 
 def copy_of(block: nn.Module) -> nn.Module:
-    """A block with weights of its own that take gradients."""
-    # It reads the model's own configuration, so that a change of attention implementation reaches it.
+    """A copy of a block with weights of its own, which take gradients."""
+    # The copy shares the model's configuration object, so that a change of attention implementation reaches it.
     configs = [vars(module).get("config") for module in block.modules()]
     shared = {id(config): config for config in configs if config is not None}
     return copy.deepcopy(block, shared).requires_grad_(True)

@@ -28,13 +28,13 @@ class StagedOutput:
 
     hidden: Tensor
     cache: KVCache
-    """The prompt's cache as it was sent."""
+    """Of `prefill`: the whole prompt. Of `decode`: the entries after its tokens. Of `forward`: what prefill sent."""
 
 
 class StagedCausalLM(GatedCausalLM):
-    """One set of weights, two stages. The plan and the policy say what each stage runs and what crosses between them.
+    """One model that runs both stages. The plan says what each stage runs, the policy what prefill sends to decode.
 
-    `prefill` and `decode` are the stages, `forward` is both for a known response. Generation token by token is in
+    `prefill` and `decode` run one stage. `forward` runs both, for a known response. Generation token by token is in
     `pdtrim_pl.staged.decoding`. For the constructor's arguments see `GatedCausalLM`.
     """
 
@@ -42,16 +42,19 @@ class StagedCausalLM(GatedCausalLM):
         self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, plan: StagePlan | None = None,
         observer: Observer | None = None, resume: Resume | None = None,
     ) -> StagedOutput:  # fmt: skip
-        """The prefill node's work on the positions it handles: hidden states [B, P, H] and KV for every block of D.
+        """Run the prefill stage on the positions that it handles.
 
         Under `boundary: decode` pass the prompt without its last token; an empty prompt is allowed.
 
         Args:
             prompt_ids: token ids, [B, P], padded on the left.
             prompt_mask: True on real tokens, [B, P]; all real by default.
-            plan: run under another plan than `self.plan`.
+            plan: run under this plan instead of `self.plan`.
             observer: called after every block that ran.
             resume: start at a block that an earlier pass over the same tokens has reached.
+
+        Returns:
+            Hidden states [B, P, H], and keys and values of every block of D.
         """
         prompt_ids, valid = never_empty(prompt_ids, as_bool(prompt_ids, prompt_mask))
         positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
@@ -63,15 +66,15 @@ class StagedCausalLM(GatedCausalLM):
         self, token_ids: Tensor, cache: KVCache, mask: Tensor | None = None, *, plan: StagePlan | None = None,
         observer: Observer | None = None, keep_cache: bool = True, resume: Resume | None = None,
     ) -> StagedOutput:  # fmt: skip
-        """The decode node's work on one or more tokens at their true positions, against `cache`.
+        """Run the decode stage on one or more tokens at their true positions, against `cache`.
 
         Args:
             token_ids: token ids, [B, T], padded on the right.
-            cache: what prefill sent, with what decode added since.
+            cache: keys and values that prefill sent and decode added since.
             mask: True on real tokens, [B, T]; all real by default.
-            plan: run under another plan than `self.plan`.
+            plan: run under this plan instead of `self.plan`.
             observer: called after every block that ran.
-            keep_cache: whether the returned cache holds the new tokens too (no use in a teacher-forced pass).
+            keep_cache: whether to return a cache with the new tokens; if False, `cache` itself is returned.
             resume: start at a block that an earlier pass over the same tokens has reached.
 
         Returns:
@@ -85,12 +88,12 @@ class StagedCausalLM(GatedCausalLM):
         return StagedOutput(hidden, grown)
 
     def step(self, token_ids: Tensor, cache: PreallocatedCache, *, plan: StagePlan | None = None) -> Tensor:
-        """`decode` for one token of every row, whose keys and values `cache` takes in where they belong.
+        """Run the decode stage on one token of every row. Its keys and values are written into `cache` in place.
 
         Args:
             token_ids: token ids, [B].
-            cache: what prefill sent, with what decode added since, and room for one more token.
-            plan: run under another plan than `self.plan`.
+            cache: keys and values that prefill sent and decode added since, with room for one more token.
+            plan: run under this plan instead of `self.plan`.
 
         Returns:
             Hidden states, [B, H].
@@ -113,12 +116,15 @@ class StagedCausalLM(GatedCausalLM):
             response_ids: [B, R], padded on the right.
             prompt_mask: True on real tokens, [B, P].
             response_mask: True on real tokens, [B, R].
-            plan: run under another plan than `self.plan`; `policy` then counts as given, None sending everything.
-            policy: with `plan`, the policy to run under.
+            plan: run under this plan and under `policy`, instead of `self.plan` and `self.policy`.
+            policy: the policy to run under, if `plan` is given; None sends everything.
             observers: per stage, called after every block that ran.
 
         Returns:
-            Hidden states [B, R, H] that predict each response token, and the cache as sent.
+            Hidden states [B, R, H] that predict each response token, and the cache that prefill sent.
+
+        Raises:
+            UserError: prompt and response exceed the model's context.
         """
         if plan is None:
             plan, policy = self.plan, self.policy
@@ -140,27 +146,27 @@ class StagedCausalLM(GatedCausalLM):
         return self.architecture.logits(self.model, hidden)
 
     def compared_logits(self, hidden: Tensor) -> Tensor:
-        """The logits that a comparison of two models looks at: those of the first `compared_tokens` ids."""
+        """Logits of the first `compared_tokens` ids, for a comparison of two models."""
         return self.logits(hidden)[..., : self.compared_tokens]
 
     def check_length(
         self, prompt_ids: Tensor, prompt_mask: Tensor | None, response: int, response_mask: Tensor | None = None
     ) -> None:
-        """Refuse a prompt and a response that take more tokens than the model's context.
+        """Check that prompt and response fit into the model's context.
 
         Args:
             prompt_ids: token ids, [B, P].
             prompt_mask: True on real tokens, [B, P].
-            response: tokens of the longest response.
-            response_mask: True on real tokens, [B, R], where the response is known.
+            response: number of tokens of the longest response.
+            response_mask: True on real tokens, [B, R], if the response is known.
 
         Raises:
-            UserError: with the way out.
+            UserError: they do not fit.
         """
         context = usable_context(self.model.config.to_dict())
         if prompt_ids.shape[1] + response <= context:
             return
-        prompts = as_bool(prompt_ids, prompt_mask).sum(dim=1)  # padding counts for nothing
+        prompts = as_bool(prompt_ids, prompt_mask).sum(dim=1)  # without padding
         responses = response if response_mask is None else response_mask.sum(dim=1)
         tokens = int((prompts + responses).max())
         if tokens > context:

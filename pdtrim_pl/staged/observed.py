@@ -1,4 +1,4 @@
-"""A pass over one batch that keeps the outputs of single blocks, for losses that look at them.
+"""A pass over one batch that keeps the outputs of blocks, for losses that need them.
 
 Shapes: B batch, T tokens of a stage, H hidden.
 """
@@ -14,13 +14,13 @@ from pdtrim_pl.staged.gate import Observer
 
 
 class BlockOutputs:
-    """Collects the outputs of blocks, [B, T, H] each, per stage and original index."""
+    """Collects the outputs of blocks, [B, T, H] each, by stage and original index."""
 
     def __init__(self) -> None:
         self.outputs: dict[Stage, dict[int, Tensor]] = {stage: {} for stage in STAGES}
 
     def of(self, stage: Stage) -> Observer:
-        """The observer of one stage."""
+        """The observer that collects the outputs of one stage."""
         outputs = self.outputs[stage]
 
         def observe(block: int, _: Tensor, out: Tensor) -> None:
@@ -30,7 +30,7 @@ class BlockOutputs:
 
 
 def run_observed(model: StagedCausalLM, batch: Batch, watch: BlockOutputs | None) -> StagedOutput:
-    """The teacher-forced pass over a batch under the model's own plan and policy; fills `watch` where there is one."""
+    """Run the teacher-forced pass over a batch under the model's plan and policy, and fill `watch` if it is given."""
     observers = {stage: watch.of(stage) for stage in STAGES} if watch is not None else None
     out: StagedOutput = model(*batch.request, observers=observers)
     return out

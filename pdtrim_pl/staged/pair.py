@@ -1,4 +1,4 @@
-"""The two models of a run as its settings name them: the student under its first plan, the teacher in full."""
+"""Load the two models of a run: the student with the plan that it starts under, and the unpruned teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdtrim_pl.staged.model import StagedCausalLM
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Which models a run loads, and how."""
+    """Settings of the models that a run loads."""
 
     name: str
     """Name, path or Hub id of the model to trim."""
@@ -33,7 +33,7 @@ class ModelPair:
         return self.loading.teacher or self.name
 
     def check(self) -> None:
-        """Refuse models that cannot be trimmed or are not whole, before a weight is read.
+        """Refuse models that cannot be trimmed or whose files are incomplete, before any weight is read.
 
         Raises:
             UserError: see `load_causal_lm`.
@@ -43,7 +43,11 @@ class ModelPair:
             check_model(self.teacher_name, self._adapter_of_teacher())
 
     def student(self) -> tuple[PreTrainedModel, StagePlan, KVRetentionPolicy | None]:
-        """The model to trim, and the plan and the policy that it starts under; a policy of None sends everything."""
+        """Load the model to trim, and the plan and the policy that it starts under. None as policy sends everything.
+
+        Raises:
+            UserError: see `load_causal_lm`, `StagePlan.load` and `KVRetentionPolicy.load`.
+        """
         model = self._load(self.name, self.loading.dtype, self.architecture)
         reference = reference_to(model, self.name)
         if self.structure.plan is None:
@@ -56,14 +60,14 @@ class ModelPair:
         return model, plan, policy
 
     def teacher(self, boundary: Boundary, vocabulary: int) -> StagedCausalLM:
-        """The teacher: frozen, in eval mode, with every block in both stages.
+        """Load the teacher: frozen, in eval mode, with every block in both stages.
 
         Args:
-            boundary: of the student's plan.
-            vocabulary: of the student.
+            boundary: boundary of the student's plan.
+            vocabulary: number of rows of the student's embedding.
 
         Raises:
-            UserError: a teacher of another vocabulary.
+            UserError: the teacher has another vocabulary, or see `load_causal_lm`.
         """
         adapter = self._adapter_of_teacher()
         model = self._load(self.teacher_name, self.loading.teacher_dtype, adapter)
@@ -73,11 +77,14 @@ class ModelPair:
         return teacher
 
     def _compared_tokens(self, student: int, teacher: int) -> int | None:
-        """Token ids on which both models are compared; None where all of them are.
+        """Number of token ids, from 0, on which both models are compared; None for all of them.
 
         Args:
-            student: rows of the student's embedding; some may be padding.
-            teacher: rows of the teacher's.
+            student: number of rows of the student's embedding; the last ones may be padding.
+            teacher: number of rows of the teacher's embedding.
+
+        Raises:
+            UserError: the two tokenizers give one id to different tokens.
         """
         if self.teacher_name == self.name:
             return None
@@ -85,26 +92,26 @@ class ModelPair:
         if ours is None or theirs is None:
             if student == teacher:
                 return None
-            raise self._other_vocabulary(student, teacher, "one of them has no tokenizer to compare them by")
+            raise self._vocabulary_error(student, teacher, "one of them has no tokenizer to compare them by")
         for token in sorted(ours.keys() & theirs.keys(), key=ours.__getitem__):
             if ours[token] != theirs[token]:
-                why = f"the token {token!r} has the id {theirs[token]} there and {ours[token]} here"
-                raise self._other_vocabulary(student, teacher, why)
+                why = f"the token {token!r} has the id {theirs[token]} in the teacher and {ours[token]} in `model`"
+                raise self._vocabulary_error(student, teacher, why)
         names, added = {index: token for token, index in theirs.items()}, self._added_tokens()
         for token, index in ours.items():
             if index in names and names[index] != token and not {token, names[index]} <= added:
-                why = f"the id {index} is the token {names[index]!r} there and {token!r} here"
-                raise self._other_vocabulary(student, teacher, why)
+                why = f"the id {index} is the token {names[index]!r} in the teacher and {token!r} in `model`"
+                raise self._vocabulary_error(student, teacher, why)
         known = max(ours.values()) + 1
         if known > teacher:
-            raise self._other_vocabulary(student, teacher, f"the tokenizer of `model` has ids up to {known - 1}")
+            raise self._vocabulary_error(student, teacher, f"the tokenizer of `model` has ids up to {known - 1}")
         return None if student == teacher else known
 
     def _added_tokens(self) -> set[str]:
-        """Tokens that were added to one of the tokenizers: one place may hold two of them."""
+        """Tokens that were added to one of the tokenizers: the two may give one id to different added tokens."""
         return {token for name in (self.name, self.teacher_name) for token in load_tokenizer(name).get_added_vocab()}
 
-    def _other_vocabulary(self, student: int, teacher: int, why: str) -> UserError:
+    def _vocabulary_error(self, student: int, teacher: int, why: str) -> UserError:
         return UserError(
             f"`loading.teacher` has a vocabulary of {teacher} tokens and `model` one of {student}: {why}, so their "
             "distributions cannot be compared. Use a teacher of the same family, or leave `loading.teacher` out."
@@ -115,14 +122,14 @@ class ModelPair:
         return load_causal_lm(name, dtype=dtype_of(dtype), attn_implementation=attention, architecture=adapter)
 
     def _adapter_of_teacher(self) -> Architecture | None:
-        """That of the model, unless the package knows the teacher as one of another family."""
+        """The model's adapter, if the teacher is of the same family; else None (the package's own adapter)."""
         if self.architecture is None or model_type_of(self.teacher_name) == model_type_of(self.name):
             return self.architecture
         return None
 
 
 def _vocabulary_of(name: str) -> Mapping[str, int] | None:
-    """Token -> id of a model's tokenizer; None where it has none."""
+    """Token -> id of a model's tokenizer; None if the model has no tokenizer."""
     try:
         vocabulary: Mapping[str, int] = load_tokenizer(name).get_vocab()
     except UserError:

@@ -1,6 +1,6 @@
-"""A cache with room for the tokens to come: decode writes new keys and values in place, and attention sees a view.
+"""A preallocated KV cache: decode writes new keys and values in place, and attention reads a view.
 
-No class here is a dataclass: FSDP copies the dataclasses that a stage is given, and a copy would miss what is written.
+No class here is a dataclass: FSDP copies dataclasses that are passed to a module, and the copy would get the writes.
 
 Shapes: B batch, K key/value heads, N entries so far, T new tokens, D head dimension.
 """
@@ -14,23 +14,23 @@ from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots
 
 
 class PreallocatedSlots:
-    """Where the entries of blocks that keep the same ones stand, with room behind them."""
+    """Slots with room for new tokens after the entries. Blocks that keep the same entries share one object."""
 
     def __init__(self, sent: Slots, room: int) -> None:
         self._filled = sent.valid.shape[1]
         self._positions, self._valid = _with_room(sent.positions, 1, room), _with_room(sent.valid, 1, room)
 
     def extended(self, new: Slots) -> Slots:
-        """Write the slots of new tokens [B, T] behind the others; returns all of them, [B, N + T]."""
+        """Write the slots of new tokens [B, T] after the others; returns all slots, [B, N + T]."""
         start, self._filled = self._filled, self._filled + new.valid.shape[1]
-        assert self._filled <= self._valid.shape[1], "no room: a slice past the end takes anything and keeps nothing"
+        assert self._filled <= self._valid.shape[1], "no room: assigning past the end of the cache would write nothing"
         self._positions[:, start : self._filled] = new.positions
         self._valid[:, start : self._filled] = new.valid
         return Slots(self._positions[:, : self._filled], self._valid[:, : self._filled])
 
 
 class PreallocatedKV(OneBlockCache):
-    """Keys and values of one block with room behind them; what a Hugging Face attention module sees as its cache."""
+    """Keys and values of one block with room for new tokens; the cache object of a Hugging Face attention module."""
 
     def __init__(self, sent: BlockKV, slots: PreallocatedSlots, room: int) -> None:
         super().__init__()
@@ -38,12 +38,12 @@ class PreallocatedKV(OneBlockCache):
         self._filled = sent.keys.shape[2]
         self._all_keys, self._all_values = _with_room(sent.keys, 2, room), _with_room(sent.values, 2, room)
 
-    def opened(self) -> OneBlockCache:
-        """What attention appends to: these entries themselves."""
+    def attention_cache(self) -> OneBlockCache:
+        """The cache object for attention: this object itself, which attention writes into."""
         return self
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, K, T, D] behind the others; returns views of all of them, [B, K, N + T, D]."""
+        """Write new keys and values [B, K, T, D] after the others; returns views of all of them, [B, K, N + T, D]."""
         if self._all_keys.dtype != keys.dtype or self._all_values.dtype != values.dtype:
             self._all_keys, self._all_values = self._all_keys.to(keys.dtype), self._all_values.to(values.dtype)
         start, self._filled = self._filled, self._filled + keys.shape[2]
@@ -54,11 +54,11 @@ class PreallocatedKV(OneBlockCache):
 
 
 class PreallocatedCache:
-    """What crossed from prefill to decode, copied once, with room for what decode adds.
+    """A copy of the cache that prefill sent, with room for the tokens that decode adds.
 
     Args:
-        sent: what prefill sent; it is not changed, nor kept.
-        room: tokens to come, of every row.
+        sent: the cache that prefill sent. It is neither changed nor kept.
+        room: number of tokens that each row may add.
     """
 
     def __init__(self, sent: KVCache, room: int) -> None:
@@ -69,17 +69,17 @@ class PreallocatedCache:
         """True position of each row's next token, [B]."""
 
     def next_slots(self) -> Slots:
-        """Where the next token of every row stands, [B, 1]."""
+        """Slots of the next token of every row, [B, 1]."""
         positions = self.lengths[:, None]
         return Slots(positions, torch.ones_like(positions, dtype=torch.bool))
 
     def advance(self) -> None:
-        """Count the token that every block has taken in."""
+        """Move every row on by one position, after all blocks have written a token."""
         self.lengths = self.lengths + 1
 
 
 def _with_room(x: Tensor, dim: int, room: int) -> Tensor:
-    """A copy of `x` with `room` more entries along `dim`, not yet written."""
+    """A copy of `x` with `room` more, uninitialised entries at the end of `dim`."""
     shape = list(x.shape)
     shape[dim] += room
     whole = x.new_empty(shape)

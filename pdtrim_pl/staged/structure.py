@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model whose blocks stand behind gates, with the plan and the policy they obey."""
+"""A Hugging Face causal language model with a gate around every block, and the plan and the policy that it obeys."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from pdtrim_pl.staged.fitted_run import FittedRun
 from pdtrim_pl.staged.gate import Gate
 
 WriteWeight = Callable[[nn.Parameter, Tensor], None]
-"""Puts a value into a parameter that trains."""
+"""A function that writes a value into a parameter."""
 
 
 class GatedCausalLM(nn.Module):
-    """One set of weights. The plan says which blocks each stage runs, the policy what crosses between the stages.
+    """One model for both stages. The plan says which blocks each stage runs, the policy what prefill sends to decode.
 
-    Blocks are never deleted here: every block sits behind a gate that runs it, skips it or projects its KV.
+    Blocks are never deleted here: the gate around a block runs it, skips it or projects only its keys and values.
 
     Args:
-        model: a decoder-only Hugging Face model; its block list is replaced by gates, in place.
+        model: a decoder-only Hugging Face model. Its blocks are replaced by gates, in place.
         plan: what each stage runs. The full plan by default.
-        policy: what crosses the boundary. Everything by default.
-        originals: original indices of the blocks that `model` holds, where it holds only some of them.
-        architecture: adapter of the model's family, where the package has none.
+        policy: what prefill sends to decode. Everything by default.
+        originals: original indices of the blocks of `model`, if it holds only some of the original ones.
+        architecture: adapter of the model's family, if the package has none.
 
     Raises:
-        UserError: no adapter for the family, or an attention implementation that cannot take the contract's masks.
+        UserError: there is no adapter for the family, or the attention implementation cannot take the masks needed.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class GatedCausalLM(nn.Module):
         self.model = model
         self.gradient_checkpointing = False
         self.compared_tokens: int | None = None
-        """Token ids that a comparison with another model looks at, from 0; all by default. Models of one tokenizer may
-        have embeddings padded to different sizes."""
+        """Number of token ids, from 0, on which this model is compared with another; None for all. Models with the same
+        tokenizer may have embeddings padded to different sizes."""
         self.plan = StagePlan.full(reference_to(model)) if originals is None or plan is None else plan
         self.policy: KVRetentionPolicy | None = None
         self.apply_plan(plan or self.plan)
@@ -73,7 +73,7 @@ class GatedCausalLM(nn.Module):
 
     @property
     def untied(self) -> dict[Stage, tuple[int, ...]]:
-        """Per stage, blocks with weights of their own here, also those that have left the plan since."""
+        """Per stage: blocks that have weights of their own, including blocks that have left the plan since."""
         return {stage: tuple(i for i, gate in self.gates.items() if stage in gate.untied) for stage in STAGES}
 
     @property
@@ -82,17 +82,18 @@ class GatedCausalLM(nn.Module):
         return kv_shape_of(self.model)
 
     def apply_plan(self, plan: StagePlan, write: WriteWeight | None = None) -> None:
-        """Run under `plan` from now on; creates the untied weights it names and narrows the policy to its D.
+        """Run under `plan` from now on. Creates its untied weights, and removes policy rules for blocks outside its D.
 
-        Fitted weights on offer for the merges of `plan` become those of their stages, and all offers end.
+        Fitted weights that were offered for the merges of `plan` are written into the model. All offers end.
 
         Args:
             plan: what each stage runs.
-            write: how fitted weights get into parameters, where an engine keeps copies of them.
+            write: writes fitted weights into parameters. An engine that keeps copies of parameters needs its own
+                function; by default the parameter is overwritten.
 
         Raises:
-            UserError: the plan is for a model of another type or with another number of blocks, or it merges into
-                shared weights that a stage without that merge uses too.
+            UserError: the plan is for a model of another type or with another number of blocks, or it would merge into
+                shared weights that are also used without the merge.
         """
         if plan.model.model_type != self.model.config.model_type:
             raise UserError(
@@ -111,12 +112,12 @@ class GatedCausalLM(nn.Module):
         adapter = class_path_of(self.architecture, plan.model.model_type)
         self.plan = plan = replace(plan, model=replace(plan.model, architecture=adapter))
         for gate in self.gates.values():
-            gate.take_up(plan, write or _overwrite)
+            gate.apply_plan(plan, write or _overwrite)
         if self.policy is not None:
             self.apply_policy(self.policy.restricted_to(plan))
 
     def apply_policy(self, policy: KVRetentionPolicy | None) -> None:
-        """Send what `policy` says from now on; None sends everything.
+        """Send what `policy` keeps from now on; None sends everything.
 
         Raises:
             UserError: the policy is for another plan, or its KV has another shape than this model's.
@@ -132,9 +133,10 @@ class GatedCausalLM(nn.Module):
         self.policy = policy
 
     def offer(self, fitted: Iterable[FittedRun]) -> None:
-        """Let plans that make these merges run with the fitted weights, until a plan is applied or they are withdrawn.
+        """Let plans with these merges run with the fitted weights.
 
-        They are no parameters of this model: not saved, not trained, but moved with it.
+        Offers end when a plan is applied or `withdraw` is called. They are not parameters of this model: they are not
+        saved and not trained. They do move between devices with it.
         """
         gates = self.gates
         for run in fitted:
@@ -150,7 +152,7 @@ class GatedCausalLM(nn.Module):
             gate.offers.clear()
 
     def freeze_unused(self) -> None:
-        """Let only weights that some stage of the plan uses take gradients."""
+        """Enable gradients only for block weights that some stage of the plan uses."""
         for index, gate in self.gates.items():
             users = [gate.weights(stage, self.plan) for stage in STAGES if index in self.plan.blocks(stage)]
             if index in self.plan.kv_only:
@@ -161,12 +163,12 @@ class GatedCausalLM(nn.Module):
                 parameter.requires_grad_(id(parameter) in used)
 
     def freeze_embeddings(self) -> None:
-        """Let token embeddings and head take no gradients, whatever the plan."""
+        """Disable gradients of the token embeddings and of the head."""
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             module.requires_grad_(False)
 
     def rebuild_rope(self) -> None:
-        """Make the RoPE tables anew, in fp32, where a loader made them in the weights' element type."""
+        """Rebuild the RoPE tables in fp32. Some loaders build them in the element type of the weights."""
         base = self.model.base_model
         for name, child in list(base.named_children()):
             table = next(child.buffers(recurse=False), None)
@@ -193,7 +195,7 @@ def _check_attention(model: PreTrainedModel, architecture: Architecture) -> None
     chosen = attention_of(model)
     if chosen not in ("sdpa", "eager"):
         raise UserError(
-            f"`attn_implementation` is {chosen!r}, which takes no mask of the contract's kind (cached entries at "
+            f"`attn_implementation` is {chosen!r}, which cannot take the masks of a KV policy (cached entries at "
             "chosen positions). Load the model with `attn_implementation: sdpa` or `eager`."
         )
     if chosen == "sdpa" and not architecture.supports_sdpa(model.config):

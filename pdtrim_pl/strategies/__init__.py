@@ -1,4 +1,4 @@
-"""Strategies of the trainer, and what differs between them. Two are named in YAML.
+"""Strategies of the trainer, and how their processes communicate. YAML names two of them:
 
 `strategy: {class_path: pdtrim_pl.strategies.PDTrimDeepSpeedStrategy, init_args: {stage: 2}}`, or
 `strategy: {class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`.
@@ -32,10 +32,10 @@ __all__ = [
 
 
 def parallel_of(strategy: Strategy, leave_if_asked: Callable[[], None] = lambda: None) -> Parallel:
-    """How the processes of a trainer's strategy work together.
+    """The communication between the processes of a trainer.
 
     Args:
-        strategy: of the trainer.
+        strategy: strategy of the trainer.
         leave_if_asked: see `Parallel`.
     """
     if isinstance(strategy, PDTrimDeepSpeedStrategy | PDTrimFSDPStrategy):

@@ -1,4 +1,4 @@
-"""What all strategies do alike among their processes."""
+"""Communication that is the same under all strategies."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ S = TypeVar("S", bound=Strategy)
 
 
 class StrategyParallel(Parallel, Generic[S]):
-    """The processes of a trainer's strategy; alone as long as there is no process group.
+    """The communication between the processes of a trainer. Without a process group, the process is alone.
 
     Args:
-        strategy: of the trainer.
+        strategy: strategy of the trainer.
         leave_if_asked: see `Parallel`.
     """
 
@@ -56,7 +56,7 @@ class StrategyParallel(Parallel, Generic[S]):
         return int(self.strategy.reduce(torch.tensor(value, device=self.strategy.root_device), reduce_op="max"))
 
     def _agreed_weight(self, value: Tensor, like: Tensor) -> Tensor:
-        """Rank 0's value, where and in the element type in which a weight is."""
+        """The value of rank 0, on the device and in the element type of `like`."""
         value = value.detach().to(like.device, like.dtype).clone()
-        self.hand_out(value, 0)  # rounding must not part the ranks
+        self.hand_out(value, 0)  # values may differ between ranks by rounding
         return value

@@ -1,4 +1,4 @@
-"""Which strategies are refused for what, each with the reason and the way out, and what a dry run asks of one."""
+"""Checks that refuse strategies for certain tasks, and the sharding of a strategy for the dry run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Sharding:
     """How a strategy spreads a model over its processes."""
 
     zero_stage: int = 0
-    """DeepSpeed's; 3 under FSDP, which shards the same; 0 where every process holds everything."""
+    """ZeRO stage of DeepSpeed; 3 under FSDP, which shards the same; 0 if every process holds everything."""
     fsdp: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     casts: bool = False
-    """Whether an engine casts the whole module to the trainer's 16 bits."""
+    """Whether an engine casts the whole module to the 16-bit type of the trainer's precision."""
 
     @classmethod
     def of(cls, strategy: Strategy | str) -> Sharding:
-        """That of a strategy, or of its name."""
+        """The sharding of a strategy, given as an object or by name."""
         if isinstance(strategy, PDTrimFSDPStrategy):
             return cls(3, fsdp=True)
         if not isinstance(strategy, PDTrimDeepSpeedStrategy):
@@ -50,15 +50,19 @@ class Sharding:
 
 
 def directory_stage(strategy: Strategy) -> int | None:
-    """The ZeRO stage of checkpoints that are directories of shards; None where they are files."""
+    """The ZeRO stage, if the strategy writes checkpoints as directories of shards; None if it writes files."""
     return strategy.stage if isinstance(strategy, PDTrimDeepSpeedStrategy) else None
 
 
 def check_strategy(strategy: Strategy | str, stage: str = "fit") -> None:
-    """Refuse a strategy, or the name of one, that would train something else than what the configuration says.
+    """Refuse a strategy (object or name) under which a run would not do what its configuration says.
+
+    Args:
+        strategy: strategy of the trainer, or its name.
+        stage: what the trainer runs: `fit`, `validate`, `test` or `predict`.
 
     Raises:
-        UserError: with the reason and the way out.
+        UserError: the strategy is refused. The message gives the reason and an alternative.
     """
     if isinstance(strategy, str) and any(name in strategy for name in ("deepspeed", "fsdp")):
         raise UserError(
@@ -76,22 +80,22 @@ def check_strategy(strategy: Strategy | str, stage: str = "fit") -> None:
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, PDTrimFSDPStrategy):
         raise UserError(
             f"`trainer.strategy` is Lightning's own {type(strategy).__name__}, under which FSDP gathers a block's "
-            "weights for its output alone, and here gradients also reach a block through the keys and values it sends. "
+            "weights for gradients of its output only. Here gradients also reach a block through its keys and values. "
             "Use `strategy: {class_path: pdtrim_pl.strategies.PDTrimFSDPStrategy}`, or PDTrimDeepSpeedStrategy with "
             "`stage: 3`."
         )
     if stage == "predict" and Sharding.of(strategy).zero_stage == 3:
         raise UserError(
-            "`predict` cannot run with sharded weights: ranks have unequal numbers of prompts, and no rank can run a "
-            "block alone. Use another `trainer.strategy`, or `pdtrim export` and `pdtrim generate`."
+            "`predict` cannot run with sharded weights: every forward pass needs all ranks, and ranks may have "
+            "different numbers of prompts. Use another `trainer.strategy`, or `pdtrim export` and `pdtrim generate`."
         )
 
 
 def check_freezing(strategy: Strategy | str, freeze_embeddings: bool) -> None:
-    """Refuse frozen embeddings where they would be missing from checkpoints, or where nobody has tried them.
+    """Refuse frozen embeddings under strategies that shard: checkpoints would lack them, or it is untested.
 
     Raises:
-        UserError: with the reason and the way out.
+        UserError: embeddings are frozen under DeepSpeed or FSDP.
     """
     if freeze_embeddings and isinstance(strategy, PDTrimDeepSpeedStrategy | PDTrimFSDPStrategy):
         raise UserError(
@@ -101,10 +105,10 @@ def check_freezing(strategy: Strategy | str, freeze_embeddings: bool) -> None:
 
 
 def check_drops(strategy: Strategy) -> None:
-    """Refuse a strategy under which a block cannot leave in the middle of a run.
+    """Refuse a strategy under which blocks cannot be dropped during a run.
 
     Raises:
-        UserError: with the reason and the way out.
+        UserError: DDP needs a gradient of every parameter. The message gives an alternative.
     """
     if not isinstance(strategy, DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         return
@@ -112,57 +116,58 @@ def check_drops(strategy: Strategy) -> None:
     if settings.get("static_graph") or not settings.get("find_unused_parameters"):
         raise UserError(
             "`trainer.strategy` is DDP that waits for a gradient of every parameter at every step "
-            f"({settings or 'its default'}), and blocks that were dropped give none. Use `strategy: "
+            f"({settings or 'its default'}), but dropped blocks have none. Use `strategy: "
             "ddp_find_unused_parameters_true`, without `static_graph`."
         )
 
 
 def check_merges(strategy: Strategy, tied: bool) -> None:
-    """Refuse merges that a strategy cannot take up in the middle of a run.
+    """Refuse merges that a strategy cannot apply during a run.
 
     Args:
-        strategy: of the trainer.
+        strategy: strategy of the trainer.
         tied: whether merged blocks are written into weights that both stages share.
 
     Raises:
-        UserError: with the reason and the way out.
+        UserError: the strategy cannot add weights during a run. The message gives an alternative.
     """
     if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy) and not tied:
         engine = "DeepSpeed" if isinstance(strategy, DeepSpeedStrategy) else "FSDP"
         raise UserError(
             f"`trainer.strategy` is {engine}, whose shards are cut once, at the start, so that no block can get "
-            "weights of its own later. Set `tied: true` for the merges, which then are made only in both stages at "
-            "once (JointDrop merges in one at a time, so not here), or use `strategy: "
+            "weights of its own later. Set `tied: true` for the merges: then they are made only in both stages at "
+            "once (this does not work with JointDrop, which merges in one stage at a time). Or use `strategy: "
             "ddp_find_unused_parameters_true`."
         )
 
 
 def check_skipping(strategy: Strategy, skip: int) -> None:
-    """Refuse to skip steps where no callback can take gradients back.
+    """Refuse to skip steps under DeepSpeed, where no callback can undo gradients.
 
     Raises:
-        MisconfigurationException: with the reason and the way out.
+        MisconfigurationException: `skip` is above 0 under DeepSpeed.
     """
     if skip and isinstance(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
             f"`skip` of the loss guard is {skip}, and DeepSpeed's engine holds gradients where no callback "
-            "can take them back. Set it to 0: the run stops with the batch saved, and continues with `--ckpt_path`."
+            "can take them back. Set it to 0: the run then saves the batch and stops. Continue it with `--ckpt_path`."
         )
 
 
 def check_masters(strategy: Strategy | str, precision: str, dtype: torch.dtype | None) -> None:
-    """Refuse training in which small steps round to nothing.
+    """Refuse training in which small steps are lost to rounding.
 
-    bf16 has 8 bits of mantissa: at a rate of 1e-5 Adam changes no weight above 5e-3, and nothing tells. DeepSpeed keeps
-    an fp32 copy of every weight that trains; a mixed precision keeps the weights themselves in fp32.
+    bf16 has 8 bits of mantissa: at a learning rate of 1e-5, Adam does not change any weight above 5e-3, without any
+    warning. Training needs fp32 weights. DeepSpeed keeps an fp32 copy of every weight that it trains; a mixed precision
+    keeps the weights themselves in fp32.
 
     Args:
-        strategy: of the trainer, or its name.
-        precision: of the trainer, as Lightning spells it in full.
-        dtype: of the student's weights as they are loaded; None where it is not known yet.
+        strategy: strategy of the trainer, or its name.
+        precision: precision of the trainer, in Lightning's full spelling.
+        dtype: element type of the student's weights as they are loaded; None if it is not known yet.
 
     Raises:
-        UserError: with the way out.
+        UserError: the weights would train in 16 bits only. The message gives an alternative.
     """
     if isinstance(strategy, DeepSpeedStrategy):
         return

@@ -1,4 +1,4 @@
-"""Strategies under which every process holds whole weights: one device, DDP."""
+"""Communication under strategies where every process holds whole weights: one device, or DDP."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pdtrim_pl.strategies.base import S, StrategyParallel
 
 
 class OptimizerOfLightning(StrategyParallel[S]):
-    """Where Lightning's own optimizers step over the parameters themselves, whole or sharded."""
+    """Resets optimizer state where Lightning's own optimizers update the parameters themselves, whole or sharded."""
 
     @override
     def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
         for optimizer in self.strategy.optimizers:
             for parameter in written:
                 optimizer.state.pop(parameter, None)
-            # Not a group of their own: schedulers keep one rate for every group that was there when they were made.
+            # Not in a new group: a scheduler only knows the groups that existed when it was created.
             optimizer.param_groups[0]["params"].extend(created)
 
 
@@ -38,8 +38,8 @@ class DataParallel(OptimizerOfLightning[Strategy]):
     def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
         super().renew_optimizer(written, created)
         wrapper = self.strategy.model
-        # DDP sums gradients only of the parameters that were there when it wrapped the module.
+        # DDP sums only gradients of parameters that existed when it wrapped the module: wrap the module again.
         if created and isinstance(self.strategy, DDPStrategy) and isinstance(wrapper, DistributedDataParallel):
-            compat.remove_gradient_hooks(wrapper)  # else every gradient is summed twice
+            compat.remove_gradient_hooks(wrapper)  # otherwise every gradient is summed twice
             self.strategy.model = self.strategy.lightning_module
             self.strategy.configure_ddp()

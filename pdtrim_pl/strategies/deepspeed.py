@@ -1,4 +1,4 @@
-"""DeepSpeed with the cures that drops between epochs and a teacher beside the student need."""
+"""DeepSpeed with the changes that drops between epochs, and a teacher beside the student, require."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ ZERO_STAGES = (1, 2, 3)
 
 
 class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy, made right for this package.
+    """Lightning's DeepSpeed strategy with changes for this package.
 
-    - Gradients of accumulated batches are scaled once, and the last batches of an epoch take their step even where
-      they are fewer than `accumulate_grad_batches`, as under every other strategy.
-    - Under ZeRO-3 no rank ever holds a whole Hugging Face model: only rank 0 reads the weights' values, out of mapped
-      files, and hands them out one layer at a time. The RoPE tables stay exact.
-    - Checkpoints are directories with the plan, policy and YAML beside them, written under a temporary name; the
-      teacher is never in them. One of another number of processes, ZeRO stage or model is refused by name. Where one
-      rank cannot write its shard, all stop with the same error.
-    - CPU offload takes any optimizer, and a block that was dropped does not get its last gradient again and again.
+    - Gradients of accumulated batches are scaled once. The last batches of an epoch take an optimizer step even if they
+      are fewer than `accumulate_grad_batches`, as under every other strategy.
+    - Under ZeRO-3 no rank holds a whole Hugging Face model: only rank 0 reads weights, from memory-mapped files, and
+      sends them to the other ranks layer by layer. The RoPE tables stay exact.
+    - Checkpoints are directories, with plan, policy and YAML beside them. They are written under a temporary name and
+      never contain the teacher. A checkpoint of another number of processes, ZeRO stage or model is refused. If one
+      rank cannot write its shard, all ranks stop with the same error.
+    - CPU offload works with any optimizer, and a dropped block does not get its last gradient again at every step.
 
     Args:
-        stage: ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 weights too, the teacher's included.
-        **kwargs: those of Lightning's `DeepSpeedStrategy`, such as `offload_optimizer` and `offload_parameters`.
+        stage: ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also weights (of the teacher too).
+        **kwargs: arguments of Lightning's `DeepSpeedStrategy`, such as `offload_optimizer` and `offload_parameters`.
 
     Raises:
-        UserError: another stage.
+        UserError: `stage` is not 1, 2 or 3.
     """
 
     def __init__(self, stage: int = 2, **kwargs: Any) -> None:
@@ -60,23 +60,23 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         self.stage = int(self.config.get("zero_optimization", {}).get("stage", 0))
         if self.stage not in ZERO_STAGES:
             raise UserError(f"`stage` of the DeepSpeed strategy is {self.stage}: give 1, 2 or 3.")
-        # DeepSpeed else insists on its own Adam for offloaded states, which is compiled at its first use.
+        # Otherwise DeepSpeed requires its own Adam for offloaded states, which it compiles at the first use.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
     def parallel(self, leave_if_asked: Callable[[], None] = lambda: None) -> ZeroParallel:
-        """The processes of the run; see `Parallel`."""
+        """The communication between the processes of the run; see `Parallel`."""
         return ZeroParallel(self, leave_if_asked)
 
     @property
     @override
     def handles_gradient_accumulation(self) -> bool:
-        """False: Lightning says where a step is due, and `training_step` tells the engine."""
+        """False: Lightning decides when an optimizer step is due, and `training_step` tells the engine."""
         return False
 
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        yield  # the engine sums gradients that are sharded at every batch, and has no way to leave that out
+        yield  # the engine sums sharded gradients at every batch; this cannot be switched off
 
     @contextmanager
     @override
@@ -91,12 +91,12 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
             try:
                 yield
             finally:
-                unset_hf_deepspeed_config()  # what is loaded later (an export, by rank 0 alone) is not sharded
+                unset_hf_deepspeed_config()  # models loaded later (an export on rank 0) must not be sharded
                 del config
         assert self.lightning_module is not None
         for model in self.lightning_module.children():
             if isinstance(model, StagedCausalLM):
-                model.rebuild_rope()  # DeepSpeed made every floating tensor in the element type of the weights
+                model.rebuild_rope()  # DeepSpeed created all floating-point tensors in the element type of the weights
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,14 +107,14 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        # Lightning has divided the loss by the number of accumulated batches already.
+        # Lightning has already divided the loss by the number of accumulated batches.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def forget_gradients(self) -> None:
-        """Empty the buffers in which an offloaded optimizer gets its gradients, between two optimizer steps.
+        """Clear the gradient buffers of an offloaded optimizer, between two optimizer steps.
 
-        A step writes there only what took part in it, so a block that was dropped would get its last gradient again
-        at every step, frozen or not (DeepSpeed 0.19).
+        A step overwrites only the gradients of parameters that took part in it. Without this, a dropped block gets its
+        last gradient again at every step, even if it is frozen (DeepSpeed 0.19).
         """
         assert isinstance(self.config, dict)
         if "offload_optimizer" not in self.config["zero_optimization"]:
@@ -140,15 +140,15 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         self._agree(writer, path)
 
     def _agree(self, writer: ShardWriter, path: str | Path) -> dict[str, int]:
-        """What all ranks have written; if one of them could not, none goes on.
+        """The files that all ranks have written.
 
         Raises:
-            OSError: on every rank; the part that was written is deleted.
+            OSError: a rank could not write. Raised on every rank, after the incomplete checkpoint is deleted.
         """
-        told = self.parallel().gather((writer.files, writer.error))
-        failed = {rank: error for rank, (_, error) in enumerate(told) if error}
+        results = self.parallel().gather((writer.files, writer.error))
+        failed = {rank: error for rank, (_, error) in enumerate(results) if error}
         if not failed:
-            return {name: size for files, _ in told for name, size in files.items()}
+            return {name: size for files, _ in results for name, size in files.items()}
         if self.is_global_zero:
             with suppress(OSError):
                 remove(unfinished(path))
@@ -169,7 +169,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         check_harmless(checkpoint_path)
         assert self.lightning_module is not None
         if self.zero_stage_3 and self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
-            # DeepSpeed keeps ZeRO-3 weights with the optimizer's, and has no optimizer here: rank 0 hands them out.
+            # DeepSpeed loads ZeRO-3 weights with the optimizer states, and there is no optimizer: rank 0 sends them.
             weights = read_weights(checkpoint_path) if self.is_global_zero else {}
             compat.hand_out_weights(self, weights)
             return read_run_state(checkpoint_path)
@@ -183,7 +183,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def teardown(self) -> None:
-        # Not moved to the CPU: shards do not move with their module, and exporting needs both in one place.
+        # Do not move the module to the CPU: shards do not move with it, and an export needs both on one device.
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -198,7 +198,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
 
 
 class ZeroParallel(StrategyParallel[PDTrimDeepSpeedStrategy]):
-    """The processes of a DeepSpeed run. Its engine keeps fp32 copies of weights and their optimizer states, sharded."""
+    """The communication in a DeepSpeed run. The engine keeps sharded fp32 copies of weights, and optimizer states."""
 
     def __init__(self, strategy: PDTrimDeepSpeedStrategy, leave_if_asked: Callable[[], None] = lambda: None) -> None:
         super().__init__(strategy, leave_if_asked)
@@ -234,7 +234,7 @@ class ZeroParallel(StrategyParallel[PDTrimDeepSpeedStrategy]):
     @override
     def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
         assert not created, "`check_merges` refuses this"
-        stage = 2 if self.whole else 3  # 1 keeps its states as 2 does
+        stage = 2 if self.whole else 3  # stages 1 and 2 keep optimizer states in the same way
         for parameter in written:
             compat.clear_optimizer_state(self.strategy.deepspeed_engine, stage, parameter)
 

@@ -1,9 +1,10 @@
-"""FSDP2 for a student whose gradients also reach a block through the keys and values that it sent.
+"""FSDP2 for a student in which gradients also reach a block through its keys and values.
 
-FSDP gathers a block's weights again when a gradient arrives at the block's output. Here one may arrive at its keys and
-values first, or at nothing else: decode attends to what prefill cached. So all that leaves a block leaves through one
-autograd node, whose backward waits for every gradient and hands the output one in any case; only behind it lies the
-block. A KV-only block is a forward pass of its own to FSDP.
+In backward, FSDP gathers the weights of a block when a gradient arrives at the block's output. Here decode attends to
+the keys and values that prefill cached. So a gradient may arrive at the keys and values first, or only there. Therefore
+the output, the keys and the values of a block pass through one autograd node. Its backward waits for all gradients and
+always gives the output one (zeros if there is none), before the backward of the block starts. The projection of a
+KV-only block is registered with FSDP as a forward method.
 
 Shapes: B batch, T tokens, H hidden, K key/value heads, N entries, D head dimension.
 """
@@ -35,22 +36,22 @@ from pdtrim_pl.staged.cache import OneBlockCache
 from pdtrim_pl.strategies.data_parallel import OptimizerOfLightning
 
 OLDEST_TORCH = "2.13"
-"""The first whose FSDP finds the tensors in a dataclass, as the outputs of a stage are; no earlier one was tried."""
+"""First version whose FSDP finds tensors in dataclasses, as stages return them. Earlier versions were not tested."""
 
 
 class PDTrimFSDPStrategy(ModelParallelStrategy):
     """Shards weights, gradients and optimizer states of the student, and the teacher's weights, over all processes.
 
-    Under `precision: bf16-mixed` the shards, their gradients and states are fp32, and weights are gathered in bf16.
+    Under `precision: bf16-mixed`, shards, gradients and optimizer states are in fp32, and weights are gathered in bf16.
 
-    Checkpoints are single files with whole weights and states, as DDP writes and takes them. Rank 0 must hold them in
-    its host memory, and every process loads the whole model into host memory before it is cut up.
+    Checkpoints are single files with whole weights and states, the same as under DDP. Rank 0 must hold them in its host
+    memory. Every process loads the whole model into host memory before it is sharded.
 
     Args:
-        process_group_backend: of `torch.distributed`; `nccl` on GPUs and `gloo` on CPUs by default.
+        process_group_backend: backend of `torch.distributed`; by default `nccl` on GPUs and `gloo` on CPUs.
 
     Raises:
-        UserError: a PyTorch whose FSDP does not see what leaves a stage.
+        UserError: torch is older than `OLDEST_TORCH`.
     """
 
     def __init__(self, process_group_backend: str | None = None) -> None:
@@ -64,7 +65,7 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
         )
 
     def parallel(self, leave_if_asked: Callable[[], None] = lambda: None) -> FSDPParallel:
-        """The processes of the run; see `Parallel`."""
+        """The communication between the processes of the run; see `Parallel`."""
         return FSDPParallel(self, leave_if_asked)
 
     @override
@@ -75,7 +76,7 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        # It warns of writing into such views; nothing here does.
+        # FSDP warns of in-place writes to views that a module returns. Nothing here writes to them.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor", UserWarning)
         for model in self.lightning_module.children():
             if isinstance(model, StagedCausalLM) and not isinstance(model, FSDPModule):
@@ -93,13 +94,13 @@ class PDTrimFSDPStrategy(ModelParallelStrategy):
                 f"({list(state.added)}), which FSDP cannot take up. Continue with `strategy: "
                 "ddp_find_unused_parameters_true`."
             )
-        # What Lightning loads into shards it compares with nothing. Mapped, the weights themselves stay on disk.
+        # Lightning does not compare names and shapes when it loads into shards. Memory-mapped weights stay on disk.
         check_weights(mapped(checkpoint_path)["state_dict"], self.lightning_module.state_dict())
         return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 class FSDPParallel(OptimizerOfLightning[PDTrimFSDPStrategy]):
-    """The processes of an FSDP run. Weights are sharded after the model is built, and can make themselves whole."""
+    """The communication in an FSDP run. Weights are sharded after the model is built; each one can gather itself."""
 
     whole = False
 
@@ -122,23 +123,24 @@ class FSDPParallel(OptimizerOfLightning[PDTrimFSDPStrategy]):
 
 
 def shard(staged: StagedCausalLM, mesh: DeviceMesh, precision: str = "32-true") -> None:
-    """Cut a model's weights up between the processes of a mesh, in place: block by block, and the rest together.
+    """Shard the weights of a model over the processes of a mesh, in place: each block alone, and the rest together.
 
     Args:
         staged: the model.
-        mesh: of one dimension.
-        precision: Lightning's. Under `bf16-mixed` weights are gathered in bf16, and gradients summed in fp32.
+        mesh: a device mesh with one dimension.
+        precision: precision of the trainer. Under `bf16-mixed`, weights are gathered in bf16, and gradients are summed
+            in fp32.
     """
     mixed = precision == "bf16-mixed"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     for gate in staged.gates.values():
         for block in (gate.block, *gate.untied.values()):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-            # After FSDP's own hook, which is to watch the output that the node hands a gradient to.
+            # Registered after FSDP's own hook, which must see the output before it passes through the node.
             block.register_forward_hook(_leave_together, with_kwargs=True)
             _add_forward_method(block, "keys_values", partial(gate.architecture.keys_values, block))
         gate.project = partial(_project, gate.architecture)
-    # FSDP leaves the root's weights whole after a pass, and after one without gradients they may be stale at the next.
+    # By default FSDP keeps the root's weights whole after a pass. After a pass without gradients they may be stale.
     fully_shard(staged, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     for name in ("prefill", "decode", "step", "logits", "compared_logits"):
         register_fsdp_forward_method(staged, name)
@@ -154,8 +156,8 @@ def _add_forward_method(block: nn.Module, name: str, method: Callable[..., Any])
 
 
 def _project(architecture: Architecture, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
-    """Keys and values alone, each [B, K, T, D], with the block's weights whole for that long."""
-    if not isinstance(block, FSDPModule):  # a fitted one, on offer
+    """Project keys and values, each [B, K, T, D]. The weights of the block are gathered meanwhile."""
+    if not isinstance(block, FSDPModule):  # a fitted block that is offered
         return architecture.keys_values(block, hidden, rope)
     sharded: Any = block
     keys, values = sharded.keys_values(hidden, rope)
@@ -163,6 +165,7 @@ def _project(architecture: Architecture, block: nn.Module, hidden: Tensor, rope:
 
 
 def _leave_together(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
+    """Forward hook: pass output, keys and values of a block through one autograd node."""
     (cache,) = (value for value in kwargs.values() if isinstance(value, OneBlockCache))
     if hidden.requires_grad:
         hidden, cache.keys, cache.values = _OneNode.apply(hidden, cache.keys, cache.values)
@@ -170,7 +173,7 @@ def _leave_together(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 class _OneNode(torch.autograd.Function):
-    """Nothing but a meeting point: hidden state [B, T, H], keys and values [B, K, N, D]."""
+    """Identity on hidden state [B, T, H], keys and values [B, K, N, D]: its backward waits for all their gradients."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -178,4 +181,4 @@ class _OneNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients  # zeros where none arrived
+        return gradients  # autograd fills in zeros for missing gradients

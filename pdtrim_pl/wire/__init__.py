@@ -1,1 +1,1 @@
-"""The bytes that cross from prefill to decode: codecs of keys and values, and how they are packed."""
+"""The bytes that prefill sends to decode: encoding of keys and values, and packing into bytes."""

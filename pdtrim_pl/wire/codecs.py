@@ -1,7 +1,7 @@
-"""Keys and values of one block as codes, and back: what decode sees is what these bytes say.
+"""Encode the keys and values of one block, and decode them again. Decode attends to the decoded numbers.
 
-Rows are left-justified: the first `counts[row]` entries of a row count. Computation is in fp32, element by element, so
-that the decoded values do not depend on how entries are laid out.
+Rows are left-justified: the first `counts[row]` entries of a row are valid. All computation is element by element in
+fp32, so the decoded numbers do not depend on the memory layout of the entries.
 
 Shapes: B batch, K key/value heads, N entries of the longest row, D head dimension, G groups of positions.
 """
@@ -24,8 +24,8 @@ FP8_LARGEST = 448.0
 KEY_RANGES: Mapping[str, tuple[float, ...]] = {
     "int8": (1.0 + 2.0**-6,), "int4": (1.0,), "int3": (1.0,), "int2": (1.2, 1.0, 0.9, 0.8)
 }  # fmt: skip
-"""Ranges that the encoder tries, as shares of a group's own. In two bits the squared error is less where the ends of a
-group are clipped. Keys are clipped less, because that shortens the largest of them and decode then finds less text."""
+"""Ranges that the encoder tries, as shares of a group's range. With two bits, clipping the ends gives less error. Keys
+are clipped less, because clipping makes large keys smaller, and decode then finds less text."""
 VALUE_RANGES: Mapping[str, tuple[float, ...]] = {**KEY_RANGES, "int2": (1.2, 1.0, 0.9, 0.8, 0.7, 0.6)}
 
 
@@ -36,11 +36,11 @@ class Stream:
     form: Form
     rotate: bool
     raw: Tensor
-    """`none` and `fp8`: the elements, [B, K, N, D]. Integer forms: the codes as they lie, uint8 [B, K, N, D]."""
+    """[B, K, N, D]. `none` and `fp8`: the elements. Integer forms: the codes in uint8, one code a byte."""
     scales: Tensor | None = None
     """bf16 [B, K]: the scale of `fp8`, the largest step of the integer forms."""
     means: Tensor | None = None
-    """bf16 [B, K, D], keys of integer forms alone: each channel's mean over the row."""
+    """bf16 [B, K, D], only for keys of integer forms: the mean of each channel over the row."""
     steps: Tensor | None = None
     """uint8: keys [B, K, G, D], values [B, K, N]."""
     centres: Tensor | None = None
@@ -48,10 +48,10 @@ class Stream:
     group: int = 1
     """Positions that share a step and a centre."""
     exact: Tensor | None = None
-    """The first positions of every row in the cache's own type, [B, K, E, D]; `raw` and the rest begin behind them."""
+    """The first positions of every row, not rounded, [B, K, E, D]; `raw` and all parameters begin after them."""
 
     def decoded(self) -> Tensor:
-        """The elements, [B, K, E + N, D]; fp32, or the cache's own type under `none`."""
+        """Decode the elements, [B, K, E + N, D]; fp32, or the element type of the cache under `none`."""
         if self.exact is not None and not self.raw.shape[2]:
             return self.exact
         rest = self._decoded()
@@ -78,7 +78,7 @@ class Stream:
 
 
 def encoded_keys(keys: Tensor, counts: Tensor, codec: Codec) -> Stream:
-    """Keys [B, K, N, D] of which the first `counts` [B] of each row count."""
+    """Encode keys [B, K, N, D]; the first `counts[row]` entries of each row are valid."""
     return _behind_exact(keys, counts, codec, _encoded_keys)
 
 
@@ -93,17 +93,17 @@ def _encoded_keys(keys: Tensor, counts: Tensor, codec: Codec) -> Stream:
     totals = (numbers * valid).sum(dim=2)
     means = (totals / counts.clamp(min=1)[:, None, None]).to(torch.bfloat16)
     centred = _grouped(numbers - means.float()[:, :, None], codec.group)
-    held = _grouped(valid.expand(-1, 1, -1, keys.shape[3]), codec.group)
-    low, high = _bounds(centred, held)
+    in_use = _grouped(valid.expand(-1, 1, -1, keys.shape[3]), codec.group)
+    low, high = _bounds(centred, in_use)
     bits = CODE_BITS[form]
     scales = largest_step(low.flatten(2), high.flatten(2), bits)
-    found = quantise(centred, held, low, high, scales.float()[..., None, None], bits, KEY_RANGES[form])
+    found = quantise(centred, in_use, low, high, scales.float()[..., None, None], bits, KEY_RANGES[form])
     codes = _ungrouped(found.codes)[:, :, : keys.shape[2]]
     return Stream(form, codec.rotate_keys, codes, scales, means, found.steps, found.centres, codec.group)
 
 
 def encoded_values(values: Tensor, counts: Tensor, codec: Codec) -> Stream:
-    """Values [B, K, N, D] of which the first `counts` [B] of each row count."""
+    """Encode values [B, K, N, D]; the first `counts[row]` entries of each row are valid."""
     return _behind_exact(values, counts, codec, _encoded_values)
 
 
@@ -123,16 +123,16 @@ def _encoded_values(values: Tensor, counts: Tensor, codec: Codec) -> Stream:
 
 
 def transferred(keys: Tensor, values: Tensor, counts: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """What decode sees of left-justified keys and values [B, K, N, D], in their own type.
+    """Encode and decode keys and values: the result is what decode attends to, [B, K, N, D] each, in their own type.
 
-    The gradient passes through as if nothing had been rounded (straight-through estimator), so that distillation can
-    learn to live with the rounding.
+    The gradient passes unchanged, as if nothing were rounded (straight-through estimator). So distillation can train
+    the model for rounded keys and values.
 
     Args:
-        keys: RoPE applied.
-        values: as the block made them.
-        counts: entries of each row that count, [B].
-        codec: how they cross.
+        keys: keys with RoPE applied, left-justified, [B, K, N, D].
+        values: values, left-justified, [B, K, N, D].
+        counts: number of valid entries of each row, [B].
+        codec: the codec of the block.
     """
     if not keys.shape[2]:
         return keys, values
@@ -145,7 +145,7 @@ def transferred(keys: Tensor, values: Tensor, counts: Tensor, codec: Codec) -> t
 def _behind_exact(
     numbers: Tensor, counts: Tensor, codec: Codec, encode: Callable[[Tensor, Tensor, Codec], Stream]
 ) -> Stream:
-    """The first positions as they are, and the others encoded."""
+    """Encode all but the first `codec.exact` positions."""
     if not codec.exact:
         return encode(numbers, counts, codec)
     exact, others = numbers[:, :, : codec.exact], numbers[:, :, codec.exact :]
@@ -156,16 +156,16 @@ def _behind_exact(
 
 def _straight_through(numbers: Tensor, encode: Callable[[Tensor], Stream]) -> Tensor:
     with torch.no_grad():
-        seen = encode(numbers.detach()).decoded().to(numbers.dtype)
-    return _StraightThrough.apply(numbers, seen) if numbers.requires_grad else seen
+        rounded = encode(numbers.detach()).decoded().to(numbers.dtype)
+    return _StraightThrough.apply(numbers, rounded) if numbers.requires_grad else rounded
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward the rounded numbers, backward as if they were the numbers themselves."""
+    """Returns the rounded numbers, and passes their gradient on to the original numbers unchanged."""
 
     @staticmethod
-    def forward(ctx: object, numbers: Tensor, seen: Tensor) -> Tensor:
-        return seen.view_as(seen)
+    def forward(ctx: object, numbers: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
@@ -174,17 +174,19 @@ class _StraightThrough(torch.autograd.Function):
 
 def _fp8(numbers: Tensor, valid: Tensor, rotate: bool) -> Stream:
     largest = (numbers.abs() * valid).amax(dim=(2, 3))
-    scales = (largest * (1 + 2.0**-7) / FP8_LARGEST).clamp_min(TINY).to(torch.bfloat16)  # never rounded below
+    # The factor makes up for a scale that bf16 rounds down.
+    scales = (largest * (1 + 2.0**-7) / FP8_LARGEST).clamp_min(TINY).to(torch.bfloat16)
     codes = (numbers / scales.float()[..., None, None]).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8)
     return Stream("fp8", rotate, codes, scales)
 
 
 def _valid(counts: Tensor, entries: int) -> Tensor:
+    """Which of the `entries` of each row are valid, bool [B, entries]."""
     return torch.arange(entries, device=counts.device)[None] < counts[:, None]
 
 
 def _bounds(numbers: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest valid number of every group; zeros where a group has none."""
+    """Least and greatest valid number of every group; zeros for a group without a valid number."""
     low = numbers.masked_fill(~valid, torch.inf).amin(dim=-1)
     high = numbers.masked_fill(~valid, -torch.inf).amax(dim=-1)
     empty = low > high
@@ -192,12 +194,12 @@ def _bounds(numbers: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(numbers: Tensor, group: int) -> Tensor:
-    """[B, K, N, D] -> [B, K, G, D, group]; the last group is filled up with zeros."""
+    """Cut positions into groups: [B, K, N, D] -> [B, K, G, D, group]. The last group is padded with zeros."""
     missing = -numbers.shape[2] % group
     filled = F.pad(numbers, (0, 0, 0, missing))
     return filled.unflatten(2, (-1, group)).transpose(3, 4)
 
 
 def _ungrouped(grouped: Tensor) -> Tensor:
-    """The inverse of `_grouped`, with what it filled up."""
+    """The inverse of `_grouped`, with its padding: [B, K, G, D, group] -> [B, K, G * group, D]."""
     return grouped.transpose(3, 4).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""Encoded keys and values as bytes, row after row, and back. docs/formats.md describes every byte.
+"""Pack encoded keys and values into bytes, row after row, and unpack them. docs/formats.md describes every byte.
 
 Shapes: B batch, K key/value heads, N entries of the longest row, D head dimension, G groups of positions.
 """
@@ -16,16 +16,16 @@ from pdtrim_pl.wire.codecs import FP8, Stream
 
 
 class DamagedBlock(RuntimeError):
-    """Bytes that are not those of a packed block."""
+    """The bytes received are not a packed block."""
 
 
 def packed(keys: Stream, values: Stream, counts: Sequence[int]) -> Tensor:
-    """The bytes of one block, uint8: of every row its keys, then its values.
+    """Pack one block into bytes, uint8: the keys of the first row, its values, the keys of the next row, and so on.
 
     Args:
-        keys: encoded.
-        values: encoded.
-        counts: entries of each row that count.
+        keys: encoded keys.
+        values: encoded values.
+        counts: number of valid entries of each row.
     """
     parts: list[Tensor] = []
     for row, count in enumerate(counts):
@@ -39,23 +39,23 @@ def packed(keys: Stream, values: Stream, counts: Sequence[int]) -> Tensor:
 def unpacked(
     data: Tensor, counts: Sequence[int], codec: Codec, heads: int, width: int, dtype: torch.dtype
 ) -> tuple[Stream, Stream]:
-    """Keys and values of one block from its bytes; rows are left-justified.
+    """Unpack the keys and values of one block; rows are left-justified.
 
     Args:
-        data: uint8.
-        counts: entries of each row.
-        codec: they were written with.
+        data: the bytes, uint8.
+        counts: number of entries of each row.
+        codec: the codec that they were encoded with.
         heads: key/value heads, K.
         width: head dimension, D.
-        dtype: of the cache.
+        dtype: element type of the cache.
 
     Raises:
-        DamagedBlock: more or fewer bytes than such a block has, or scales that are not finite.
+        DamagedBlock: the number of bytes is wrong, or a scale or mean is not finite.
     """
     expected = sum(codec.row_bytes(count, heads, width, dtype.itemsize) for count in counts)
     if data.dtype != torch.uint8 or data.dim() != 1 or len(data) != expected:
         raise DamagedBlock(
-            f"A packed block of {sum(counts)} positions under {codec} has {expected} bytes, and here are "
+            f"A packed block of {sum(counts)} positions under {codec} has {expected} bytes, but this one has "
             f"{tuple(data.shape)} of {data.dtype}. The sender has another plan or policy, or the message is cut short."
         )
     if not expected:
@@ -73,7 +73,7 @@ def unpacked(
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes [n] of `bits` bits one after the other, the least significant bit first, filled up to whole bytes."""
+    """Pack codes [n] of `bits` bits into bytes without gaps, least significant bit first; zeros fill the last byte."""
     if bits == 8:
         return codes
     shifts = torch.arange(8, device=codes.device) * bits
@@ -84,7 +84,7 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpacked_codes(data: Tensor, count: int, bits: int) -> Tensor:
-    """The inverse of `packed_codes`: `count` codes, uint8."""
+    """The inverse of `packed_codes`: unpack `count` codes, one a byte, uint8."""
     if bits == 8:
         return data
     filled = torch.nn.functional.pad(data, (0, -len(data) % bits)).view(-1, bits).long()
@@ -94,14 +94,14 @@ def unpacked_codes(data: Tensor, count: int, bits: int) -> Tensor:
 
 
 def _row(stream: Stream, row: int, count: int) -> list[Tensor]:
-    """The parts of one row, in order."""
+    """The parts of one packed row, in the order of the format."""
     exact = 0 if stream.exact is None else min(stream.exact.shape[2], count)
     first = [] if stream.exact is None else [_bytes(stream.exact[row, :, :exact].transpose(0, 1))]
     return first if exact == count else [*first, *_rounded_row(stream, row, count - exact)]
 
 
 def _rounded_row(stream: Stream, row: int, count: int) -> list[Tensor]:
-    """The parts of the positions behind the exact ones."""
+    """The parts of the positions after the exact ones."""
     elements = stream.raw[row, :, :count].transpose(0, 1).contiguous()  # [count, K, D]
     if stream.form == "none":
         return [_bytes(elements)]
@@ -122,7 +122,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 class _Reader:
-    """Takes tensors off the front of some bytes."""
+    """Reads tensors from bytes, one after the other."""
 
     def __init__(self, data: Tensor) -> None:
         self.data, self.place = data, 0
@@ -135,7 +135,7 @@ class _Reader:
 
 
 class _Rows:
-    """One stream [B, K, N, D] that is filled row by row; the keys of integer forms have means."""
+    """Builds a `Stream` [B, K, N, D] row by row. `means`: keys, which have a mean per channel in integer forms."""
 
     def __init__(
         self, form: Form, rotate: bool, group: int, exact: int, shape: tuple[int, int, int, int], dtype: torch.dtype,

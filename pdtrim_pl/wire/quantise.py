@@ -1,10 +1,10 @@
-"""Asymmetric rounding of groups of numbers to a few bits, with a step and a centre of one byte each.
+"""Asymmetric rounding of groups of numbers to a few bits. Each group has a step and a centre of one byte each.
 
-A number is `step * (code - (2**b - 1) / 2 + centre * 2**b / 64)`. A step is `largest * (16 + m) * 2**(-4 - e)` with
-`m = byte % 16` and `e = byte // 16`, at most `largest * 31 / 16`. A centre is a signed byte, in 64ths of the range
+A code decodes to `step * (code - (2**b - 1) / 2 + centre * 2**b / 64)`. A step is `largest * (16 + m) * 2**(-4 - e)`
+with `m = byte % 16` and `e = byte // 16`, at most `largest * 31 / 16`. A centre is a signed byte, in 64ths of the range
 of codes.
 
-Shapes: the last dimension is a group; every other one is a group of its own. `largest` broadcasts over groups.
+Shapes: the last dimension, n, holds the numbers of one group; [...] are the groups. `largest` broadcasts over groups.
 """
 
 from __future__ import annotations
@@ -16,62 +16,62 @@ import torch
 from torch import Tensor
 
 WIDEST = 1.2
-"""Of the ranges that an encoder may try, as a share of a group's own."""
+"""The widest range that an encoder may try, as a share of a group's range."""
 TINY = 2.0**-100
 
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """Groups of codes. All bytes are uint8 but centres, which are int8."""
+    """Groups of codes, with the step and the centre of each group."""
 
     codes: Tensor
-    """[..., n]."""
+    """uint8 [..., n]."""
     steps: Tensor
-    """[...]."""
+    """uint8 [...]."""
     centres: Tensor
-    """[...]."""
+    """int8 [...]."""
 
     def values(self, bits: int, largest: Tensor) -> Tensor:
-        """The numbers that the codes stand for, fp32 [..., n].
+        """Decode the numbers, fp32 [..., n].
 
         Args:
-            bits: of a code.
-            largest: fp32, broadcasts over the groups [...].
+            bits: bits of a code.
+            largest: the largest step, fp32; broadcasts over the groups [...].
         """
         offset = self.centres.float() * (2**bits / 64) - (2**bits - 1) / 2
         return (self.codes.float() + offset[..., None]) * step_of(self.steps, largest)[..., None]
 
 
 def step_of(steps: Tensor, largest: Tensor) -> Tensor:
-    """Steps in fp32 from their bytes; both factors are exact, so one rounding is left."""
-    powers = ((123 - (steps // 16).int()) << 23).view(torch.float32)  # 2^(-4 - e), by its exponent's bits
+    """Decode steps from their bytes, fp32. Both factors are exact in fp32, so only their product is rounded."""
+    powers = ((123 - (steps // 16).int()) << 23).view(torch.float32)  # 2^(-4 - e), from the bits of its exponent
     return largest * ((16 + steps % 16).float() * powers)
 
 
 def largest_step(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """A bf16 number of which every step is a fraction: the step of the widest group [..., groups] over its last dim."""
+    """The bf16 unit that steps are fractions of, large enough for the widest group: [..., groups] -> [...]."""
     widest = torch.maximum((high - low) / (2**bits - 1), _reaching(low, high, bits)).amax(dim=-1)
     return (widest * (WIDEST / 1.5)).clamp_min(TINY).to(torch.bfloat16)
 
 
 def _reaching(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """The least step with which a centre of one byte reaches the middle of a group, [...]."""
+    """The least step with which a one-byte centre can represent the middle of each group, [...]."""
     return (high + low).abs() / 2 * (64 / 2**bits) / 126
 
 
 def quantise(
     numbers: Tensor, valid: Tensor, low: Tensor, high: Tensor, largest: Tensor, bits: int, ranges: Sequence[float]
 ) -> Quantised:
-    """Round groups of numbers, trying several ranges and keeping that of the least squared error.
+    """Round groups of numbers. Tries some ranges and keeps, for each group, the one of least squared error.
 
     Args:
         numbers: fp32 [..., n].
-        valid: which of them count, broadcasts to [..., n].
+        valid: which numbers are valid; broadcasts to [..., n].
         low: least valid number of each group, [...].
-        high: greatest, [...].
-        largest: from `largest_step`, fp32, broadcasts over the groups.
-        bits: of a code.
-        ranges: that are tried, as shares of a group's own, at most `WIDEST`.
+        high: greatest valid number of each group, [...].
+        largest: result of `largest_step`, fp32; broadcasts over the groups.
+        bits: bits of a code.
+        ranges: ranges to try, as shares of a group's range, at most `WIDEST`.
     """
     best: Quantised | None = None
     least, reaching = torch.full_like(low, torch.inf), _reaching(low, high, bits)
@@ -98,7 +98,7 @@ def quantise(
 
 
 def _step_bytes(step: Tensor, largest: Tensor) -> Tensor:
-    """The byte of the least step that is not below `step`; the greatest or the least there is where none is."""
+    """Encode each step as a byte, rounded up. A step outside what a byte can represent gets the nearest byte."""
     ratio = (step / largest).clamp(2.0**-15, 31 / 16)
     exponent = torch.floor(torch.log2(ratio)).clamp(-15, 0)
     mantissa = torch.ceil(torch.ldexp(ratio, 4 - exponent.int())) - 16

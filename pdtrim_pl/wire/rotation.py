@@ -1,6 +1,7 @@
-"""The orthonormal Hadamard rotation of vectors, written with sums alone so that it is exact to the bit anywhere.
+"""The orthonormal Hadamard rotation of vectors. It uses only sums in a fixed order, so every device gets the same bits.
 
-A vector of D elements is cut into pieces of the largest power of two that divides D; each piece is rotated.
+A vector of D elements is cut into pieces, whose length is the largest power of two that divides D. Each piece is
+rotated.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def rotated(vectors: Tensor) -> Tensor:
-    """Rotate the last dimension, [..., D] in fp32; applied twice it gives the vectors back, up to rounding."""
+    """Rotate the last dimension, [..., D] in fp32. The rotation is its own inverse, up to rounding."""
     size = vectors.shape[-1] & -vectors.shape[-1]
     half = 1
     out = vectors

@@ -1,4 +1,4 @@
-"""The methods of the shipped comparison, one small class each."""
+"""The methods of the shipped comparison. Each is one small class."""
 
 from pdtrim_pl.compare.methods.distilled import Distilled
 from pdtrim_pl.compare.methods.drop import Drop

@@ -11,11 +11,11 @@ from pdtrim_pl.errors import UserError
 
 
 class Distilled(Method):
-    """Trains what another method left, on what that one left of the token budget.
+    """Trains the result of another method, with the rest of its token budget.
 
     Args:
-        start: name of that method.
-        rate: factor of the optimizer's learning rate; what starts near the teacher wants a smaller one.
+        start: name of the other method.
+        rate: factor of the optimizer's learning rate. A result that is close to the teacher needs a smaller rate.
 
     Raises:
         UserError: `rate` is not positive.

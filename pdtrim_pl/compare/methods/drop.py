@@ -1,4 +1,4 @@
-"""Blocks dropped by a criterion, one-shot or greedily."""
+"""Drop blocks by a criterion, one-shot or greedily."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from pdtrim_pl.search.choose import choose_drops
 
 
 class Drop(Method):
-    """Drops `count` blocks, those that a criterion says hurt least; no training.
+    """Drops the `count` blocks of least harm by a criterion, without training.
 
-    ShortGPT, SLEB and POP are this with their criterion, relation and boundary. A greedy criterion goes on from the
-    smaller count, on its way to which it would choose the same blocks; a one-shot criterion looks at the full model.
+    ShortGPT, SLEB and POP are this method with their criterion, relation and boundary. A greedy criterion continues
+    from the next smaller count, since it would choose the same blocks again. A one-shot criterion starts from the full
+    model.
 
     Args:
-        criterion: how harm is measured.
-        relation: how the stages relate.
+        criterion: measures the harm of a drop.
+        relation: how the blocks of the two stages relate.
         target: the stage(s) that lose the blocks.
         boundary: which stage handles the prompt's last token.
 
     Raises:
-        UserError: the relation does not let the target alone lose blocks.
+        UserError: the relation does not allow this target.
     """
 
     def __init__(

@@ -15,19 +15,20 @@ from pdtrim_pl.search.choose import choose_drops
 
 
 class DropAndRecover(Method):
-    """Drops `at_once` blocks, distils, and scores the distilled student for the next round, until `count` are gone.
+    """Drops `at_once` blocks, distils the student, and repeats until `count` blocks are gone.
 
-    The rounds share the token budget evenly. IteRABRe is the case of one block a round and one plan for both stages.
+    Every round scores the distilled student. The token budget is divided evenly among the rounds. IteRABRe drops one
+    block a round and has one plan for both stages.
 
     Args:
-        criterion: how harm is measured.
-        at_once: blocks a round.
-        relation: how the stages relate.
+        criterion: measures the harm of a drop.
+        at_once: number of blocks that a round drops.
+        relation: how the blocks of the two stages relate.
         target: the stage(s) that lose the blocks.
         boundary: which stage handles the prompt's last token.
 
     Raises:
-        UserError: `at_once` below 1.
+        UserError: `at_once` is below 1.
     """
 
     def __init__(

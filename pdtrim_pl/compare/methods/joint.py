@@ -1,4 +1,4 @@
-"""The joint search: any blocks of either stage, at the cost of another row."""
+"""The joint search over the blocks of both stages, within the costs of another row."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pdtrim_pl.sizing.cost import CostTarget
 
 
 class Joint(Method):
-    """Searches both stages together for the least KL, at no more than another method's costs.
+    """Searches both stages together for the least KL, within the costs of another method's result.
 
-    It starts from that method's plan, which meets them.
+    The search starts from the plan of the other method, which meets these costs.
 
     Args:
-        start: name of that method; its plan only drops blocks.
-        annealing: moves and cooling.
+        start: name of the other method. Its plan must only drop blocks.
+        annealing: settings of the annealing.
     """
 
     def __init__(self, start: str, annealing: Annealing = Annealing()) -> None:

@@ -1,4 +1,4 @@
-"""PDTrim's own search: drops and merges within a round, improved by annealing."""
+"""The search of PDTrim: drops and merges in one round, improved by simulated annealing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pdtrim_pl.search.rounds import Removals
 
 
 class Annealed(Method):
-    """Simulated annealing over the removals of both stages, from another method's drops.
+    """Simulated annealing over the removals of both stages, starting from the drops of another method.
 
     Args:
-        start: name of that method; its plan only drops blocks, the same ones in both stages.
-        annealing: moves and cooling.
-        merging: let neighbours merge too, where one fitted block stands for them; null only drops.
-        relation: how the stages relate.
+        start: name of the other method. Its plan must only drop blocks, the same ones in both stages.
+        annealing: settings of the annealing.
+        merging: settings of merges, which are offered besides drops; null only drops.
+        relation: how the blocks of the two stages relate.
     """
 
     def __init__(

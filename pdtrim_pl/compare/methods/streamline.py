@@ -1,4 +1,4 @@
-"""LLM-Streamline: a span of blocks, replaced by one that is trained to do its work."""
+"""LLM-Streamline: replace a span of blocks by one block that is trained to reproduce its output."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ log = logging.getLogger(__name__)
 
 
 class ReplaceSpan(Method):
-    """Replaces `count + 1` neighbours by one block, trained locally, on the token budget of the rows that train.
+    """Replaces `count + 1` neighbouring blocks (a span) by one block, which is trained locally on the token budget.
 
-    LLM-Streamline (arXiv 2403.19135) with its mean squared error takes those whose input and output are most alike.
-    With `screening_share`, ours: a block is fitted briefly to every span, and the span of the least KL to the teacher
-    is taken.
+    LLM-Streamline (arXiv 2403.19135) with mean squared error chooses the span whose input and output are most similar.
+    With `screening_share`, which is our addition, one block is fitted briefly to every span, and the span with the
+    least KL to the teacher is chosen.
 
     Args:
-        learning_rate: highest rate of the local training, relative as in `Merging`.
-        relation: how the stages relate.
-        share: of the token budget that the local training takes; the rest is left to rows that start from this one.
-        batch_size: examples of a step.
-        screening_share: share of the token budget for the brief fits, the first part of `share`; 0 takes the most
-            alike.
-        trailing_blocks: so many blocks after the span are trained with it, towards the model's state after them.
+        learning_rate: peak learning rate of the local training, relative as in `Merging`.
+        relation: how the blocks of the two stages relate.
+        share: share of the token budget for the local training. Rows that start from this one can use the rest.
+        batch_size: examples in a step.
+        screening_share: share of the token budget for the brief fits; it is part of `share`. 0 chooses the span by
+            similarity.
+        trailing_blocks: number of blocks after the span that are trained with it; see `fit_runs`.
 
     Raises:
-        UserError: `share` outside (0, 1], `screening_share` outside [0, `share`], or a negative `trailing_blocks`.
+        UserError: `share` is outside (0, 1], `screening_share` is outside [0, `share`], or `trailing_blocks` is
+            negative.
     """
 
     def __init__(
@@ -85,13 +86,13 @@ class ReplaceSpan(Method):
         share: float,
         trailing_blocks: int = 0,
     ) -> tuple[FittedRuns, int]:
-        """One block for each of the runs, on so much of the budget; and how many tokens that was."""
+        """Fit one block to each run with a share of the token budget. Returns the fits and the tokens of their text."""
         batches, tokens = bench.texts.training_batches(int(share * bench.training.tokens), self.batch_size)
         settings = Merging(-1.0, len(batches), self.batch_size, self.learning_rate, pairs_at_once=1)
         return bench.fit(student, batches, runs, settings, trailing_blocks), tokens
 
     def _least_kl(self, bench: Bench, student: StagedCausalLM, count: int) -> tuple[tuple[int, ...], float]:
-        """The span whose briefly fitted block leaves the least KL on the calibration set, and that KL."""
+        """The span with the least KL on the calibration set after a brief fit, and this KL in nats."""
         with bench.unmetered():
             fitted, _ = self._fit(bench, student, spans(bench, student, count), self.screening_share)
         bench.charge(fitted)
@@ -102,10 +103,10 @@ class ReplaceSpan(Method):
 
 
 def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[tuple[int, ...], float]:
-    """The `count + 1` neighbours with the highest mean cosine of input and output within the guards, and 1 less it.
+    """The span of `count + 1` blocks with the highest mean cosine of its input and output, and 1 minus this cosine.
 
     Raises:
-        UserError: the guards leave no span as long.
+        UserError: the guards allow no span of this length.
     """
     sums = dict.fromkeys(spans(bench, student, count), 0.0)
     places = {place for span in sums for place in (span[0], span[-1] + 1)}
@@ -123,7 +124,7 @@ def most_alike(bench: Bench, student: StagedCausalLM, count: int) -> tuple[tuple
 
 
 def spans(bench: Bench, student: StagedCausalLM, count: int) -> list[tuple[int, ...]]:
-    """All runs of `count + 1` neighbours within the guards.
+    """All runs of `count + 1` neighbouring blocks that the guards allow.
 
     Raises:
         UserError: there is none.
