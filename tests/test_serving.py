@@ -31,7 +31,7 @@ from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, Retention, Stag
 from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of, text_pieces
 from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
-from pdtrim_pl.serving.transport import Handover, Link, receive_handover, send_handover, wire_dtype
+from pdtrim_pl.serving.transport import Handover, HandoverSender, Link, Traffic, receive_handover, wire_dtype
 from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
 from pdtrim_pl.staged.decoding import generate, joined_stop_ids
 from pdtrim_pl.staged.description import reference_to
@@ -71,11 +71,20 @@ def wire() -> Iterator[Callable[[Handover, StagePlan, KVRetentionPolicy], tuple]
         prefill, decode = Link(ends[0], "prefill", CPU), Link(ends[1], "decode", CPU)
 
         def across(handover: Handover, plan: StagePlan, policy: KVRetentionPolicy) -> tuple:
-            sending = threads.submit(send_handover, prefill, handover, plan, policy)
+            sending = threads.submit(sent, prefill, handover, plan, policy)
             arrived, received = receive_handover(decode, plan, policy, CPU)
             return arrived, sending.result(), received
 
         yield across
+
+
+def sent(link: Link, handover: Handover, plan: StagePlan, policy: KVRetentionPolicy) -> Traffic:
+    """What the prefill worker does with a prompt's whole cache."""
+    with HandoverSender(link, plan, policy) as sender:
+        sender.begin(handover.cache.lengths)
+        for index in plan.decode:
+            sender.send_block(index, handover.cache.blocks[index])
+        return sender.end(handover.tokens, handover.logits)
 
 
 def random_cache(plan: StagePlan, kv: KVShape, lengths: list[int], dtype: torch.dtype) -> KVCache:

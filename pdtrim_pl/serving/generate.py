@@ -135,7 +135,7 @@ def figures(stats: RequestStats) -> str:
     return (
         f"prompt   {stats.prompt_tokens} tokens\n"
         f"new      {stats.new_tokens} tokens\n"
-        f"KV sent  {sent}{ratio}, in {stats.transfer_seconds * 1e3:.2f} ms\n"
+        f"KV sent  {sent}{ratio}, the last byte {stats.transfer_seconds * 1e3:.2f} ms after prefill\n"
         f"prefill  {stats.prefill_seconds_per_token * 1e3:.2f} ms a token\n"
         f"decode   {decode}\n"
     )

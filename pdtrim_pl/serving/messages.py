@@ -88,14 +88,15 @@ class Encoded:
     kv_bytes: int
     header_bytes: int
     seconds: float
+    """Time of the prefill pass. Blocks are encoded and sent meanwhile."""
+    transfer_seconds: float
+    """Time from the end of the pass until the last byte was sent."""
 
 
 @dataclass(frozen=True)
 class Decoded:
     """From decode: the request is done."""
 
-    transfer_seconds: float
-    """From the handover's first byte to its last."""
     seconds: float
     """Time in decode passes."""
     steps: int

@@ -70,7 +70,7 @@ class RequestStats:
     """Other bytes of the handover: lengths, first tokens and, for forced responses, logits."""
     prefill_seconds: float
     transfer_seconds: float
-    """From the handover's first byte to its last."""
+    """Time from the end of prefill until the last byte was sent; before that, prefill and transfer run together."""
     decode_seconds: float
     decode_steps: int
     """Tokens of a row that were fed to decode."""
@@ -85,7 +85,7 @@ class RequestStats:
             full_bytes=sum(pair.policy.full_bytes(pair.plan, length) for length in prompts.lengths),
             header_bytes=encoded.header_bytes,
             prefill_seconds=encoded.seconds,
-            transfer_seconds=decoded.transfer_seconds,
+            transfer_seconds=encoded.transfer_seconds,
             decode_seconds=decoded.seconds,
             decode_steps=decoded.steps,
         )

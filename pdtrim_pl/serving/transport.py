@@ -10,9 +10,11 @@ V vocabulary.
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ class Handover:
     """Everything that decode gets of a prompt."""
 
     cache: KVCache
-    """On its way out the prompt's whole cache, as prefill made it; at decode what crossed."""
+    """What crossed, without the padding of the prompts."""
     tokens: Tensor
     """Decode's first input, [B]: the response's first token, or the prompt's last one under `boundary: decode`."""
     logits: Tensor | None = None
@@ -50,7 +52,7 @@ class Traffic:
     header_bytes: int
     """Lengths, first tokens and, if asked for, logits."""
     seconds: float
-    """From the first byte to the last."""
+    """Of the sender: time that the transfer took after prefill was done. Of the receiver: from first to last byte."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,39 +118,79 @@ def open_link(stage: Stage, device: torch.device, backend: str, meeting_point: P
     return Link(dist.group.WORLD, stage, device if backend == "nccl" else torch.device("cpu"))
 
 
-def send_handover(link: Link, handover: Handover, plan: StagePlan, policy: KVRetentionPolicy) -> Traffic:
-    """Send a handover; the other side calls `receive_handover` with the same plan and policy.
+class HandoverSender:
+    """Sends a handover while prefill still runs: a thread encodes and sends each block as soon as it is there.
+
+    Use it as a context manager around `begin`, `send_block` for every block of D in order, and `end`; the other side
+    calls `receive_handover` with the same plan and policy. The `with` block leaves no thread behind.
 
     Args:
         link: to the decode worker.
-        handover: with the whole cache.
         plan: says which blocks cross.
-        policy: says which of their entries.
+        policy: says which entries of a block cross, and how they are encoded.
     """
-    started = time.perf_counter()
-    vocabulary = 0 if handover.logits is None else handover.logits.shape[-1]
-    header = link.send(torch.tensor([len(handover.tokens), vocabulary]))
-    header += link.send(torch.stack([handover.cache.lengths, handover.tokens]).to(torch.int64))
-    kv_bytes, keep = 0, keeper()
-    # One message per block: so few cost nothing beside the bytes, and packing copies one block at a time.
-    for index in plan.decode:
-        block, rule = handover.cache.blocks[index], policy.rule(index)
-        assert block.keys.dtype == wire_dtype(policy)
-        kv_bytes += link.send(keep(block, rule).packed(rule.codec))
-    if handover.logits is not None:
-        header += link.send(handover.logits.float())
-    settle(link.device)
-    return Traffic(kv_bytes, header, time.perf_counter() - started)
+
+    def __init__(self, link: Link, plan: StagePlan, policy: KVRetentionPolicy) -> None:
+        self.link, self.plan, self.policy = link, plan, policy
+        self._keep = keeper()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="send")
+        self._blocks: list[Future[int]] = []
+        self._header = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def begin(self, lengths: Tensor) -> None:
+        """Send the number of prompt tokens that prefill handles, of every row, [B]."""
+        self._header += self.link.send(torch.tensor([len(lengths)]))
+        self._header += self.link.send(lengths.to(torch.int64))
+
+    def send_block(self, index: int, block: BlockKV) -> None:
+        """Send the next block of D. Returns at once; `end` raises what goes wrong.
+
+        Args:
+            index: original index of the block.
+            block: keys and values of the whole prompt.
+        """
+        assert index == self.plan.decode[len(self._blocks)]
+        assert block.keys.dtype == wire_dtype(self.policy)
+        self._blocks.append(self._thread.submit(self._send_block, self.policy.rule(index), block))
+
+    @torch.inference_mode()  # of this thread
+    def _send_block(self, rule: Retention, block: BlockKV) -> int:
+        return self.link.send(self._keep(block, rule).packed(rule.codec))
+
+    def end(self, tokens: Tensor, logits: Tensor | None = None) -> Traffic:
+        """Wait until all blocks are sent, then send the rest.
+
+        Args:
+            tokens: first input of decode, see `Handover`, [B].
+            logits: of the first token of the response, [B, V], if they were asked for.
+
+        Raises:
+            LinkError: the decode worker is gone.
+        """
+        started = time.perf_counter()
+        kv_bytes = sum(block.result() for block in self._blocks)
+        vocabulary = 0 if logits is None else logits.shape[-1]
+        first = tokens.to(torch.int64).clone(memory_format=torch.contiguous_format)  # a column of the prompts
+        header = self._header + self.link.send(torch.tensor([vocabulary])) + self.link.send(first)
+        if logits is not None:
+            header += self.link.send(logits.float())
+        settle(self.link.device)
+        return Traffic(kv_bytes, header, time.perf_counter() - started)
 
 
 def receive_handover(
     link: Link, plan: StagePlan, policy: KVRetentionPolicy, device: torch.device
 ) -> tuple[Handover, Traffic]:
-    """Receive what `send_handover` sent, onto `device`. Rows come left-justified, without the prompt's padding."""
-    rows, vocabulary = link.receive((2,), torch.int64).tolist()
+    """Receive what a `HandoverSender` sent, onto `device`. Rows come left-justified, without the prompt's padding."""
+    (rows,) = link.receive((1,), torch.int64).tolist()
     started = time.perf_counter()  # before this, decode waited for prefill
-    lengths, tokens = link.receive((2, rows), torch.int64).unbind()
-    header = (2 + 2 * rows) * lengths.element_size()
+    lengths = link.receive((rows,), torch.int64)
     kv_bytes = 0
     slots: dict[Retention, Slots] = {}
     blocks: dict[int, BlockKV] = {}
@@ -165,7 +207,9 @@ def receive_handover(
         counts = [rule.kept(length) for length in handled]
         keys, values = unpacked(data, counts, rule.codec, heads, width, dtype)
         blocks[index] = BlockKV(keys.decoded().to(dtype), values.decoded().to(dtype), slots[positions])
-    logits = None
+    (vocabulary,) = link.receive((1,), torch.int64).tolist()
+    tokens, logits = link.receive((rows,), torch.int64), None
+    header = (2 + 2 * rows) * tokens.element_size()
     if vocabulary:
         logits = link.receive((rows, vocabulary), torch.float32)
         header += logits.nbytes

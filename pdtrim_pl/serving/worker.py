@@ -23,11 +23,11 @@ from pdtrim_pl.plan import KVRetentionPolicy
 from pdtrim_pl.serving import messages as say
 from pdtrim_pl.serving.transport import (
     Handover,
+    HandoverSender,
     Link,
     LinkError,
     open_link,
     receive_handover,
-    send_handover,
     settle,
     wire_dtype,
 )
@@ -100,16 +100,18 @@ class PrefillWorker(StageWorker):
         started = time.perf_counter()
         prompt_ids, valid = self.ids(command.prompt_ids), self.ids(command.prompt_mask).bool()
         handled = prompt_ids.shape[1] - (self.plan.boundary == "decode")
-        out = self.staged.prefill(prompt_ids[:, :handled], valid[:, :handled])
-        tokens, logits = prompt_ids[:, -1], None
-        if self.plan.boundary == "prefill":
-            logits = self.staged.logits(out.hidden[:, -1])
-            tokens = command.sampling.picker()(logits)
-        handover = Handover(out.cache, tokens, logits if command.with_logits else None)
-        settle(self.device)
-        seconds = time.perf_counter() - started
-        traffic = send_handover(self.link, handover, self.plan, self.policy)
-        self.parent.send(say.Encoded(traffic.kv_bytes, traffic.header_bytes, seconds))
+        ids, valid = prompt_ids[:, :handled], valid[:, :handled]
+        with HandoverSender(self.link, self.plan, self.policy) as sender:
+            sender.begin(valid.sum(dim=1))
+            out = self.staged.prefill(ids, valid, on_kv=sender.send_block)
+            tokens, logits = prompt_ids[:, -1], None
+            if self.plan.boundary == "prefill":
+                logits = self.staged.logits(out.hidden[:, -1])
+                tokens = command.sampling.picker()(logits)
+            settle(self.device)
+            seconds = time.perf_counter() - started
+            traffic = sender.end(tokens, logits if command.with_logits else None)
+        self.parent.send(say.Encoded(traffic.kv_bytes, traffic.header_bytes, seconds, traffic.seconds))
 
 
 class DecodeWorker(StageWorker):
@@ -118,7 +120,7 @@ class DecodeWorker(StageWorker):
     def obey(self, command: say.Command) -> None:
         if isinstance(command, say.Cancel):
             return  # it arrived after the last token of its request
-        handover, traffic = receive_handover(self.link, self.plan, self.policy, self.device)
+        handover, _ = receive_handover(self.link, self.plan, self.policy, self.device)
         started = time.perf_counter()
         if isinstance(command, say.Continue):
             loop = self._loop(handover, command)
@@ -127,7 +129,7 @@ class DecodeWorker(StageWorker):
         else:
             assert isinstance(command, say.Force)
             steps = self._force(handover, command)
-        self.parent.send(say.Decoded(traffic.seconds, time.perf_counter() - started, steps))
+        self.parent.send(say.Decoded(time.perf_counter() - started, steps))
 
     def _loop(self, handover: Handover, command: say.Continue) -> DecodeLoop:
         chosen = self.plan.boundary == "prefill"

@@ -26,6 +26,8 @@ from pdtrim_pl.staged.preallocated import PreallocatedCache, PreallocatedKV
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """A function that is called with a block's original index, its input and its output, each [B, T, H]."""
+KVListener = Callable[[int, BlockKV], None]
+"""A function that is called with a block's original index and its keys and values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,8 @@ class StagePass:
     """Called after every block that ran."""
     resume: Resume | None = None
     """The block to start at; None starts at the first block."""
+    on_kv: KVListener | None = None
+    """Called with the keys and values of every block as soon as they are there."""
     cached: dict[int, BlockKV] = field(default_factory=dict)
     """Original index -> keys and values after this pass. The gates fill it."""
     dtype: torch.dtype | None = None
@@ -77,6 +81,12 @@ class StagePass:
         self.placeholder = self.tokens.valid[:, None, None]
         if self.resume is not None:
             self.cached.update({i: kv for i, kv in self.resume.cached.items() if i < self.resume.block})
+
+    def store(self, index: int, kv: BlockKV) -> None:
+        """Store keys and values of a block after this pass."""
+        self.cached[index] = kv
+        if self.on_kv is not None:
+            self.on_kv(index, kv)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -237,7 +247,7 @@ class Gate(nn.Module):
         block = self.weights(current.stage, current.plan)
         if self.index in current.projects:
             keys, values = self.project(block, hidden, rope_among(kwargs))
-            current.cached[self.index] = BlockKV(keys, values, current.tokens)
+            current.store(self.index, BlockKV(keys, values, current.tokens))
             return hidden
         if self.index not in current.runs:
             return hidden
@@ -253,7 +263,7 @@ class Gate(nn.Module):
         if current.observer is not None:
             current.observer(self.index, hidden, out)
         if current.keep and self.index in current.sends:
-            current.cached[self.index] = BlockKV(keys, values, slots)
+            current.store(self.index, BlockKV(keys, values, slots))
         # A local fit runs fp32 blocks inside a bf16 model, in a pass that starts at them. The final norm needs bf16.
         return out.to(current.dtype) if self.index == current.last and current.dtype is not None else out
 

@@ -16,7 +16,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.plan import KVRetentionPolicy, Stage, StagePlan
 from pdtrim_pl.staged.cache import KVCache, Slots
-from pdtrim_pl.staged.gate import Observer, Resume, StagePass
+from pdtrim_pl.staged.gate import KVListener, Observer, Resume, StagePass
 from pdtrim_pl.staged.preallocated import PreallocatedCache
 from pdtrim_pl.staged.request import Request, as_bool, never_empty
 from pdtrim_pl.staged.structure import GatedCausalLM
@@ -41,6 +41,7 @@ class StagedCausalLM(GatedCausalLM):
     def prefill(
         self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, plan: StagePlan | None = None,
         observer: Observer | None = None, resume: Resume | None = None,
+        on_kv: KVListener | None = None,
     ) -> StagedOutput:  # fmt: skip
         """Run the prefill stage on the positions that it handles.
 
@@ -52,13 +53,14 @@ class StagedCausalLM(GatedCausalLM):
             plan: run under this plan instead of `self.plan`.
             observer: called after every block that ran.
             resume: start at a block that an earlier pass over the same tokens has reached.
+            on_kv: called with index, keys and values of every block of D, in order, as soon as they are there.
 
         Returns:
             Hidden states [B, P, H], and keys and values of every block of D.
         """
         prompt_ids, valid = never_empty(prompt_ids, as_bool(prompt_ids, prompt_mask))
         positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
-        current = self._pass("prefill", Slots(positions, valid), None, plan, observer, resume, keep=True)
+        current = self._pass("prefill", Slots(positions, valid), None, plan, observer, resume, keep=True, on_kv=on_kv)
         hidden = self._run(prompt_ids, current)
         return StagedOutput(hidden, KVCache(current.cached, valid.sum(dim=1)))
 
@@ -180,10 +182,11 @@ class StagedCausalLM(GatedCausalLM):
     def _pass(
         self, stage: Stage, tokens: Slots, past: KVCache | PreallocatedCache | None, plan: StagePlan | None,
         observer: Observer | None, resume: Resume | None, *, keep: bool,
+        on_kv: KVListener | None = None,
     ) -> StagePass:  # fmt: skip
         additive = attention_of(self.model) == "eager"
         recompute = self.gradient_checkpointing and self.training
-        return StagePass(stage, plan or self.plan, tokens, past, additive, recompute, keep, observer, resume)
+        return StagePass(stage, plan or self.plan, tokens, past, additive, recompute, keep, observer, resume, on_kv)
 
     def _run(self, token_ids: Tensor, current: StagePass) -> Tensor:
         mask = current.placeholder
