@@ -26,6 +26,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pdtrim_pl.data.prompts import joined_stop_ids
 from pdtrim_pl.export.pair import export_pair
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, Retention, StagePlan, handled_positions
 from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of, text_pieces
@@ -33,7 +34,7 @@ from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
 from pdtrim_pl.serving.transport import Handover, Link, receive_handover, send_handover, wire_dtype
 from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
-from pdtrim_pl.staged.decoding import generate, joined_stop_ids
+from pdtrim_pl.staged.decoding import generate
 from pdtrim_pl.staged.description import reference_to
 
 CPU = torch.device("cpu")

@@ -32,6 +32,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return leading_ids(tokenizer) + plain_ids(tokenizer, [prompt])[0]
 
 
+def joined_stop_ids(*told: object) -> tuple[int, ...]:
+    """One rising tuple of token ids out of several `eos_token_id`, each a number, a list, or None."""
+    ids = {token for entry in told for token in (entry if isinstance(entry, list | tuple) else [entry])}
+    return tuple(sorted(token for token in ids if isinstance(token, int)))
+
+
 def split_ids(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[list[int], list[int]]]:

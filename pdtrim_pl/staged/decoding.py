@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pdtrim_pl.data.prompts import joined_stop_ids
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.staged.cache import KVCache
@@ -121,9 +122,3 @@ def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     """The end-of-sequence tokens that a model's generation config or its tokenizer knows."""
     config = model.generation_config
     return joined_stop_ids(config and config.eos_token_id, tokenizer and tokenizer.eos_token_id)
-
-
-def joined_stop_ids(*told: object) -> tuple[int, ...]:
-    """One rising tuple of token ids out of several `eos_token_id`, each a number, a list, or None."""
-    ids = {token for entry in told for token in (entry if isinstance(entry, list | tuple) else [entry])}
-    return tuple(sorted(token for token in ids if isinstance(token, int)))
