@@ -24,7 +24,15 @@ GRACE_SECONDS = 20.0
 """How long the others may run on when one process has failed: they may want to say what they saw."""
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["deepspeed", "pdtrim_pl.cli.lightning_cli", "callbacks", "transformers.models.llama.modeling_llama"]
+    [
+        "deepspeed",
+        "functorch.compile",
+        "torch.utils.cpp_extension",
+        "pdtrim_pl.cli.lightning_cli",
+        "pdtrim_pl.serving.worker",
+        "callbacks",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 

@@ -60,6 +60,7 @@ def _saved(model: ArceeForCausalLM | own_family.OwnForCausalLM, tokenizer: Path,
     return folder
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_family_of_ones_own_is_trained_continued_exported_and_served(
     arcee: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

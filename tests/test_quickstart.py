@@ -21,8 +21,8 @@ def shortened(folder: Path) -> tuple[Path, Path]:
     """The shipped configuration with fewer and shorter texts and fewer candidates, and one that only trains a step."""
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     config["data"] |= {
-        "parts": {"max_train": 8, "validation": 1, "calibration": 2}, "batch_size": 4,
-        "lengths": {"max_length": 40, "min_prompt": 16, "max_prompt": 32},
+        "parts": {"max_train": 4, "validation": 1, "calibration": 2}, "batch_size": 4,
+        "lengths": {"max_length": 40, "min_prompt": 24, "max_prompt": 32},
     }  # fmt: skip
     callbacks = {each["class_path"]: each for each in config["trainer"]["callbacks"]}  # of BlockDrop, that of decode
     callbacks["callbacks.BlockDrop"]["init_args"]["criterion"]["init_args"]["pool"] = 3

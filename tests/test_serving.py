@@ -37,6 +37,7 @@ from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
 from pdtrim_pl.staged.decoding import generate
 from pdtrim_pl.staged.description import reference_to
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 CPU = torch.device("cpu")
 ON_CPU = ("cpu", "cpu")
 TOLERANCE = 1e-4
@@ -44,14 +45,6 @@ FREE = {"prefill": (0, 2, 3), "decode": (0, 1, 3), "relation": "free", "untied":
 NESTED = {"prefill": (0, 1, 3), "decode": (0, 3), "relation": "nested", "untied": {"prefill": (0,)}}
 ALL_DECODE = {"prefill": (1, 3), "decode": (0, 1, 2, 3), "relation": "prefill_only"}
 RULES = {0: Retention("first_last", 2, 0.2), 3: Retention("first_last", 1, 30)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the tests themselves; the workers read the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(autouse=True)
