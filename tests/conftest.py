@@ -29,7 +29,7 @@ settings.register_profile("pdtrim", derandomize=True, deadline=None, database=No
 settings.load_profile("pdtrim")
 
 LONGEST_FIRST = (
-    "strategies", "quickstart", "deepspeed", "resume", "preemption", "slurm", "model_files", "merging_runs",
+    "strategies", "quickstart", "slurm", "deepspeed", "terminal", "resume", "adapters", "model_files", "merging_runs",
 )  # fmt: skip
 """Files that take minutes begin first, so that two workers end together."""
 

@@ -2,7 +2,7 @@
 
     python tests/partial_run.py MODEL FOLDER STRATEGY
 
-Lightning starts the second process by running this script again. FOLDER/told-STRATEGY-RANK.json has each one's refusal.
+Each process runs this script. FOLDER/told-STRATEGY-RANK.json has each one's refusal.
 """
 
 from __future__ import annotations

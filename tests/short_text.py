@@ -1,4 +1,4 @@
-"""A text of 400 short lines: of the embedded one, tokens and windows take longer than a whole run of a tiny model."""
+"""A text of 220 lines of random words: of the embedded one, tokens and windows take longer than a tiny run."""
 
 from __future__ import annotations
 
