@@ -30,7 +30,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def _work(spec: say.WorkerSpec, parent: Connection) -> None:
-    """Import models in the worker: the parent needs none, and starts in half the time."""
+    """Import models in the worker: the parent needs none of its own."""
     from pdtrim_pl.serving.worker import run_worker
 
     run_worker(spec, parent)
