@@ -10,6 +10,7 @@ from collections.abc import Iterator
 # Before any import of transformers or datasets, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models only wait for each other on more, in every process
 _datasets_cache = tempfile.mkdtemp(prefix="pdtrim-tests-")
 os.environ["HF_DATASETS_CACHE"] = _datasets_cache
 atexit.register(shutil.rmtree, _datasets_cache, ignore_errors=True)
@@ -19,15 +20,16 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from process_group import SERVER  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-torch.set_num_threads(1)  # tiny models only wait for each other on more
+torch.set_num_threads(1)
 settings.register_profile("pdtrim", derandomize=True, deadline=None, database=None)
 settings.load_profile("pdtrim")
 
 LONGEST_FIRST = (
-    "strategies", "quickstart", "deepspeed", "resume", "preemption", "slurm", "model_files", "merging_runs",
+    "strategies", "quickstart", "slurm", "deepspeed", "terminal", "resume", "adapters", "model_files", "merging_runs",
 )  # fmt: skip
 """Files that take minutes begin first, so that two workers end together."""
 
@@ -53,6 +55,14 @@ def loggers_as_they_were() -> Iterator[None]:
     yield
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
         logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Fork the runtime's workers from the process that has imported what they need; `test_terminal.py` spawns them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pdtrim_pl.serving.workers.multiprocessing.get_context", lambda method: SERVER)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
     python tests/deepspeed_run.py MODEL FOLDER
 
-Lightning starts the second process by running this script again. FOLDER/told-RANK.json says how every run went.
+Each process runs this script. FOLDER/told-RANK.json says how every run went.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from distributed_run import CPUDeepSpeed, Named, strategy_of
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
+from short_text import SHORT
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typing_extensions import override
@@ -177,7 +178,7 @@ def fit(
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in extra),
     )  # fmt: skip
     data = PromptResponseDataModule(
-        str(model), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=8),
+        str(model), SHORT, Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=8),
         batch_size=GLOBAL_BATCH // processes,
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)

@@ -2,7 +2,7 @@
 
     python tests/distributed_run.py STRATEGY PROCESSES MODEL FOLDER
 
-Lightning starts the other processes by running this script again. Every run sees the same examples at every step.
+Each process runs this script. Every run sees the same examples at every step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from merge_at import MergeAt
+from short_text import SHORT
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LinearLR
@@ -108,7 +109,7 @@ def module_of(model: Path) -> PDTrimModule:
 def data_of(model: Path, processes: int) -> PromptResponseDataModule:
     # 20 examples: five batches an epoch, so that the last step of an epoch accumulates one batch instead of two.
     return PromptResponseDataModule(
-        str(model), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=6, max_train=20),
+        str(model), SHORT, Lengths(24, 8, 16), parts=Parts(validation=4, calibration=6, max_train=20),
         batch_size=GLOBAL_BATCH // processes,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     python tests/full_disk_run.py MODEL FOLDER
 
-Lightning starts the second process by running this script again. FOLDER/told-RANK.json says how every run went.
+Each process runs this script. FOLDER/told-RANK.json says how every run went.
 """
 
 from __future__ import annotations

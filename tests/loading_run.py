@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from distributed_run import held, strategy_of
 from lightning.pytorch import Callback, LightningModule, Trainer
+from short_text import SHORT
 from torch import nn
 from typing_extensions import override
 
@@ -78,7 +79,11 @@ def main(model: Path, folder: Path) -> None:
         limit_val_batches=0, default_root_dir=folder,
     )  # fmt: skip
     data = PromptResponseDataModule(
-        str(model), lengths=Lengths(16, 8, 8), parts=Parts(validation=4, calibration=4, max_train=4), batch_size=1
+        str(model),
+        SHORT,
+        lengths=Lengths(16, 8, 8),
+        parts=Parts(validation=4, calibration=4, max_train=4),
+        batch_size=1,
     )
     trainer.fit(PDTrimModule(str(model)), datamodule=data)
     told = {"peaks": peak.bytes, "held": shares.shares}

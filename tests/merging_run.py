@@ -2,7 +2,7 @@
 
     python tests/merging_run.py STRATEGY PROCESSES MODEL FOLDER
 
-Lightning starts the other processes by running this script again. Every run sees the same examples at every step.
+Each process runs this script. Every run sees the same examples at every step.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from short_text import SHORT
 
 from pdtrim_pl.cli.main import main
 
@@ -17,6 +18,7 @@ def settings_of(model: Path, folder: Path, **overrides: Any) -> dict[str, Any]:
         "model": {"model": str(model), **overrides},
         "data": {
             "tokenizer": "${model.model}",
+            "source": {"path": SHORT.path},
             "lengths": {"max_length": 24, "min_prompt": 8, "max_prompt": 16},
             "parts": {"validation": 4, "calibration": 4, "test": 3, "max_train": 4},
             "batch_size": 4,

@@ -2,7 +2,7 @@
 
     python tests/partial_run.py MODEL FOLDER STRATEGY
 
-Lightning starts the second process by running this script again. FOLDER/told-STRATEGY-RANK.json has each one's refusal.
+Each process runs this script. FOLDER/told-STRATEGY-RANK.json has each one's refusal.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from distributed_run import strategy_of
 from lightning.pytorch import Trainer
+from short_text import SHORT
 
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.module import PDTrimModule
@@ -27,7 +28,11 @@ def main(model: Path, folder: Path, strategy: str) -> None:
         enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0, default_root_dir=folder,
     )  # fmt: skip
     data = PromptResponseDataModule(
-        str(model), lengths=Lengths(16, 8, 8), parts=Parts(validation=4, calibration=4, max_train=4), batch_size=1
+        str(model),
+        SHORT,
+        lengths=Lengths(16, 8, 8),
+        parts=Parts(validation=4, calibration=4, max_train=4),
+        batch_size=1,
     )
     try:
         trainer.fit(PDTrimModule(str(model)), datamodule=data)

@@ -11,6 +11,7 @@ from pathlib import Path
 import own_family
 import pytest
 from model_runs import run
+from short_text import SHORT
 from tiny_models import tiny_model
 from transformers import ArceeConfig, ArceeForCausalLM
 
@@ -59,6 +60,7 @@ def _saved(model: ArceeForCausalLM | own_family.OwnForCausalLM, tokenizer: Path,
     return folder
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_family_of_ones_own_is_trained_continued_exported_and_served(
     arcee: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +97,7 @@ def test_rows_that_were_made_before_there_were_adapters_keep_their_keys(tiny_lla
 
 def _data(model: Path) -> PromptResponseDataModule:
     parts = Parts(validation=1, calibration=2, test=2, max_train=2)
-    return PromptResponseDataModule(str(model), lengths=Lengths(24, 8, 16), parts=parts)
+    return PromptResponseDataModule(str(model), SHORT, Lengths(24, 8, 16), parts=parts)
 
 
 def _is_plan(file: Path) -> bool:

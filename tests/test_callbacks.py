@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from short_text import SHORT
 
 from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, RepeatedDrop, RequestShape, SpanMerge
 from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, sidecar
@@ -39,7 +40,7 @@ class FirstCandidate(Criterion):
 def data_for(model: Path) -> PromptResponseDataModule:
     parts = Parts(validation=4, calibration=4, max_train=12)
     return PromptResponseDataModule(
-        str(model), lengths=Lengths(max_length=24, min_prompt=8, max_prompt=16), parts=parts, batch_size=4
+        str(model), SHORT, Lengths(max_length=24, min_prompt=8, max_prompt=16), parts=parts, batch_size=4
     )
 
 
@@ -248,7 +249,7 @@ def test_a_schedule_that_asks_for_too_much_fails_before_the_first_step(tiny_llam
 def test_an_export_that_cannot_measure_fails_before_the_first_step(
     parts: Parts, tokens: int, message: str, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    data = PromptResponseDataModule(str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=parts)
+    data = PromptResponseDataModule(str(tiny_llama_dir), SHORT, Lengths(24, 8, 16), parts=parts)
     trainer = trainer_for(tmp_path, [ExportPair(tmp_path / "export", prompt_tokens=tokens)])
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(module_for(tiny_llama_dir), datamodule=data)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from short_text import SHORT
 from tiny_models import tiny_model
 
 from callbacks import BlockDrop, RepeatedDrop
@@ -41,6 +42,7 @@ def config(tiny_llama_dir: Path, tmp_path: Path) -> Path:
         "model": {"model": str(tiny_llama_dir), "losses": [{"class_path": "pdtrim_pl.losses.KL"}]},
         "data": {
             "tokenizer": "${model.model}",
+            "source": {"path": SHORT.path},
             "lengths": {"max_length": 24, "min_prompt": 8, "max_prompt": 16},
             "parts": {"validation": 4, "calibration": 4, "test": 3, "max_train": 8},
             "batch_size": 4,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_text import SHORT
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -84,7 +85,7 @@ def test_data_longer_than_max_position_embeddings_fits_a_yarn_model(tiny_llama_d
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     parts = Parts(validation=1, calibration=1, max_train=1)
     for length, fits in ((512, True), (513, False)):
-        data = PromptResponseDataModule(str(folder), lengths=Lengths(length, 8, 16), parts=parts)
+        data = PromptResponseDataModule(str(folder), SHORT, Lengths(length, 8, 16), parts=parts)
         if fits:
             data.setup()
             assert len(data.part("train")) == 1

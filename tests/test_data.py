@@ -383,6 +383,25 @@ def test_the_embedded_text_makes_training_batches(tiny_llama_dir: Path) -> None:
     assert np.isin(batch.prompt_ids.numpy(), range(259)).all()
 
 
+def test_the_process_that_prepared_the_examples_reads_the_source_no_more(
+    tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"{number} squared is {number**2}.\n" for number in range(100)))
+    settings = {"lengths": Lengths(24, 8, 16), "parts": Parts(validation=2, calibration=2, max_train=4)}
+    prepared, other = (
+        PromptResponseDataModule(str(tiny_tokenizer_dir), TextSource(str(file)), **settings) for _ in range(2)
+    )
+    prepared.prepare_data()
+    other.setup()
+    file.unlink()
+    prepared.setup()
+    for name in ("train", "validation", "calibration"):
+        for ours, theirs in zip(prepared.part(name), other.part(name), strict=True):
+            assert torch.equal(ours.prompt, theirs.prompt)
+            assert torch.equal(ours.response, theirs.response)
+
+
 @given(
     share=st.floats(0.01, 1.0),
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from deepspeed_run import INTERRUPTED, WHOLE, fit
 from full_disk_run import FULL
-from process_group import run_script
+from process_group import run_ranks, run_script
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def told(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
     """What both processes say of every run."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    run_script("deepspeed_run.py", str(model), str(folder), folder=folder, timeout=TIMEOUT)
+    run_ranks("deepspeed_run.py", str(model), str(folder), folder=folder, timeout=TIMEOUT)
     return [json.loads((folder / f"told-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_that_a_kill_kept_from_its_name_is_continued_and_gets_it(na
 def without_room(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
     """What both processes say of the runs in which one of them runs out of room."""
     folder = tmp_path_factory.mktemp("full_disk")
-    run_script("full_disk_run.py", str(model), str(folder), folder=folder, timeout=TIMEOUT)
+    run_ranks("full_disk_run.py", str(model), str(folder), folder=folder, timeout=TIMEOUT)
     return [json.loads((folder / f"told-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 

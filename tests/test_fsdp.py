@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from fsdp_worker import CASES, PROCESSES, STEPS, compare
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.strategies import Strategy
+from process_group import end, start
 from test_criteria import batches
 from tiny_models import tiny_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -36,21 +36,8 @@ TIMEOUT = 240
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """Of every case and step, between a student cut up between two processes and a whole one."""
     folder = tmp_path_factory.mktemp("fsdp")
-    context = multiprocessing.get_context("spawn")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        workers = [
-            context.Process(target=compare, args=(rank, folder / "store", folder / "told.json"), daemon=True)
-            for rank in range(PROCESSES)
-        ]
-        for worker in workers:
-            worker.start()
-    for worker in workers:
-        worker.join(TIMEOUT)
-        worker.kill()
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * PROCESSES
+    workers = [start(compare, rank, folder / "store", folder / "told.json") for rank in range(PROCESSES)]
+    assert end(workers, TIMEOUT) == [0] * PROCESSES
     return json.loads((folder / "told.json").read_text(encoding="utf-8"))
 
 

@@ -119,6 +119,21 @@ def test_what_other_tools_read_imports_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["serving.generate", "serving.runtime"])
+def test_the_parent_of_the_workers_imports_no_model_and_no_training(module: str) -> None:
+    heavy = ("transformers", "lightning", "datasets")
+    code = f"import sys, pdtrim_pl.{module}; sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_every_name_of_the_data_room_is_there_and_no_other() -> None:
+    from pdtrim_pl import data
+
+    assert {getattr(data, name).__name__ for name in data.__all__} == set(data.__all__)
+    with pytest.raises(AttributeError, match="'TextSources'"):
+        _ = data.TextSources
+
+
 def test_the_map_of_the_house_has_every_room_on_its_floor() -> None:
     found: list[set[str]] = []
     for line in HOUSE.read_text(encoding="utf-8").splitlines():

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from short_text import SHORT
 from torch import Tensor
 
 from callbacks import LossGuard
@@ -48,7 +49,7 @@ def fit(
 ) -> tuple[Trainer, Poisoned, Weights]:
     seed_everything(0, verbose=False)
     data = PromptResponseDataModule(
-        str(model), lengths=Lengths(max_length=24, min_prompt=8, max_prompt=16),
+        str(model), SHORT, Lengths(max_length=24, min_prompt=8, max_prompt=16),
         parts=Parts(validation=0, calibration=4, max_train=16), batch_size=4,
     )  # fmt: skip
     module, weights = Poisoned(model, at, value), Weights()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from merging_run import EPOCHS, fit
-from process_group import run_script
+from process_group import run_ranks
 from tiny_models import tiny_model
 
 from pdtrim_pl.checkpoints.state import CheckpointState
@@ -128,7 +128,7 @@ def test_two_processes_merge_into_weights_of_their_own_and_train_as_one_does(mod
     """Merges into weights that the stages share are in the runs of `test_strategies.py`."""
     module = fit("auto", 1, model, tmp_path / "alone", "own")
     strategy = "ddp_find_unused_parameters_true"
-    run_script("merging_run.py", strategy, "2", str(model), str(tmp_path), folder=tmp_path, timeout=TIMEOUT)
+    run_ranks("merging_run.py", strategy, "2", str(model), str(tmp_path), folder=tmp_path, timeout=TIMEOUT)
     for part in ("whole", "continued"):
         told = json.loads((tmp_path / part / "told.json").read_text(encoding="utf-8"))
         assert StagePlan.from_json(told["plan"]).merged == module.plan.merged

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from model_runs import run
-from process_group import run_script
+from process_group import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import Tensor
@@ -318,7 +318,7 @@ def test_every_process_refuses_a_model_that_its_files_hold_in_part(
 ) -> None:
     """transformers tells of missing weights alone under ZeRO-3, and of wrong shapes on the first process alone."""
     PARTIAL[what][0](model)
-    run_script("partial_run.py", str(model), str(tmp_path), strategy, folder=tmp_path, timeout=200)
+    run_ranks("partial_run.py", str(model), str(tmp_path), strategy, folder=tmp_path, timeout=200)
     for rank in range(2):
         told = json.loads((tmp_path / f"told-{strategy}-{rank}.json").read_text(encoding="utf-8"))
         assert re.search(PARTIAL[what][1], told), told

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.strategies import Strategy
+from short_text import SHORT
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -40,7 +41,7 @@ def test_every_precision_trains_and_validates(
         optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4),
     )  # fmt: skip
     data = PromptResponseDataModule(
-        str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=16)
+        str(tiny_llama_dir), SHORT, Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=16)
     )
     trainer = Trainer(
         default_root_dir=tmp_path, max_epochs=3, accelerator="cpu", devices=1, precision=precision, logger=False,  # type: ignore[arg-type]
@@ -75,7 +76,10 @@ def test_training_in_sixteen_bits_alone_is_refused_before_the_first_step(
     shutil.copytree(tiny_llama_dir, tmp_path / "model")
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     data = PromptResponseDataModule(
-        str(tmp_path / "model"), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=16)
+        str(tmp_path / "model"),
+        SHORT,
+        lengths=Lengths(24, 8, 16),
+        parts=Parts(validation=4, calibration=4, max_train=16),
     )
     settings: Any = {"precision": precision, "logger": False, "enable_progress_bar": False, "max_epochs": 1}
     trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, enable_checkpointing=False, **settings)
@@ -97,7 +101,7 @@ def test_a_step_at_a_rate_of_1e_5_moves_every_weight(tiny_llama_dir: Path, tmp_p
         str(tiny_llama_dir), losses=[CrossEntropy()], optimizer=lambda params: torch.optim.Adam(params, lr=1e-5)
     )
     data = PromptResponseDataModule(
-        str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=Parts(validation=0, calibration=4, max_train=16)
+        str(tiny_llama_dir), SHORT, Lengths(24, 8, 16), parts=Parts(validation=0, calibration=4, max_train=16)
     )
     trainer = Trainer(
         accelerator="cpu", devices=1, default_root_dir=tmp_path, enable_checkpointing=False, logger=False,
@@ -121,7 +125,10 @@ def test_frozen_embeddings_and_head_stay_and_every_other_weight_trains(
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
     )  # fmt: skip
     data = PromptResponseDataModule(
-        str(tmp_path / "model"), lengths=Lengths(24, 8, 16), parts=Parts(validation=0, calibration=4, max_train=8)
+        str(tmp_path / "model"),
+        SHORT,
+        lengths=Lengths(24, 8, 16),
+        parts=Parts(validation=0, calibration=4, max_train=8),
     )
     trainer = Trainer(
         default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, logger=False,
@@ -173,7 +180,10 @@ def test_a_teacher_with_another_padded_vocabulary_is_compared_on_the_tokens_of_t
     found = []
     for teacher in (None, str(folder)):
         data = PromptResponseDataModule(
-            str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=4, max_train=8)
+            str(tiny_llama_dir),
+            SHORT,
+            lengths=Lengths(24, 8, 16),
+            parts=Parts(validation=4, calibration=4, max_train=8),
         )
         trainer = Trainer(
             default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, logger=False,
@@ -225,7 +235,7 @@ def test_a_teacher_whose_tokenizer_has_another_token_in_a_place_is_refused(
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "other")
-    data = PromptResponseDataModule(str(tiny_llama_dir), lengths=Lengths(24, 8, 16), parts=Parts(4, 4))
+    data = PromptResponseDataModule(str(tiny_llama_dir), SHORT, Lengths(24, 8, 16), parts=Parts(4, 4))
     trainer = Trainer(logger=False, accelerator="cpu", devices=1, enable_checkpointing=False, max_epochs=1)
     with pytest.raises(ValueError, match=r"vocabulary"):
         trainer.fit(PDTrimModule(str(tmp_path / "other")), datamodule=data)

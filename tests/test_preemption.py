@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from short_text import SHORT
 from typing_extensions import override
 
 from callbacks import BlockDrop, Preemption
@@ -112,7 +113,7 @@ def fit(
         **settings,
     )  # fmt: skip
     data = PromptResponseDataModule(
-        str(model), lengths=Lengths(max_length=24, min_prompt=8, max_prompt=16), batch_size=2,
+        str(model), SHORT, Lengths(max_length=24, min_prompt=8, max_prompt=16), batch_size=2,
         parts=Parts(validation=4, calibration=4, max_train=6),
     )  # fmt: skip
     module = PDTrimModule(str(model), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3))
@@ -379,7 +380,8 @@ def test_last_is_the_newest_whole_checkpoint_and_a_new_run_where_there_is_none(
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
         },
         "data": {
-            "tokenizer": str(tiny_llama_dir), "lengths": {"max_length": 24, "min_prompt": 8, "max_prompt": 16},
+            "tokenizer": str(tiny_llama_dir), "source": {"path": SHORT.path},
+            "lengths": {"max_length": 24, "min_prompt": 8, "max_prompt": 16},
             "parts": {"validation": 2, "calibration": 2, "max_train": 4}, "batch_size": 2,
         },
         "trainer": {

@@ -17,18 +17,24 @@ from pdtrim_pl.export import load_plan_and_policy, validate_file
 ROOT = Path(__file__).parents[1]
 
 
-def shortened(folder: Path) -> Path:
-    """The shipped configuration with fewer and shorter texts, and a shorter request to time."""
+def shortened(folder: Path) -> tuple[Path, Path]:
+    """The shipped configuration with fewer and shorter texts and fewer candidates, and one that only trains a step."""
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     config["data"] |= {
-        "parts": {"max_train": 8, "validation": 2, "calibration": 2}, "batch_size": 4,
-        "lengths": {"max_length": 48, "min_prompt": 16, "max_prompt": 32},
+        "parts": {"max_train": 4, "validation": 1, "calibration": 2}, "batch_size": 4,
+        "lengths": {"max_length": 40, "min_prompt": 24, "max_prompt": 32},
     }  # fmt: skip
-    (export,) = (each for each in config["trainer"]["callbacks"] if each["class_path"] == "callbacks.ExportPair")
-    export["init_args"] |= {"prompt_tokens": 32, "new_tokens": 2}
-    path = folder / "quickstart.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
+    callbacks = {each["class_path"]: each for each in config["trainer"]["callbacks"]}  # of BlockDrop, that of decode
+    callbacks["callbacks.BlockDrop"]["init_args"]["criterion"]["init_args"]["pool"] = 3
+    callbacks["callbacks.KVRetention"]["init_args"]["selector"]["init_args"]["effort"]["examples"] = 1
+    callbacks["callbacks.ExportPair"]["init_args"] |= {"prompt_tokens": 32, "new_tokens": 2}
+    whole, step = folder / "quickstart.yaml", folder / "step.yaml"
+    whole.write_text(yaml.safe_dump(config), encoding="utf-8")
+    kept = ("callbacks.ExportPair", "lightning.pytorch.callbacks.ModelCheckpoint")
+    callbacks["callbacks.ExportPair"]["init_args"]["measure"] = False
+    config["trainer"] |= {"max_steps": 1, "callbacks": [callbacks[name] for name in kept]}
+    step.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return whole, step
 
 
 def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -51,10 +57,12 @@ def test_the_python_of_the_readme_runs() -> None:
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_the_quickstart_exports_a_pair_that_talks_and_can_be_run_again(tmp_path: Path) -> None:
-    config = str(shortened(tmp_path))
-    for extra in (["--trainer.limit_train_batches=1"], []):  # what the first one leaves is in the way
-        done = run("fit", "--config", config, *extra, cwd=tmp_path)
+    whole, step = shortened(tmp_path)
+    for config in (step, whole):  # what the first one leaves is in the way
+        done = run("fit", "--config", str(config), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs" / "quickstart" / "export" / "stage_plan.json").is_file()
+        assert (tmp_path / "runs" / "quickstart" / "checkpoints" / "last.ckpt").is_file()
     for row in ("blocks in prefill", "blocks in decode", "response perplexity", "top-1 agreement", "prefill ms/token",
                 "decode ms/token", "KV bytes", "Export:"):  # fmt: skip
         assert row in done.stdout

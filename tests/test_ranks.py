@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 from typing import Any
 
 import pytest
+from process_group import end, start
 from ranks_worker import BLOCKS, DATA, FAILING, GAVE_UP, PROCESSES, WORK, both, scores
 
 from pdtrim_pl.errors import AnotherRankFailed
@@ -21,21 +21,8 @@ TIMEOUT = 240
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        workers = [
-            context.Process(target=both, args=(rank, folder / "store", folder), daemon=True)
-            for rank in range(PROCESSES)
-        ]
-        for worker in workers:
-            worker.start()
-    for worker in workers:
-        worker.join(TIMEOUT)
-        worker.kill()
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * PROCESSES
+    workers = [start(both, rank, folder / "store", folder) for rank in range(PROCESSES)]
+    assert end(workers, TIMEOUT) == [0] * PROCESSES
     return [json.loads((folder / f"told-{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
 
 

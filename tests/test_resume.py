@@ -10,8 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +21,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from process_group import run_ranks
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
@@ -42,7 +41,6 @@ from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.search import Guards
 from pdtrim_pl.staged import StagedCausalLM
 
-SCRIPT = Path(__file__).with_name("resume_run.py")
 ALONE = ("first_step", "step", "last_step", "drop", "search", "write", "rename", "export", "exported", "torn")
 TOGETHER = ("step", "last_step", "drop", "search", "write", "export", "exported")
 
@@ -62,10 +60,8 @@ def dropout_llama_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def killed_and_continued(model: Path, folder: Path, processes: int, points: tuple[str, ...]) -> Path:
-    command = [sys.executable, str(SCRIPT), str(model), str(folder), str(processes), *points]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
+    arguments = [str(model), str(folder), str(processes), *points]
+    run_ranks("resume_run.py", *arguments, folder=folder, timeout=900, processes=1)  # which forks those of each run
     return folder
 
 

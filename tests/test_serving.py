@@ -26,6 +26,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pdtrim_pl.data.prompts import joined_stop_ids
 from pdtrim_pl.export.pair import export_pair
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, Retention, StagePlan, handled_positions
 from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of, text_pieces
@@ -33,9 +34,10 @@ from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
 from pdtrim_pl.serving.transport import Handover, HandoverSender, Link, Traffic, receive_handover, wire_dtype
 from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
-from pdtrim_pl.staged.decoding import generate, joined_stop_ids
+from pdtrim_pl.staged.decoding import generate
 from pdtrim_pl.staged.description import reference_to
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 CPU = torch.device("cpu")
 ON_CPU = ("cpu", "cpu")
 TOLERANCE = 1e-4
@@ -43,14 +45,6 @@ FREE = {"prefill": (0, 2, 3), "decode": (0, 1, 3), "relation": "free", "untied":
 NESTED = {"prefill": (0, 1, 3), "decode": (0, 3), "relation": "nested", "untied": {"prefill": (0,)}}
 ALL_DECODE = {"prefill": (1, 3), "decode": (0, 1, 2, 3), "relation": "prefill_only"}
 RULES = {0: Retention("first_last", 2, 0.2), 3: Retention("first_last", 1, 30)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the tests themselves; the workers read the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ def gemma2(tiny_tokenizer_dir: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_gemma_2_is_trained_compared_exported_and_served_with_the_default_settings(
     gemma2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
-from process_group import run_script
+from process_group import run_ranks
 from tiny_models import tiny_model
 
 from callbacks import BlockDrop
@@ -65,7 +65,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
 def together(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run in two processes, and continued from its first epoch."""
     folder = tmp_path_factory.mktemp(request.param)
-    run_script("distributed_run.py", request.param, "2", str(model), str(folder), folder=folder, timeout=TIMEOUT)
+    run_ranks("distributed_run.py", request.param, "2", str(model), str(folder), folder=folder, timeout=TIMEOUT)
     return folder
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from short_text import SHORT
 
 from pdtrim_pl.cli.lightning_cli import PDTrimCLI
 from pdtrim_pl.cli.main import main
@@ -47,6 +48,7 @@ def written(folder: Path, model: Path, **trainer: Any) -> Path:
         "model": {"model": str(model)},
         "data": {
             "tokenizer": "${model.model}",
+            "source": {"path": SHORT.path},
             "lengths": {"max_length": 24, "min_prompt": 8, "max_prompt": 16},
             "parts": {"validation": 4, "calibration": 8, "test": 8, "max_train": 8},
             "batch_size": 4,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from process_group import end, start
 from strategies import plans, policies
 from tiny_models import FAMILIES, tiny_model
 from two_process_worker import serve_many
@@ -30,25 +30,17 @@ Workers = dict[Stage, Connection]
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """A prefill and a decode process that have met."""
-    context = multiprocessing.get_context("spawn")
     meeting_point = tmp_path_factory.mktemp("meeting") / "store"
     ends: Workers = {}
     started = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        for stage in STAGES:
-            ends[stage], theirs = context.Pipe()
-            process = context.Process(target=serve_many, args=(stage, meeting_point, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            started.append(process)
+    for stage in STAGES:
+        ends[stage], theirs = Pipe()
+        started.append(start(serve_many, stage, meeting_point, theirs))
+        theirs.close()
     yield ends
-    for end in ends.values():
-        end.close()
-    for process in started:
-        process.join(timeout=30)
-        process.kill()
+    for ours in ends.values():
+        ours.close()
+    end(started, 30)
 
 
 def lengths(most: int) -> st.SearchStrategy[list[int]]:

@@ -91,6 +91,7 @@ class PromptResponseDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self._examples: TokenExamples | None = None
         self._parts: dict[str, Subset[Example]] = {}
 
     @cached_property
@@ -113,9 +114,9 @@ class PromptResponseDataModule(LightningDataModule):
 
     @override
     def prepare_data(self) -> None:
-        """Convert the model and fill the cache of tokenised text, in one process of every node."""
+        """Convert the model and fill the cache of tokenised text, in one process of every node, which keeps them."""
         self._check_model()
-        self._encode()
+        self._examples = self._encode()
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -127,7 +128,7 @@ class PromptResponseDataModule(LightningDataModule):
         if self._parts:
             return
         self._check_model()
-        examples = self._encode()
+        examples = self._encode() if self._examples is None else self._examples
         if self._vocab_size is not None:
             token = self.tokenizer.convert_ids_to_tokens(examples.largest_id)
             check_ids(examples.largest_id, str(token), self._vocab_size)

@@ -32,6 +32,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return leading_ids(tokenizer) + plain_ids(tokenizer, [prompt])[0]
 
 
+def joined_stop_ids(*settings: object) -> tuple[int, ...]:
+    """Join several values of `eos_token_id` (a number, a list or None each) into one ascending tuple of token ids."""
+    ids = {token for entry in settings for token in (entry if isinstance(entry, list | tuple) else [entry])}
+    return tuple(sorted(token for token in ids if isinstance(token, int)))
+
+
 def split_ids(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[list[int], list[int]]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from pdtrim_pl.data.prompts import chat_text, plain_ids, prompt_ids
+from pdtrim_pl.data.prompts import chat_text, joined_stop_ids, plain_ids, prompt_ids
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan.json_files import read_json
 from pdtrim_pl.serving.exported import ExportedPair
@@ -96,8 +96,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
 
 def stop_ids_of(export: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """End-of-sequence ids of the export: from its generation config (else its `config.json`) and its tokenizer."""
-    from pdtrim_pl.staged.decoding import joined_stop_ids
-
     files = [export / "decode" / name for name in ("generation_config.json", "config.json")]
     path = next((file for file in files if file.is_file()), None)
     told = None if path is None else read_json(path, "generation config").get("eos_token_id")

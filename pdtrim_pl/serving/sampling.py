@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.staged.decoding import PickToken, greedy
+
+if TYPE_CHECKING:
+    from pdtrim_pl.staged.decoding import PickToken
 
 _LEAST = torch.finfo(torch.float32).tiny
 """Temperatures below this one act like it, which is greedy."""
@@ -49,6 +52,8 @@ class Sampling:
                 decode worker that starts at token 1 continues what the prefill worker began with token 0.
         """
         if self.temperature == 0.0:
+            from pdtrim_pl.staged.decoding import greedy  # with models, which the parent of the workers does not need
+
             return greedy
         steps = count(start)
         return lambda logits: self._draw(logits, next(steps))

@@ -15,7 +15,6 @@ from pathlib import Path
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.serving import messages as say
-from pdtrim_pl.serving.worker import run_worker
 
 GRACE_SECONDS = 5.0
 
@@ -28,6 +27,13 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(spec: say.WorkerSpec, parent: Connection) -> None:
+    """Import models in the worker: the parent needs none of its own."""
+    from pdtrim_pl.serving.worker import run_worker
+
+    run_worker(spec, parent)
 
 
 class WorkerPair:
@@ -51,7 +57,7 @@ class WorkerPair:
                 stage, export, device, "nccl" if nccl else "gloo", Path(self._folder.name) / "meet", attn_implementation
             )
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=run_worker, args=(spec, theirs), name=f"pdtrim {stage}", daemon=True)
+            process = spawn.Process(target=_work, args=(spec, theirs), name=f"pdtrim {stage}", daemon=True)
             with _interrupts_held_back():
                 process.start()
             theirs.close()  # else it would stay open after the worker has died

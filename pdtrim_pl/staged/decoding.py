@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pdtrim_pl.data.prompts import joined_stop_ids
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.staged.cache import KVCache
@@ -122,9 +123,3 @@ def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     """The end-of-sequence tokens of a model's generation config and of its tokenizer, ascending."""
     config = model.generation_config
     return joined_stop_ids(config and config.eos_token_id, tokenizer and tokenizer.eos_token_id)
-
-
-def joined_stop_ids(*settings: object) -> tuple[int, ...]:
-    """Join several values of `eos_token_id` (a number, a list or None each) into one ascending tuple of token ids."""
-    ids = {token for entry in settings for token in (entry if isinstance(entry, list | tuple) else [entry])}
-    return tuple(sorted(token for token in ids if isinstance(token, int)))
