@@ -1,12 +1,17 @@
-"""Quality against bytes on the wire: low-bit codecs, bits chosen block by block, and trimmed positions.
+"""Quality against bytes on the wire: what a pair loses when keys and values cross in few bits or at few positions.
 
-    python benchmarks/wire.py TUNE.raw TEST.raw [--json] [--prompt 448] [--response 64] [--tune 4] [--test 8]
+    python benchmarks/wire.py TUNE.raw TEST.raw [--json] [--prompt 448] [--drop 10 12 14] [--picture wire.png]
 
-Runs on the dense embedded model without training. Bits are chosen on the first file. All figures are measured on the
-second file: KL in nats to the model that sends everything, and recall: the share of a text of 128 tokens that is
-predicted when the text is repeated after 320 other tokens. The ratio of bytes is relative to bf16 and includes scales.
-`--json` prints one object with `rows` (name, ratio, kl, recall) and `ahead_everywhere`: True if, at ratios of 3 and
-more, no other row has both fewer bytes and less KL than one of ours.
+Runs the embedded model, dense or with some blocks dropped from both stages, untrained. Policies are chosen on the
+first file, which no row reports. The second file gives the figures: KL to the same model that sends everything, in
+nats, and recall, the share of a text of 128 tokens that the model finds when it is repeated at the end of the prompt.
+For `recall` the text is at the start of the prompt; `recall_by_depth` has it at 10, 50 and 90 % of it. Bytes are
+relative to bf16 and include all scales. `--json` prints one object: rows (name, ratio, kl, nll, recall,
+recall_by_depth) and `ahead_everywhere`: no other row has fewer bytes and less KL than one of ours at 3x and beyond.
+
+The rule of StreamingLLM (arXiv 2309.17453) keeps the first 4 and the last positions of every block. The rule of
+SimLayerKV (arXiv 2410.13846) keeps these of the blocks that look at them most, and everything of the others; here
+"most" is measured with the response, which SimLayerKV cannot see.
 """
 
 from __future__ import annotations
@@ -20,22 +25,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from pdtrim_pl.data import Collator, Example
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.evaluation.recall import measure_recall
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
-from pdtrim_pl.plan import Codec, KVRetentionPolicy, KVShape, Retention
+from pdtrim_pl.plan import Codec, KVRetentionPolicy, KVShape, Retention, StagePlan
 from pdtrim_pl.plan.codec import Form
 from pdtrim_pl.selectors import BudgetSelector, Effort, selection_context
 from pdtrim_pl.selectors.allocation import codec_of
+from pdtrim_pl.selectors.budget import Order
 from pdtrim_pl.staged import StagedCausalLM
 
-MODEL = "smollm2-135m"
-REDUCTIONS = (2.0, 3.0, 4.95, 6.0, 7.0)
-REPEATED, BETWEEN = 128, 320
 Rules = Mapping[int, Retention]
+MODEL = "smollm2-135m"
+REDUCTIONS = (2.0, 3.0, 4.95, 6.0, 8.0, 10.0)
+REPEATED = 128
+DEPTHS = (0.1, 0.5, 0.9)
+FIRST = 4
+"""Positions at the start that trimmed blocks send."""
 
 
 def main() -> int:
@@ -48,6 +58,9 @@ def main() -> int:
     parser.add_argument("--tune", dest="tuned", type=int, default=4, help="examples that bits are chosen on")
     parser.add_argument("--test", dest="tested", type=int, default=8, help="examples of the figures")
     parser.add_argument("--exchanges", action="store_true", help="exchange bits on the joint measure")
+    parser.add_argument("--drop", type=int, nargs="*", default=[], help="blocks that both stages lack")
+    parser.add_argument("--only_ours", action="store_true", help="no other rows")
+    parser.add_argument("--picture", type=Path, help="draw KL and recall against bytes")
     options = parser.parse_args()
     bench = Bench(options)
     rows = [bench.row(name, rules) for name, rules in bench.policies(options)]
@@ -55,51 +68,70 @@ def main() -> int:
     others = [row for row in rows if not row["name"].startswith("ours")]
     ahead = not any(row["ratio"] >= own["ratio"] >= 3 and row["kl"] <= own["kl"] for own in ours for row in others)
     report = {
-        "model": MODEL, "prompt": options.prompt, "response": options.response, "rows": rows,
+        "model": MODEL, "dropped": options.drop, "prompt": options.prompt, "response": options.response, "rows": rows,
         "ahead_everywhere": ahead, "threads": torch.get_num_threads(), "processor": platform.processor(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
+    if options.picture:
+        draw(rows, options.picture)
     if options.json:
         print(json.dumps(report))
         return 0
     for row in rows:
-        print(f"{row['name']:40s} {row['ratio']:6.2f}x  KL {row['kl']:.4f}  recall {row['recall']:.3f}")
+        depths = "  ".join(f"{recall:.3f}" for recall in row["recall_by_depth"].values())
+        print(f"{row['name']:40s} {row['ratio']:6.2f}x  KL {row['kl']:.4f}  recall {row['recall']:.3f}  {depths}")
     print(f"ahead everywhere at 3x and beyond: {ahead}")
     return 0
 
 
 class Bench:
-    """The dense model and its texts."""
+    """The model and its texts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model = StagedCausalLM(load_causal_lm(MODEL, dtype=torch.float32)).eval()
+        if options.drop:
+            full = StagePlan.full(self.model.plan.model, "unified")
+            self.model.apply_plan(full.drop("both", *options.drop))
         self.shape = KVShape(self.model.kv_shape.num_key_value_heads, self.model.kv_shape.head_dim, "bfloat16")
         self.options = options
         size = options.prompt + options.response
         self.tune = self._requests(_tokens(options.tune), size, options.tuned)
         test = _tokens(options.test)
         self.test = self._requests(test, size, options.tested)
-        self.again = self._repeated(test)
+        self.again = {depth: self._repeated(test, depth) for depth in (0.0, *DEPTHS)}
 
     def policies(self, options: argparse.Namespace) -> list[tuple[str, Rules]]:
         """Name and rules of every row."""
-        blocks = self.model.plan.decode
+        blocks, prompt = self.model.plan.decode, options.prompt
+        context = selection_context(self.model, self.model, self.tune, self.shape, "cpu", FIRST, prompt // 11 - FIRST)
         rows: list[tuple[str, Rules]] = [("everything", {})]
-        rows.append(("first 4 and last 20 %", dict.fromkeys(blocks, Retention("first_last", 4, 0.2))))
+        for reduction in REDUCTIONS:
+            selector = BudgetSelector(
+                reduction, prompt_tokens=prompt, min_recall=0.0, effort=Effort(options.tuned, options.exchanges)
+            )
+            rows.append((f"ours, {reduction}x", selector.select(context)))
+        if options.only_ours:
+            return rows
         pairs: list[tuple[Form, Form]] = [
             ("fp8", "fp8"), ("int8", "int8"), ("int4", "int4"), ("int4", "int3"), ("int3", "int3"), ("int2", "int2"),
         ]  # fmt: skip
         for keys, values in pairs:
             plain, ours = Codec(keys, values), codec_of(keys, values)
             rows.append((f"{keys}/{values} everywhere", dict.fromkeys(blocks, Retention(codec=plain))))
-            if ours != plain:
-                rows.append((f"{keys}/{values} everywhere, rotated", dict.fromkeys(blocks, Retention(codec=ours))))
-        context = selection_context(self.model, self.model, self.tune, self.shape, "cpu", 4, 0.2)
+            if keys.startswith("int"):
+                name = f"{keys}/{values} everywhere, rotated, sink exact"
+                rows.append((name, dict.fromkeys(blocks, Retention(codec=ours))))
         for reduction in REDUCTIONS:
-            selector = BudgetSelector(
-                reduction, prompt_tokens=options.prompt, min_recall=0.0, effort=Effort(options.tuned, options.exchanges)
-            )
-            rows.append((f"ours, {reduction}x", selector.select(context)))
+            kept = int(prompt / reduction)
+            rule = Retention("first_last", FIRST, kept - FIRST)
+            rows.append((f"StreamingLLM's rule, {reduction}x", dict.fromkeys(blocks, rule)))
+        orders: list[tuple[str, Order]] = [("SimLayerKV's rule", "mass"), ("trimmed by damage", "damage")]
+        for name, order in orders:
+            for reduction in REDUCTIONS:
+                trimmed = BudgetSelector(
+                    reduction, FIRST, prompt // 11 - FIRST, order=order, prompt_tokens=prompt, codecs=["none"]
+                )
+                rows.append((f"{name}, {reduction}x", trimmed.select(context)))
         return rows
 
     def row(self, name: str, rules: Rules) -> dict[str, Any]:
@@ -107,24 +139,54 @@ class Bench:
         plan, policy = self.model.plan, KVRetentionPolicy("prefill", self.shape, rules)
         sent, full = policy.sent_bytes(plan, self.options.prompt), policy.full_bytes(plan, self.options.prompt)
         quality = measure_quality(self.model, self.model, self.test, plan=plan, policy=policy)
-        recall = measure_recall(self.model, self.again, plan=plan, policy=policy)
-        return {"name": name, "ratio": full / sent, "kl": quality.kl, "nll": quality.nll, "recall": recall}
+        found = {
+            depth: measure_recall(self.model, batches, plan=plan, policy=policy)
+            for depth, batches in self.again.items()
+        }
+        return {
+            "name": name, "ratio": full / sent, "kl": quality.kl, "nll": quality.nll, "recall": found.pop(0.0),
+            "recall_by_depth": found,
+        }  # fmt: skip
 
     def _requests(self, tokens: torch.Tensor, size: int, count: int) -> list[Batch]:
         rows = tokens[: count * size].view(count, size)
         prompt = self.options.prompt
         return [Collator(0)([Example(row[:prompt], row[prompt:])]) for row in rows]
 
-    def _repeated(self, tokens: torch.Tensor) -> list[Batch]:
-        """Requests that repeat a text. The first quarter of the repetition is part of the prompt, as a cue."""
-        known = REPEATED // 4
+    def _repeated(self, tokens: torch.Tensor, depth: float) -> list[Batch]:
+        """Requests whose response repeats a text at some depth of the prompt.
+
+        The prompt ends with the first quarter of the repetition, so that the model can recognise it.
+        """
+        known, between = REPEATED // 4, self.options.prompt - REPEATED
+        before = round(depth * between)
         batches = []
         for start in range(0, 18_000, 3_000):
-            text, between = tokens[start : start + REPEATED], tokens[start + 1000 : start + 1000 + BETWEEN]
-            if len(between) == BETWEEN:
-                prompt = torch.cat([text, between, text[:known]])
+            text, others = tokens[start : start + REPEATED], tokens[start + 1000 : start + 1000 + between]
+            if len(others) == between:
+                prompt = torch.cat([others[:before], text, others[before:], text[:known]])
                 batches.append(Collator(0)([Example(prompt, text[known:])]))
         return batches
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL and recall against the reduction of bytes, one line for each method."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for row in rows[1:]:
+        same = "the same bits everywhere" + ", rotated, sink exact" * ("sink" in row["name"])
+        name = same if "everywhere" in row["name"] else row["name"].split(",")[0]
+        methods.setdefault(name, []).append(row)
+    for axis, key, label in zip(axes, ("kl", "recall"), ("KL to everything sent, nats", "recall"), strict=True):
+        for marker, (method, found) in zip("osD^v<>", methods.items(), strict=False):
+            found = sorted(found, key=lambda row: row["ratio"])
+            figures = [max(row[key], 1e-5) for row in found]
+            axis.plot([row["ratio"] for row in found], figures, marker=marker, label=method)
+        axis.set(xlabel="times fewer bytes", ylabel=label, xscale="log", yscale="log" if key == "kl" else "linear")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
 
 
 def _tokens(path: Path) -> torch.Tensor:

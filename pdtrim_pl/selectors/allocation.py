@@ -1,7 +1,7 @@
 """Allocation of bytes: choose positions and bits of each block, for the least damage within a number of bytes.
 
-A *side* is the keys or the values of one block. The damage of the two coarsest forms is measured for each side, under
-the contract. The damage of finer forms is extrapolated: with every bit, rounding noise and KL fall by a factor of four.
+A *side* is the keys or the values of one block. The damage of the coarsest form is measured for each side, under the
+contract. The damage of finer forms is extrapolated: with every bit, rounding noise and KL fall by a factor of four.
 A block may also send only its first and last positions; that damage is measured too.
 """
 
@@ -21,8 +21,6 @@ SIDES: tuple[Side, ...] = ("keys", "values")
 Choice = Mapping[int, Retention]
 NOISE_BITS: Mapping[Form, float] = {"none": 16.0, "fp8": 5.0, "int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0}
 """Bits of the integer form with the same rounding noise. e4m3 keeps three bits of mantissa at every magnitude."""
-MEASURED = 2
-"""Number of forms that are measured for each side: the coarsest ones."""
 TRIMMED_BITS = 4
 """Bits of a trimmed block. It sends few positions, so its bits cost few bytes."""
 SINKS = 1
@@ -103,16 +101,11 @@ class Allocation:
                 self.offers.setdefault(block, []).append(Offer(rule, self.size_of(rule), damage))
 
     def _side_damages(self, block: int, side: Side, base: float) -> dict[Form, float]:
-        coarse = [form for form in self.menu[-MEASURED:] if form != "none"]
-        damages: dict[Form, float] = {
-            form: max(self.energy({block: written(side, form)}) - base, 0.0) for form in coarse
-        }
-        if not coarse:
+        coarsest = self.menu[-1]
+        if coarsest == "none":
             return {"none": 0.0}
-        finest = coarse[0]
-        for form in self.menu:
-            if form not in damages:
-                damages[form] = damages[finest] * 4.0 ** (NOISE_BITS[finest] - NOISE_BITS[form])
+        measured = max(self.energy({block: written(side, coarsest)}) - base, 0.0)
+        damages = {form: measured * 4.0 ** (NOISE_BITS[coarsest] - NOISE_BITS[form]) for form in self.menu}
         return {**damages, "none": 0.0}
 
     def cheapest(self, budget: float, blocks: Sequence[int] | None = None) -> dict[int, Retention]:

@@ -26,10 +26,11 @@ class Effort:
     """Settings of the measurements that choose the bits of every block."""
 
     examples: int = 8
-    """Number of calibration requests; as many requests that repeat their prompt are added. Every block needs four
+    """Number of calibration requests; as many requests that repeat their prompt are added. Every block needs three
     decode passes over them."""
     exchanges: bool = False
-    """Exchange bits between blocks after the first choice, as long as the joint damage falls. This doubles the work."""
+    """Exchange bytes between blocks after the first choice, as long as the joint damage falls. Every block needs about five
+    more decode passes."""
 
     def __post_init__(self) -> None:
         if self.examples < 1:
