@@ -29,8 +29,8 @@ class Effort:
     """Number of calibration requests; as many requests that repeat their prompt are added. Every block needs three
     decode passes over them."""
     exchanges: bool = False
-    """Exchange bytes between blocks after the first choice, as long as the joint damage falls. Every block needs about five
-    more decode passes."""
+    """Exchange bytes between blocks after the first choice, as long as the joint damage falls. This needs about five
+    more decode passes for every block."""
 
     def __post_init__(self) -> None:
         if self.examples < 1:
