@@ -76,10 +76,10 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes [n] of `bits` bits into bytes without gaps, least significant bit first; zeros fill the last byte."""
     if bits == 8:
         return codes
-    shifts = torch.arange(8, device=codes.device) * bits
-    filled = torch.nn.functional.pad(codes, (0, -len(codes) % 8)).view(-1, 8).long()
-    words = (filled << shifts).sum(dim=1)
-    out = (words[:, None] >> (torch.arange(bits, device=codes.device) * 8)) & 255
+    places = torch.arange(8, device=codes.device, dtype=torch.int32)
+    filled = torch.nn.functional.pad(codes, (0, -len(codes) % 8)).view(-1, 8).int()
+    words = (filled << (places * bits)).sum(dim=1, dtype=torch.int32)  # 8 codes of at most 4 bits
+    out = (words[:, None] >> (places[:bits] * 8)) & 255
     return out.to(torch.uint8).flatten()[: ceil(len(codes) * bits / 8)]
 
 
@@ -87,9 +87,10 @@ def unpacked_codes(data: Tensor, count: int, bits: int) -> Tensor:
     """The inverse of `packed_codes`: unpack `count` codes, one a byte, uint8."""
     if bits == 8:
         return data
-    filled = torch.nn.functional.pad(data, (0, -len(data) % bits)).view(-1, bits).long()
-    words = (filled << (torch.arange(bits, device=data.device) * 8)).sum(dim=1)
-    codes = (words[:, None] >> (torch.arange(8, device=data.device) * bits)) & (2**bits - 1)
+    filled = torch.nn.functional.pad(data, (0, -len(data) % bits)).view(-1, bits).int()
+    places = torch.arange(8, device=data.device, dtype=torch.int32)
+    words = (filled << (places[:bits] * 8)).sum(dim=1, dtype=torch.int32)
+    codes = (words[:, None] >> (places * bits)) & (2**bits - 1)
     return codes.to(torch.uint8).flatten()[:count]
 
 
