@@ -26,6 +26,7 @@ _GENERAL = re.compile(
 """Lines that jsonargparse prints for every alternative of a type."""
 RENAMED = {
     "said_again": "repeated_prompts", "look_back": "recall", "behind": "trailing_blocks", "tried": "screening_steps",
+    "retention": "wire.trimmed",
 }  # fmt: skip
 """Keys of earlier versions -> what they are called now."""
 _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
