@@ -1,13 +1,13 @@
 """Quality against bytes on the wire: what a pair loses when keys and values cross in few bits or at few positions.
 
-    python benchmarks/wire.py TUNE.raw TEST.raw [--json] [--prompt 448] [--drop 10 12 14] [--picture wire.png]
+    python benchmarks/wire.py TUNE.raw TEST.raw [--json] [--prompt 448] [--export DIR] [--picture wire.png]
 
-Runs the embedded model, dense or with some blocks dropped from both stages, untrained. Policies are chosen on the
-first file, which no row reports. The second file gives the figures: KL to the same model that sends everything, in
-nats, and recall, the share of a text of 128 tokens that the model finds when it is repeated at the end of the prompt.
-For `recall` the text is at the start of the prompt; `recall_by_depth` has it at 10, 50 and 90 % of it. Bytes are
-relative to bf16 and include all scales. `--json` prints one object: rows (name, ratio, kl, nll, recall,
-recall_by_depth) and `ahead_everywhere`: no other row has fewer bytes and less KL than one of ours at 3x and beyond.
+Runs the dense embedded model, untrained, or a pair that was exported from it. Policies are chosen on the first file,
+which no row reports. The second file gives the figures: KL to the same pair when it sends everything, in nats, and
+recall, the share of a text of 128 tokens that the model finds when it is repeated at the end of the prompt. For
+`recall` the text is at the start of the prompt; `recall_by_depth` has it at 10, 50 and 90 % of it. Bytes are relative
+to bf16 and include all scales. `--json` prints one object: rows (name, ratio, kl, nll, recall, recall_by_depth) and
+`ahead_everywhere`: no other row has fewer bytes and less KL than one of ours at 3x and beyond.
 
 The rule of StreamingLLM (arXiv 2309.17453) keeps the first 4 and the last positions of every block. The rule of
 SimLayerKV (arXiv 2410.13846) keeps these of the blocks that look at them most, and everything of the others; here
@@ -20,6 +20,7 @@ import argparse
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,15 @@ from matplotlib.figure import Figure
 
 from pdtrim_pl.data import Collator, Example
 from pdtrim_pl.data.collate import Batch
-from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.evaluation.recall import measure_recall
+from pdtrim_pl.evaluation.attention import attention_mass
+from pdtrim_pl.export.load import load_stage
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
-from pdtrim_pl.plan import Codec, KVRetentionPolicy, KVShape, Retention, StagePlan
+from pdtrim_pl.plan import STAGES, Codec, KVRetentionPolicy, KVShape, Retention
 from pdtrim_pl.plan.codec import Form
-from pdtrim_pl.selectors import BudgetSelector, Effort, selection_context
+from pdtrim_pl.selectors import BudgetSelector, Effort
 from pdtrim_pl.selectors.allocation import codec_of
 from pdtrim_pl.selectors.budget import Order
+from pdtrim_pl.selectors.of_pair import PairMeasures, PairRequests
 from pdtrim_pl.staged import StagedCausalLM
 
 Rules = Mapping[int, Retention]
@@ -58,7 +60,7 @@ def main() -> int:
     parser.add_argument("--tune", dest="tuned", type=int, default=4, help="examples that bits are chosen on")
     parser.add_argument("--test", dest="tested", type=int, default=8, help="examples of the figures")
     parser.add_argument("--exchanges", action="store_true", help="exchange bits on the joint measure")
-    parser.add_argument("--drop", type=int, nargs="*", default=[], help="blocks that both stages lack")
+    parser.add_argument("--export", type=Path, help="an exported pair of the embedded model, instead of the dense one")
     parser.add_argument("--only_ours", action="store_true", help="no other rows")
     parser.add_argument("--picture", type=Path, help="draw KL and recall against bytes")
     options = parser.parse_args()
@@ -68,7 +70,8 @@ def main() -> int:
     others = [row for row in rows if not row["name"].startswith("ours")]
     ahead = not any(row["ratio"] >= own["ratio"] >= 3 and row["kl"] <= own["kl"] for own in ours for row in others)
     report = {
-        "model": MODEL, "dropped": options.drop, "prompt": options.prompt, "response": options.response, "rows": rows,
+        "model": MODEL, "export": options.export and options.export.name,
+        "prompt": options.prompt, "response": options.response, "rows": rows,
         "ahead_everywhere": ahead, "threads": torch.get_num_threads(), "processor": platform.processor(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
@@ -85,25 +88,27 @@ def main() -> int:
 
 
 class Bench:
-    """The model and its texts."""
+    """The pair, which may be one dense model, and its texts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.model = StagedCausalLM(load_causal_lm(MODEL, dtype=torch.float32)).eval()
-        if options.drop:
-            full = StagePlan.full(self.model.plan.model, "unified")
-            self.model.apply_plan(full.drop("both", *options.drop))
-        self.shape = KVShape(self.model.kv_shape.num_key_value_heads, self.model.kv_shape.head_dim, "bfloat16")
+        if options.export:
+            self.prefill, self.decode = (load_stage(options.export, stage).eval() for stage in STAGES)
+        else:
+            self.prefill = self.decode = StagedCausalLM(load_causal_lm(MODEL, dtype=torch.float32)).eval()
+        shape = self.decode.kv_shape
+        self.shape = KVShape(shape.num_key_value_heads, shape.head_dim, "bfloat16")
         self.options = options
-        size = options.prompt + options.response
-        self.tune = self._requests(_tokens(options.tune), size, options.tuned)
-        test = _tokens(options.test)
-        self.test = self._requests(test, size, options.tested)
-        self.again = {depth: self._repeated(test, depth) for depth in (0.0, *DEPTHS)}
+        tune, test = _tokens(options.tune), _tokens(options.test)
+        self.tune = self._requests(tune, options.tuned)
+        self.test = self._after_prefill(self._requests(test, options.tested))
+        self.again = {depth: self._after_prefill(self._repeated(test, depth)) for depth in (0.0, *DEPTHS)}
 
     def policies(self, options: argparse.Namespace) -> list[tuple[str, Rules]]:
         """Name and rules of every row."""
-        blocks, prompt = self.model.plan.decode, options.prompt
-        context = selection_context(self.model, self.model, self.tune, self.shape, "cpu", FIRST, prompt // 11 - FIRST)
+        blocks, prompt = self.decode.plan.decode, options.prompt
+        context = PairMeasures(self.prefill, self.decode, self.tune).context(self.shape)
+        if self.prefill is self.decode:
+            context = replace(context, measure_mass=self._mass)
         rows: list[tuple[str, Rules]] = [("everything", {})]
         for reduction in REDUCTIONS:
             selector = BudgetSelector(
@@ -125,7 +130,9 @@ class Bench:
             kept = int(prompt / reduction)
             rule = Retention("first_last", FIRST, kept - FIRST)
             rows.append((f"StreamingLLM's rule, {reduction}x", dict.fromkeys(blocks, rule)))
-        orders: list[tuple[str, Order]] = [("SimLayerKV's rule", "mass"), ("trimmed by damage", "damage")]
+        orders: list[tuple[str, Order]] = [("trimmed by damage", "damage")]
+        if self.prefill is self.decode:
+            orders.append(("SimLayerKV's rule", "mass"))
         for name, order in orders:
             for reduction in REDUCTIONS:
                 trimmed = BudgetSelector(
@@ -136,21 +143,25 @@ class Bench:
 
     def row(self, name: str, rules: Rules) -> dict[str, Any]:
         """Figures of one policy."""
-        plan, policy = self.model.plan, KVRetentionPolicy("prefill", self.shape, rules)
+        plan, policy = self.decode.plan, KVRetentionPolicy(self.decode.plan.boundary, self.shape, rules)
         sent, full = policy.sent_bytes(plan, self.options.prompt), policy.full_bytes(plan, self.options.prompt)
-        quality = measure_quality(self.model, self.model, self.test, plan=plan, policy=policy)
-        found = {
-            depth: measure_recall(self.model, batches, plan=plan, policy=policy)
-            for depth, batches in self.again.items()
-        }
+        kl, nll = (total / self.test.tokens for total in self.test.losses(policy))
+        found = {depth: requests.recall(policy) for depth, requests in self.again.items()}
         return {
-            "name": name, "ratio": full / sent, "kl": quality.kl, "nll": quality.nll, "recall": found.pop(0.0),
+            "name": name, "ratio": full / sent, "kl": kl, "nll": nll, "recall": found.pop(0.0),
             "recall_by_depth": found,
         }  # fmt: skip
 
-    def _requests(self, tokens: torch.Tensor, size: int, count: int) -> list[Batch]:
+    def _after_prefill(self, batches: list[Batch]) -> PairRequests:
+        return PairRequests(self.prefill, self.decode, batches)
+
+    def _mass(self) -> Mapping[int, float]:
+        last = self.options.prompt // 11 - FIRST
+        return attention_mass(self.decode, self.tune, first=FIRST, last=last, device="cpu")
+
+    def _requests(self, tokens: torch.Tensor, count: int) -> list[Batch]:
+        prompt, size = self.options.prompt, self.options.prompt + self.options.response
         rows = tokens[: count * size].view(count, size)
-        prompt = self.options.prompt
         return [Collator(0)([Example(row[:prompt], row[prompt:])]) for row in rows]
 
     def _repeated(self, tokens: torch.Tensor, depth: float) -> list[Batch]:

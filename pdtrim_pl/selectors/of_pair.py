@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,52 +33,45 @@ class _Encoded:
     """Final hidden states of the response tokens when everything is sent, [N, H]."""
 
 
-class PairMeasures:
-    """Measures policies on an exported pair. Prefill runs once per request; every measurement is a decode pass.
+class PairRequests:
+    """Requests with known responses, after prefill: every measurement under a policy is a decode pass.
 
     The caches of all requests are kept on the device of the decode half.
 
     Args:
         prefill: the prefill half of the pair.
-        decode: the decode half of the pair.
-        batches: requests with known responses. As many requests that repeat their prompt are added.
-
-    Raises:
-        UserError: there is no request.
+        decode: the decode half of the pair; the same model may be both.
+        batches: the requests, on the device of the decode half.
     """
 
     def __init__(self, prefill: StagedCausalLM, decode: StagedCausalLM, batches: Sequence[Batch]) -> None:
-        self.prefill, self.decode = prefill.eval(), decode.eval()
-        device = decode.model.device
-        if not batches:
-            raise UserError("There is no request to measure a policy on: give a source with at least one example.")
-        rows, longest = sum(len(batch.prompt_ids) for batch in batches), max(b.response_ids.shape[1] for b in batches)
-        self.plain = [self._encoded(batch.on(device)) for batch in batches]
-        self.repeated = [self._encoded(batch) for batch in requests_within(decode, batches, rows, longest)]
-
-    def context(self, shape: KVShape) -> SelectionContext:
-        """The context for a selector. It has no attention mass.
-
-        Args:
-            shape: shape of one block's KV per position, in the element type on the wire.
-        """
-        plan = self.decode.plan
-
-        def policy(rules: Mapping[int, Retention]) -> KVRetentionPolicy:
-            return KVRetentionPolicy(plan.boundary, shape, rules)
-
-        def mass() -> Mapping[int, float]:
-            raise UserError("Attention mass needs the whole model: use `codecs`, or choose the policy in a run.")
-
-        return SelectionContext(
-            plan, shape, mass,
-            damage=lambda block, rule: self._kl(policy({block: rule}), self.plain),
-            energy=lambda rules, examples: self._kl(policy(rules), self.plain + self.repeated),
-            measure_recall=lambda rules: self._recall(policy(rules)),
-        )  # fmt: skip
+        self.prefill, self.decode = prefill, decode
+        self.tokens = sum(int(batch.response_mask.sum()) for batch in batches)
+        """Response tokens."""
+        self._encoded = [self._after_prefill(batch) for batch in batches]
 
     @torch.no_grad()
-    def _encoded(self, batch: Batch) -> _Encoded:
+    def losses(self, policy: KVRetentionPolicy) -> tuple[float, float]:
+        """KL relative to sending everything, and negative log-likelihood; nats, sums over all response tokens."""
+        kl = nll = 0.0
+        head = self.decode.logits
+        for encoded in self._encoded:
+            targets = encoded.batch.response_ids[encoded.batch.response_mask]
+            scores = score_tokens(self._under(policy, encoded), encoded.reference, targets, head, head)
+            kl, nll = kl + float(scores.kl.double().sum()), nll + float(scores.nll.double().sum())
+        return kl, nll
+
+    @torch.no_grad()
+    def recall(self, policy: KVRetentionPolicy) -> float:
+        """Share of response tokens that are the most likely ones."""
+        right = 0
+        for encoded in self._encoded:
+            targets = encoded.batch.response_ids[encoded.batch.response_mask]
+            right += right_tokens(self.decode, self._under(policy, encoded), targets)
+        return right / self.tokens
+
+    @torch.no_grad()
+    def _after_prefill(self, batch: Batch) -> _Encoded:
         request = Request.of(*batch.request, self.prefill.plan.boundary)
         out = self.prefill.prefill(request.tokens["prefill"], request.valid["prefill"])
         out = StagedOutput(out.hidden[:, -1:], out.cache)
@@ -95,22 +89,55 @@ class PairMeasures:
         sent = encoded.out.cache.retained(policy)
         return self._hidden(encoded.batch, encoded.request, encoded.out, sent)
 
-    @torch.no_grad()
-    def _kl(self, policy: KVRetentionPolicy, requests: Sequence[_Encoded]) -> float:
-        """Mean KL of a policy relative to sending everything, nats per response token."""
-        total, tokens = 0.0, 0
-        for encoded in requests:
-            targets = encoded.batch.response_ids[encoded.batch.response_mask]
-            head = self.decode.logits
-            scores = score_tokens(self._under(policy, encoded), encoded.reference, targets, head, head)
-            total, tokens = total + float(scores.kl.double().sum()), tokens + len(targets)
-        return total / tokens
 
-    @torch.no_grad()
-    def _recall(self, policy: KVRetentionPolicy) -> float:
-        right = tokens = 0
-        for encoded in self.repeated:
-            targets = encoded.batch.response_ids[encoded.batch.response_mask]
-            right += right_tokens(self.decode, self._under(policy, encoded), targets)
-            tokens += len(targets)
-        return right / tokens
+class PairMeasures:
+    """Measures policies on an exported pair.
+
+    Args:
+        prefill: the prefill half of the pair.
+        decode: the decode half of the pair; the same model may be both.
+        batches: requests with known responses. As many requests that repeat their prompt are added.
+
+    Raises:
+        UserError: there is no request.
+    """
+
+    def __init__(self, prefill: StagedCausalLM, decode: StagedCausalLM, batches: Sequence[Batch]) -> None:
+        self.plan = decode.eval().plan
+        device = decode.model.device
+        if not batches:
+            raise UserError("There is no request to measure a policy on: give a source with at least one example.")
+        rows, longest = sum(len(batch.prompt_ids) for batch in batches), max(b.response_ids.shape[1] for b in batches)
+        plain, repeated = [batch.on(device) for batch in batches], requests_within(decode, batches, rows, longest)
+        self.plain = PairRequests(prefill.eval(), decode, plain)
+        self.repeated = PairRequests(prefill, decode, [batch.on(device) for batch in repeated])
+
+    def context(self, shape: KVShape) -> SelectionContext:
+        """The context for a selector. It has no attention mass, and energies look at all requests.
+
+        Args:
+            shape: shape of one block's KV per position, in the element type on the wire.
+        """
+
+        def policy(rules: Mapping[int, Retention]) -> KVRetentionPolicy:
+            return KVRetentionPolicy(self.plan.boundary, shape, rules)
+
+        def mass() -> Mapping[int, float]:
+            raise UserError("Attention mass needs the whole model: use `codecs`, or choose the policy in a run.")
+
+        @cache
+        def kl(requests: PairRequests, rules: frozenset[tuple[int, Retention]]) -> float:
+            """Sum over the response tokens."""
+            return requests.losses(policy(dict(rules)))[0]
+
+        def energy(rules: Mapping[int, Retention], _: int) -> float:
+            chosen = frozenset(rules.items())
+            total = kl(self.plain, chosen) + kl(self.repeated, chosen)
+            return total / (self.plain.tokens + self.repeated.tokens)
+
+        return SelectionContext(
+            self.plan, shape, mass,
+            damage=lambda block, rule: kl(self.plain, frozenset({(block, rule)})) / self.plain.tokens,
+            energy=energy,
+            measure_recall=lambda rules: self.repeated.recall(policy(rules)),
+        )  # fmt: skip
