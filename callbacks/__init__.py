@@ -10,6 +10,7 @@ from callbacks.plan_progress_bar import PlanProgressBar
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.preemption import Preemption
 from callbacks.span_merge import SpanMerge
+from callbacks.width_drop import Repair, WidthDrop
 
 __all__ = [
     "BlockDrop",
@@ -21,7 +22,9 @@ __all__ = [
     "PlanProgressBar",
     "PredictionWriter",
     "Preemption",
+    "Repair",
     "RepeatedDrop",
     "RequestShape",
     "SpanMerge",
+    "WidthDrop",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +22,14 @@ from pdtrim_pl.evaluation.timing import Timing, measure_timing
 from pdtrim_pl.export import check_target, export_pair
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.origin import Origin
+from pdtrim_pl.export.verify import sliced_stage
 from pdtrim_pl.export.whole import whole_copy
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.parallel import on_first_rank
+from pdtrim_pl.plan import STAGES
 from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
@@ -181,9 +184,16 @@ class ExportPair(Callback, TellsLoad):
             log.info("No times: with sharded weights they would be those of gathering. Time the export instead.")
             return None
         # One model in one element type under both plans, so the ratio is of blocks alone.
+        plan = replace(module.plan, untied={})
+        sliced = None
+        if any(plan.widths.values()):
+            if plan.kv_only:
+                log.info("No times: a narrow prefill stage with KV-only blocks runs only as an export. Time that.")
+                return None
+            sliced = {stage: sliced_stage(base, plan, stage) for stage in STAGES}
         return measure_timing(
-            base, plan=module.plan, policy=module.policy, prompt_tokens=self.prompt_tokens,
-            new_tokens=self.new_tokens,
+            base, plan=plan, policy=module.policy, prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens,
+            sliced=sliced,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from math import inf, isfinite
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +14,7 @@ from typing_extensions import override
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import STAGES, StagePlan
+from pdtrim_pl.plan import STAGES, Stage, StagePlan
 
 log = logging.getLogger(__name__)
 
@@ -68,20 +69,36 @@ class PlanLogger(Callback):
             )
 
     def _report(self, trainer: Trainer, plan: StagePlan, since: int) -> None:
+        narrowed: dict[str, list[float]] = {}
         for entry in plan.history[since:]:
+            if entry.action == "narrow":  # every block of a stage at once
+                line = f"{entry.stage}: %d block(s) keep {entry.left} {entry.part} each ({entry.criterion}%s)"
+                narrowed.setdefault(line, []).append(inf if entry.score is None else entry.score)
+                continue
             score = "unscored" if entry.score is None else f"{entry.score:.4g}"
             _say("%s: %s block %d (%s %s)", entry.stage, entry.action, entry.block, entry.criterion, score)
+        for line, scores in narrowed.items():
+            mean = sum(scores) / len(scores)
+            _say(line, len(scores), f", mean error {mean:.4g}" if isfinite(mean) else "")
         _say("blocks: %s", describe(plan))
         for logger in trainer.loggers:
             counts = {f"plan/{stage}_blocks": float(len(plan.blocks(stage))) for stage in STAGES}
+            counts |= {f"plan/{s}_{part}": float(wide) for s in STAGES for part, wide in plan.widest(s).items()}
             logger.log_metrics(counts, step=trainer.global_step)
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("plan", f"`{plan.to_json()}`", trainer.global_step)
 
 
 def describe(plan: StagePlan) -> str:
-    """How many blocks each stage runs: `prefill 27/30, decode 24/30`."""
-    return ", ".join(f"{stage} {len(plan.blocks(stage))}/{plan.model.num_blocks}" for stage in STAGES)
+    """How many blocks each stage runs, and how wide: `prefill 27/30, decode 24/30 of 1126 channels`."""
+    return ", ".join(
+        f"{stage} {len(plan.blocks(stage))}/{plan.model.num_blocks}{_wide(plan, stage)}" for stage in STAGES
+    )
+
+
+def _wide(plan: StagePlan, stage: Stage) -> str:
+    widths = " and ".join(f"{wide} {part}" for part, wide in plan.widest(stage).items())
+    return f" of {widths}" if widths else ""
 
 
 @rank_zero_only

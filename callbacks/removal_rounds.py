@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -98,7 +98,7 @@ class RemovalRounds(Callback, TellsLoad):
         """The distillation sets of some targets; empty without `merging`."""
         if self.merging is None:
             return []
-        text = fitting_batches(trainer, self.merging)
+        text = fitting_batches(trainer, self.merging.batches)
         sets = [distillation_set(context, start, target, self.merging, self.guards, text) for target in targets]
         return [merge for merges in sets for merge in merges]
 
@@ -160,11 +160,16 @@ def calibration_batches(trainer: Trainer) -> list[Any]:
     return limited(data.calibration_dataloader(), trainer)
 
 
-def fitting_batches(trainer: Trainer, merging: Merging) -> list[Any]:
-    """The text to fit merged blocks on: training text, or calibration text if the data module is another class."""
+def fitting_batches(trainer: Trainer, batches: Callable[[int], int]) -> list[Any]:
+    """The text to fit weights on: training text, or calibration text if the data module is another class.
+
+    Args:
+        trainer: its data module has the text.
+        batches: how many, of so many examples each.
+    """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, PromptResponseDataModule):
-        return limited(islice(data.fitting_dataloader(), merging.batches(data.eval_batch_size)), trainer)
+        return limited(islice(data.fitting_dataloader(), batches(data.eval_batch_size)), trainer)
     return calibration_batches(trainer)
 
 

@@ -65,7 +65,7 @@ class SpanMerge(RemovalRounds):
         log.info("Fitting one block to every %d neighbours.", self.blocks + 1)
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher, self.memory)
-            text = fitting_batches(trainer, self.merging)
+            text = fitting_batches(trainer, self.merging.batches)
             plan = replace_span(
                 context,
                 module.plan,

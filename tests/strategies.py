@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from hypothesis import strategies as st
 
@@ -13,11 +13,13 @@ from pdtrim_pl.plan import (
     KVRetentionPolicy,
     KVShape,
     ModelRef,
+    Part,
     Relation,
     Removal,
     Retention,
     Stage,
     StagePlan,
+    Width,
 )
 from pdtrim_pl.plan.codec import FORMS
 
@@ -29,9 +31,13 @@ _Runs = dict[int, tuple[int, ...]]
 
 @st.composite
 def plans(
-    draw: st.DrawFn, num_blocks: int, relations: Sequence[Relation] = RELATIONS, *, model: ModelRef | None = None
-) -> StagePlan:
-    """Any plan of a model of `num_blocks` blocks: relation, boundary, merged and untied blocks, history."""
+    draw: st.DrawFn, num_blocks: int, relations: Sequence[Relation] = RELATIONS, *, model: ModelRef | None = None,
+    parts: Collection[Part] = (),
+) -> StagePlan:  # fmt: skip
+    """Any plan of a model of `num_blocks` blocks: relation, boundary, merged and untied blocks, history.
+
+    With `parts`, some blocks of a `model` that tells its sizes have lost channels or heads.
+    """
     relation = draw(st.sampled_from(relations))
     every = tuple(range(num_blocks))
     decode = every if relation == "prefill_only" else draw(_some_of(every))
@@ -43,8 +49,9 @@ def plans(
     else:
         prefill = draw(_some_of(every))
     kept: dict[Stage, tuple[int, ...]] = {"prefill": prefill, "decode": decode}
+    model = model or ModelRef("tiny", "llama", num_blocks)
     return StagePlan(
-        model=model or ModelRef("tiny", "llama", num_blocks),
+        model=model,
         prefill=prefill,
         decode=decode,
         relation=relation,
@@ -52,7 +59,47 @@ def plans(
         merged={stage: draw(_merges(num_blocks, kept[stage])) for stage in STAGES},
         untied={stage: tuple(sorted(draw(st.sets(st.sampled_from(kept[stage]))))) for stage in STAGES},
         history=tuple(draw(st.lists(_removals(num_blocks), max_size=4))),
+        widths=draw(_widths(model, kept, relation, tuple(parts))) if parts else {},
     )
+
+
+@st.composite
+def _widths(
+    draw: st.DrawFn, model: ModelRef, kept: dict[Stage, tuple[int, ...]], relation: Relation, parts: tuple[Part, ...]
+) -> dict[Stage, dict[int, Width]]:
+    """Often every block of a stage is as wide as any other, so that an export has something to leave out."""
+    widths: dict[Stage, dict[int, Width]] = {"prefill": {}, "decode": {}}
+    for stage in STAGES:
+        if stage == "decode" and relation == "prefill_only":
+            continue
+        some = kept[stage] if draw(st.booleans()) else draw(_some_of(kept[stage]))
+        for block in some:
+            width = Width(**{part: draw(_units(model, part)) for part in parts if draw(st.integers(0, 3))})
+            widths[stage][block] = width
+    if relation in ("nested", "unified"):
+        for block in kept["decode"]:
+            ours, theirs = (widths[stage].get(block, Width()) for stage in STAGES)
+            try:
+                widths["decode"][block] = theirs.within(ours)
+                StagePlan.full(model).narrow("decode", block, widths["decode"][block])
+            except ValueError:  # what both keep may be nothing, or not alike for every KV head
+                widths["decode"][block] = ours
+        if relation == "unified":
+            widths["prefill"] = dict(widths["decode"])
+    return widths
+
+
+@st.composite
+def _units(draw: st.DrawFn, model: ModelRef, part: Part) -> tuple[int, ...]:
+    """Some channels, or so many query heads of every KV head."""
+    units, groups = model.sizes[part], model.kv_heads if part == "heads" else 1
+    assert units is not None
+    assert groups is not None
+    each = draw(st.integers(1, units // groups))
+    order = draw(st.randoms(use_true_random=False))
+    size = units // groups
+    chosen = [group * size + unit for group in range(groups) for unit in order.sample(range(size), each)]
+    return tuple(sorted(chosen))
 
 
 @st.composite

@@ -26,7 +26,7 @@ from pdtrim_pl.export import export_pair, load_plan_and_policy, load_stage, veri
 from pdtrim_pl.models.adapters import adapter_at, check_adapter, class_path_of
 from pdtrim_pl.models.architectures import ARCHITECTURES, Llama, LlamaLine
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import PLAN_FILE, STAGES, ModelRef, StagePlan
+from pdtrim_pl.plan import PLAN_FILE, PLAN_FORMAT, STAGES, ModelRef, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def _data(model: Path) -> PromptResponseDataModule:
 
 def _is_plan(file: Path) -> bool:
     found = json.loads(file.read_text(encoding="utf-8"))
-    return isinstance(found, dict) and found.get("format") == "pdtrim.stage_plan/1"
+    return isinstance(found, dict) and found.get("format") == PLAN_FORMAT
 
 
 def test_a_family_that_only_the_adapters_module_knows_is_served_by_processes_that_had_not_imported_it(

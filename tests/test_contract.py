@@ -18,6 +18,7 @@ from strategies import BOUNDARIES, RELATIONS, plans, policies, retentions
 from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
 
+from pdtrim_pl.models.architectures import architecture_of
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, Relation, Retention, StagePlan, handled_positions
 from pdtrim_pl.staged import StagedCausalLM, StagedOutput
 from pdtrim_pl.staged.description import reference_to
@@ -72,9 +73,10 @@ def batches(draw: st.DrawFn) -> Batch:
 
 @st.composite
 def students(draw: st.DrawFn, family: str, relations: Sequence[Relation] = RELATIONS) -> StagedCausalLM:
-    """A staged model under any plan and policy, its untied weights moved away from the shared ones."""
+    """A staged model under any plan, widths and policy, its untied weights moved away from the shared ones."""
     model = tiny_model(family, blocks=BLOCKS)
-    plan = draw(plans(BLOCKS, relations, model=reference_to(model, family)))
+    parts = tuple(architecture_of(model.config).cuts)
+    plan = draw(plans(BLOCKS, relations, model=reference_to(model, family), parts=parts))
     staged = StagedCausalLM(model, plan)
     staged.apply_policy(draw(st.none() | policies(plan, kv=staged.kv_shape)))
     return moved_apart(staged)

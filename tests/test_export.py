@@ -420,7 +420,7 @@ def lose(name: str, *tensors: str) -> Damage:
     ("damage", "fault"),
     [
         (lambda export: (export / "stage_plan.json").unlink(), r"no stage plan at .*stage_plan\.json"),
-        (edit("stage_plan.json", lambda d: d.update(format="pdtrim.stage_plan/2")), r"stage_plan\.json .*plan/2"),
+        (edit("stage_plan.json", lambda d: d.update(format="pdtrim.stage_plan/3")), r"stage_plan\.json .*plan/3"),
         (edit("stage_plan.json", lambda d: d["decode"].update(blocks=[9])), r"stage_plan\.json .*outside 0\.\.3"),
         (edit("stage_plan.json", lambda d: d["prefill"].update(kv_only=[])), r"stage_plan\.json .*`prefill.kv_only`"),
         (edit("stage_plan.json", lambda d: d["model"].update(model_type="llama")), r"config\.json .*'qwen2'.*'llama'"),

@@ -138,10 +138,10 @@ def test_a_file_is_checked_by_the_format_it_names(tmp_path: Path) -> None:
 
 def test_a_file_of_another_format_version_is_named(tmp_path: Path) -> None:
     path = tmp_path / "stage_plan.json"
-    newer = copy.deepcopy(PLAN.to_json()) | {"format": "pdtrim.stage_plan/2"}
+    newer = copy.deepcopy(PLAN.to_json()) | {"format": "pdtrim.stage_plan/3"}
     path.write_text(json.dumps(newer))
     with pytest.raises(
-        ValueError, match=r"stage_plan\.json cannot be used.*'pdtrim.stage_plan/2'.*pdtrim.stage_plan/1"
+        ValueError, match=r"stage_plan\.json cannot be used.*'pdtrim.stage_plan/3'.*pdtrim.stage_plan/2"
     ):
         validate_file(path)
     path.write_text("[]")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tiny_models import FAMILIES, tiny_model
 from two_process_worker import serve_many
 
 from pdtrim_pl.export.pair import export_pair
+from pdtrim_pl.models.architectures import architecture_of
 from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.serving import messages as say
 from pdtrim_pl.serving.sampling import Sampling
@@ -62,8 +62,9 @@ def test_two_processes_over_a_socket_compute_what_the_student_does(
     workers: Workers, data: st.DataObject, family: str, seed: int
 ) -> None:
     model = tiny_model(family, seed=seed)
-    plan = data.draw(plans(4, model=reference_to(model, "tiny")))
-    student = StagedCausalLM(model, replace(plan, merged={}))
+    parts = tuple(architecture_of(model.config).cuts)
+    plan = data.draw(plans(4, model=reference_to(model, "tiny"), parts=parts))
+    student = StagedCausalLM(model, plan)
     student.apply_policy(data.draw(policies(student.plan, kv=student.kv_shape, codecs=True)))
     with torch.no_grad():  # weights of a stage's own must differ from the shared ones to be told apart
         for gate in student.gates.values():

@@ -22,6 +22,7 @@ from pdtrim_pl.checkpoints.state import CheckpointState, check_weights, check_wr
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import KVRetentionPolicy, Stage, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.refit import Refit
 
 RANDOM_STATES = "pdtrim_random"
 """Key of the random generators of all processes in a checkpoint."""
@@ -63,11 +64,11 @@ class ResumableModule(LightningModule):
         """The student's KV retention policy; None sends everything."""
         return self.student.policy
 
-    def apply_plan(self, plan: StagePlan) -> None:
+    def apply_plan(self, plan: StagePlan, refits: Iterable[Refit] = ()) -> None:
         """Train under `plan` from now on, and add its new removals to the run's record.
 
-        Weights that were offered for merges of `plan` are written into the student, and their optimizer state is reset.
-        New weights join the first parameter group of the optimizer.
+        Weights that were offered for merges of `plan`, and those of `refits`, are written into the student, and their
+        optimizer state is reset. New weights join the first parameter group of the optimizer.
         """
         known, before, parallel = len(self.plan.history), self._own_weights(), self.parallel
         written: list[nn.Parameter] = []
@@ -76,7 +77,7 @@ class ResumableModule(LightningModule):
             parallel.write_weight(parameter, value)
             written.append(parameter)
 
-        self.student.apply_plan(plan, write)
+        self.student.apply_plan(plan, write, refits)
         self.student.freeze_unused()
         parallel.forget_gradients()
         added = [key for key in self._own_weights() if key not in before]

@@ -6,14 +6,26 @@ from pdtrim_pl.criteria.cosine import CosineRedundancy
 from pdtrim_pl.criteria.greedy_kl import GreedyKL
 from pdtrim_pl.criteria.perplexity import ResponsePerplexity
 from pdtrim_pl.criteria.taylor import Taylor
+from pdtrim_pl.criteria.width import (
+    ActivationNorm,
+    ActivationTimesWeight,
+    LeastSquaresError,
+    UnitTaylor,
+    WidthCriterion,
+)
 
 __all__ = [
+    "ActivationNorm",
+    "ActivationTimesWeight",
     "CosineRedundancy",
     "Criterion",
     "GreedyKL",
     "LastN",
+    "LeastSquaresError",
     "Random",
     "ResponsePerplexity",
     "ScoringContext",
     "Taylor",
+    "UnitTaylor",
+    "WidthCriterion",
 ]

@@ -68,7 +68,7 @@ def _estimates(
         observers = {stage: _watching(seen[stage]) for stage in STAGES}
         out = student(*batch.request, plan=plan, policy=student.policy, observers=observers)
         # Examples do not see each other, so the gradients of the summed loss are those of each example.
-        loss = _summed_loss(student.compared_logits, out.hidden[mask], batch.response_ids[mask], min_chunks)
+        loss = summed_loss(student.compared_logits, out.hidden[mask], batch.response_ids[mask], min_chunks)
         outputs = [output for stage in STAGES for output, _ in seen[stage].values()]
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
     estimates: dict[Stage, dict[int, Tensor]] = {}
@@ -81,7 +81,7 @@ def _estimates(
     return estimates
 
 
-def _summed_loss(head: Head, hidden: Tensor, targets: Tensor, min_chunks: int) -> Tensor:
+def summed_loss(head: Head, hidden: Tensor, targets: Tensor, min_chunks: int) -> Tensor:
     """Summed cross-entropy of response tokens. Backward recomputes the logits chunk by chunk.
 
     Args:

@@ -27,6 +27,9 @@ def described(candidate: Candidate) -> str:
         "untied": {stage: list(plan.untied[stage]) for stage in STAGES},
         "kv": {} if policy is None else {str(block): rule.to_json() for block, rule in policy.rules.items()},
     }
+    if any(plan.widths.values()):
+        widths = {stage: {str(b): width.to_json() for b, width in plan.widths[stage].items()} for stage in STAGES}
+        facts["widths"] = hashlib.sha256(json.dumps(widths).encode()).hexdigest()  # they are long
     return json.dumps(facts, separators=(",", ":"))
 
 

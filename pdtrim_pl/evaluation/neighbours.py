@@ -37,7 +37,8 @@ class Candidate:
 
     def weights(self, stage: Stage, block: int) -> object:
         """A key for the weights that a block uses in a stage: equal keys mean equal weights."""
-        return self.plan.merged[stage].get(block), block in self.plan.untied[stage]
+        plan = self.plan
+        return plan.merged[stage].get(block), block in plan.untied[stage], plan.widths[stage].get(block)
 
     def sends(self, block: int) -> object:
         """A key for what a block sends: equal keys mean that it sends the same."""

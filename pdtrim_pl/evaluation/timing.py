@@ -5,8 +5,8 @@ Shapes: B batch, P prompt tokens, R new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.models.context import usable_context
-from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Stage, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.decoding import DecodeLoop
 
@@ -63,6 +63,7 @@ def measure_timing(
     batch_size: int = 1,
     repeats: int = 5,
     seed: int = 0,
+    sliced: Mapping[Stage, StagedCausalLM] | None = None,
 ) -> Timing:
     """Time one request of random tokens under the full plan and under a trimmed plan.
 
@@ -79,6 +80,7 @@ def measure_timing(
         batch_size: number of requests in the batch.
         repeats: number of timed repeats of each variant.
         seed: seed of the random token ids.
+        sliced: per stage, a model that is as narrow as its blocks are under the trimmed plan, for that variant.
 
     Raises:
         UserError: a count is below 1, or there are more tokens than the model's context holds.
@@ -101,12 +103,15 @@ def measure_timing(
     request = (ids[:, :prompt_tokens], ids[:, prompt_tokens:])
     if plan is None:
         plan, policy = model.plan, model.policy
-    variants = ((StagePlan.full(plan.model, plan.relation, plan.boundary), None), (plan, policy))
+    whole: Mapping[Stage, StagedCausalLM] = dict.fromkeys(STAGES, model)
+    full = StagePlan.full(plan.model, plan.relation, plan.boundary)
+    narrow = plan if sliced is None else replace(plan, widths={})
+    variants = ((whole, full, None), (sliced or whole, narrow, policy))
     turns: list[list[StageTimes]] = [[], []]
     with torch.no_grad(), eval_mode(model):
         for turn in range(repeats + 1):
             for times, variant in zip(turns, variants, strict=True):
-                measured = _time_once(model, request, *variant)
+                measured = _time_once(request, *variant)
                 if turn > 0:
                     times.append(measured)
     dense, trimmed = (_medians(times) for times in turns)
@@ -114,9 +119,11 @@ def measure_timing(
 
 
 def _time_once(
-    model: StagedCausalLM, request: tuple[Tensor, Tensor], plan: StagePlan, policy: KVRetentionPolicy | None
-) -> StageTimes:
+    request: tuple[Tensor, Tensor], models: Mapping[Stage, StagedCausalLM], plan: StagePlan,
+    policy: KVRetentionPolicy | None,
+) -> StageTimes:  # fmt: skip
     prompt, response = request
+    model, decoder = models["prefill"], models["decode"]
     clock = _clock(prompt.device)
     start = clock()
     encoded = model.prefill(prompt, plan=plan)
@@ -126,7 +133,13 @@ def _time_once(
     start = clock()
     known = iter([*response.unbind(dim=1), response[:, 0]])  # the loop picks one more token than it runs
     loop = DecodeLoop(
-        model, cache, room=response.shape[1], first=None, last_prompt=next(known), pick=lambda _: next(known), plan=plan
+        decoder,
+        cache,
+        room=response.shape[1],
+        first=None,
+        last_prompt=next(known),
+        pick=lambda _: next(known),
+        plan=plan,
     )
     for _ in loop:
         pass

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pdtrim_pl.plan import Stage
+from pdtrim_pl.export.sliced import narrowed_config, sliced
+from pdtrim_pl.plan import Stage, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
 PER_BLOCK_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -45,27 +46,50 @@ def stage_config(config: PreTrainedConfig, positions: Sequence[int]) -> PreTrain
     return resized_config(config, len(positions), sliced)
 
 
-def stage_tensors(staged: StagedCausalLM, stage: Stage, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of one stage under their stock names, blocks renumbered from 0.
+def exported_config(staged: StagedCausalLM, plan: StagePlan, stage: Stage) -> PreTrainedConfig:
+    """The configuration of one stage: its blocks, and as many channels and heads as the widest of them keeps.
+
+    Raises:
+        UserError: a number of heads that the model's configuration class refuses.
+    """
+    config = stage_config(staged.model.config, [staged.originals.index(index) for index in plan.blocks(stage)])
+    return narrowed_config(config, staged.architecture.cuts, plan.widest(stage), staged.kv_shape.head_dim)
+
+
+def stage_tensors(
+    staged: StagedCausalLM, stage: Stage, dtype: torch.dtype | None = None, plan: StagePlan | None = None
+) -> dict[str, Tensor]:
+    """The tensors of one stage under their stock names, blocks renumbered from 0 and cut to the widths of the plan.
 
     Args:
         staged: the student.
         stage: which stage; a block that is untied there gives that stage's weights.
         dtype: element type of the floating tensors; None keeps each as it is.
+        plan: another plan than the student's own.
     """
-    blocks = [staged.gates[index].weights(stage, staged.plan) for index in staged.plan.blocks(stage)]
-    return stock_tensors(staged, blocks, nn.Module.state_dict, dtype)
+    plan, cuts, gates = plan or staged.plan, staged.architecture.cuts, staged.gates
+    blocks = [
+        sliced(gates[index].weights(stage, plan).state_dict(), cuts, plan, stage, index) for index in plan.blocks(stage)
+    ]
+    return stock_tensors(staged, staged.model.state_dict(), blocks, dtype)
 
 
 def stock_tensors(
-    staged: StagedCausalLM, blocks: Sequence[nn.Module], tensors_of: Callable[[nn.Module], Mapping[str, Tensor]],
+    staged: StagedCausalLM, tensors: Mapping[str, Tensor], blocks: Sequence[Mapping[str, Tensor]],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Tensors of the student's model under their stock names, with `blocks` as its block list and without gates."""
+    """Tensors of the student's model under their stock names, with those of `blocks` in its block list, without gates.
+
+    Args:
+        staged: the student.
+        tensors: of its whole model, by the model's names; those inside the block list do not count.
+        blocks: tensors of the blocks, by their names in a block.
+        dtype: element type of the floating tensors; None keeps each as it is.
+    """
     block_list = staged.architecture.blocks(staged.model)
     prefix = next(name for name, module in staged.model.named_modules() if module is block_list) + "."
-    outer = {name: x for name, x in tensors_of(staged.model).items() if not name.startswith(prefix)}
-    inner = {f"{prefix}{i}.{name}": x for i, block in enumerate(blocks) for name, x in tensors_of(block).items()}
+    outer = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
+    inner = {f"{prefix}{i}.{name}": x for i, block in enumerate(blocks) for name, x in block.items()}
     return cast({**outer, **inner}, dtype)
 
 
@@ -102,8 +126,7 @@ def write_checkpoint(
         dtype: element type of the floating tensors; None means the model's own.
     """
     dtype = dtype or staged.model.dtype
-    positions = [staged.originals.index(index) for index in staged.plan.blocks(stage)]
-    config = stage_config(staged.model.config, positions)
+    config = exported_config(staged, staged.plan, stage)
     model = assembled(type(staged.model), config, stage_tensors(staged, stage, dtype))
     if staged.model.generation_config is not None:
         model.generation_config = _savable(staged.model.generation_config)

@@ -19,6 +19,7 @@ from pdtrim_pl.models.architectures import Architecture, architecture_of
 from pdtrim_pl.models.model_files import check_description
 from pdtrim_pl.models.pretrained import attention_for
 from pdtrim_pl.plan import (
+    FIRST_PLAN_FORMAT,
     FIRST_POLICY_FORMAT,
     PLAN_FILE,
     PLAN_FORMAT,
@@ -39,7 +40,7 @@ def load_plan_and_policy(export: Path) -> tuple[StagePlan, KVRetentionPolicy]:
         UserError: a file is missing, has another format, or contradicts the other one; the message names it.
     """
     plan_file, policy_file = export / PLAN_FILE, export / POLICY_FILE
-    validate_file(plan_file, PLAN_FORMAT)
+    validate_file(plan_file, PLAN_FORMAT, FIRST_PLAN_FORMAT)
     written = validate_file(policy_file, POLICY_FORMAT, FIRST_POLICY_FORMAT)
     with blaming(plan_file):
         plan = StagePlan.load(plan_file)
@@ -68,7 +69,7 @@ def load_stage(
 
     Returns:
         A staged model of this stage's blocks under their original indices, with plan and policy applied. Its plan names
-        no untied weights: the checkpoint holds one set, that of its stage.
+        no untied weights and no widths: the checkpoint holds what its stage keeps, and nothing else.
 
     Raises:
         UserError: a file is missing, damaged, or contradicts the plan; the message names it.
@@ -84,8 +85,8 @@ def load_stage(
         description, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
         check_description(str(directory), description, architecture)
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        _check_config(config, plan, stage)
         architecture = architecture or architecture_of(config)
+        _check_config(config, plan, stage, architecture)
     if attn_implementation is None:
         attn_implementation = attention_for(str(directory), config, architecture)
     model = _load_model(directory, dtype, attn_implementation)
@@ -93,11 +94,11 @@ def load_stage(
     if stage == "prefill" and plan.kv_only:
         originals = tuple(sorted({*plan.prefill, *plan.kv_only}))
         insert_kv_only(model, plan, directory / KV_ONLY_FILE, architecture)
-    own_plan = replace(plan, untied={})
+    own_plan = replace(plan, untied={}, widths={})
     return StagedCausalLM(model, own_plan, policy, originals=originals, architecture=architecture).to(device)
 
 
-def _check_config(config: PreTrainedConfig, plan: StagePlan, stage: Stage) -> None:
+def _check_config(config: PreTrainedConfig, plan: StagePlan, stage: Stage, architecture: Architecture) -> None:
     if config.model_type != plan.model.model_type:
         raise UserError(f"it is of type {config.model_type!r}, and {PLAN_FILE} is for {plan.model.model_type!r}.")
     expected = len(plan.blocks(stage))
@@ -106,6 +107,13 @@ def _check_config(config: PreTrainedConfig, plan: StagePlan, stage: Stage) -> No
             f"it has {config.num_hidden_layers} blocks, and {PLAN_FILE} gives the `{stage}` stage {expected}. "
             "The files are not of one export: export again."
         )
+    for part, wide in plan.widest(stage).items():
+        setting = architecture.cuts[part].setting
+        if (found := config.to_dict().get(setting)) != wide:
+            raise UserError(
+                f"its `{setting}` is {found}, and {PLAN_FILE} leaves the `{stage}` stage {wide} {part} a block. "
+                "The files are not of one export: export again."
+            )
 
 
 def _load_model(directory: Path, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:

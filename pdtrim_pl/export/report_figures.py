@@ -189,7 +189,8 @@ def _draw_losses(axes: Axes, record: RunRecord) -> None:
 
 def _mark_drops(grid: Sequence[Axes], record: RunRecord) -> list[Line2D]:
     """Draw a vertical line in every panel where blocks left a stage, with counts at the top; returns legend entries."""
-    counts = Counter((step, removal.stage) for step, removal in record.removals)
+    blocks = [(step, removal) for step, removal in record.removals if removal.action != "narrow"]
+    counts = Counter((step, removal.stage) for step, removal in blocks)
     steps = sorted({step for step, _ in counts})
     for (step, stage), _ in counts.items():
         colour, _, line = STAGE_STYLE[stage]

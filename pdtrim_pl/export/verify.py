@@ -13,15 +13,16 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pdtrim_pl.compat import attention_of
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.export.checkpoints import assembled, cast, stage_tensors, stock_tensors
+from pdtrim_pl.export.checkpoints import assembled, cast, exported_config, stage_tensors, stock_tensors
 from pdtrim_pl.export.kv_only import kv_only_tensors
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.models.loading import warn_of_slow_bf16
-from pdtrim_pl.plan import PLAN_FILE, Stage
+from pdtrim_pl.plan import PLAN_FILE, Stage, StagePlan
 from pdtrim_pl.staged import KVCache, StagedCausalLM
 
 TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
@@ -102,12 +103,9 @@ def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype, state_of: StateOf |
     state_of = state_of or nn.Module.state_dict
     gates = staged.gates
     shared = [gate.block for gate in gates.values()]
-    model = assembled(type(staged.model), staged.model.config, stock_tensors(staged, shared, state_of, dtype))
-    buffers = stock_tensors(staged, shared, _buffers)
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(leaf, buffers[name], persistent=False)
+    tensors = stock_tensors(staged, state_of(staged.model), [state_of(block) for block in shared], dtype)
+    model = assembled(type(staged.model), staged.model.config, tensors)
+    fill_buffers(model, stock_tensors(staged, _buffers(staged.model), [_buffers(block) for block in shared]))
     plan = replace(staged.plan, untied={})
     rounded = StagedCausalLM(
         model, plan, staged.policy, originals=staged.originals, architecture=staged.architecture
@@ -119,6 +117,32 @@ def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype, state_of: StateOf |
             rounded.gates[index].untied[name] = own
     rounded.apply_plan(staged.plan)
     return rounded
+
+
+def sliced_stage(staged: StagedCausalLM, plan: StagePlan, stage: Stage) -> StagedCausalLM:
+    """A model of one stage as it would be exported under `plan`, on the student's device, in eval mode.
+
+    Args:
+        staged: its shared weights are taken; it is not changed.
+        plan: without KV-only blocks, and without untied ones that `staged` lacks.
+        stage: which.
+    """
+    tensors = stage_tensors(staged, stage, plan=plan)
+    model = assembled(type(staged.model), exported_config(staged, plan, stage), tensors)
+    blocks = [_buffers(staged.gates[index].block) for index in plan.blocks(stage)]
+    fill_buffers(model, stock_tensors(staged, _buffers(staged.model), blocks))
+    own = replace(plan, untied={}, widths={})
+    return StagedCausalLM(
+        model, own, originals=plan.blocks(stage), architecture=staged.architecture
+    ).eval().to(staged.model.device)  # fmt: skip
+
+
+def fill_buffers(model: PreTrainedModel, buffers: Mapping[str, Tensor]) -> None:
+    """Give a model the buffers that no checkpoint has, such as RoPE tables."""
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffers[name], persistent=False)
 
 
 def _student_logits(staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) -> Tensor:

@@ -38,17 +38,28 @@ def solve_last_projection(trial: Trial, training: Sequence[Recording], judging: 
     assert trial.last_projection is not None
     weight = trial.last_projection.weight
     gram, cross = moments(trial, training)
-    diagonal, scale = gram.diagonal().clone(), gram.diagonal().mean().clamp_min(1e-12)
     before, best = weight.clone(), weight.clone()
     closest, least = trial.judge(judging)
     for ridge in RIDGES:
-        gram.diagonal().copy_(diagonal + ridge * scale)
-        factor, _ = torch.linalg.cholesky_ex(gram)  # NaN if the fit diverged; NaN is never better
-        _set(weight, before + torch.cholesky_solve(cross, factor).T.to(weight.dtype))
+        _set(weight, before + ridge_solution(gram, cross, ridge).T.to(weight.dtype))
         cosine, error = trial.judge(judging)
         if error < least and cosine >= closest:
             closest, least, best = cosine, error, weight.clone()
     _set(weight, best)
+
+
+def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """The X [I, H] of least ||A X - B||^2 + r ||X||^2. Not a number where A is none.
+
+    Args:
+        gram: A'A, fp64 [I, I].
+        cross: A'B, fp64 [I, H].
+        ridge: r, as a share of the mean of the Gram matrix's diagonal.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
+    factor, _ = torch.linalg.cholesky_ex(damped)
+    return torch.cholesky_solve(cross, factor)
 
 
 def _set(weight: Tensor, value: Tensor) -> None:

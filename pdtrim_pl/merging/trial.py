@@ -94,7 +94,8 @@ class Trial:
             blocks[str(index)] = copy_of(block) if gather is None else _whole_copy(student, index, block, gather)
         untied = {stage: tuple(index for index in learning if index in now.untied[stage]) for stage in STAGES}
         merged = {stage: {start.into: run} for stage, run in start.stands_for.items()}
-        plan = StagePlan(now.model, learning, learning, "free", now.boundary, merged, untied)
+        widths = {stage: {index: now.width(stage, index) for index in learning} for stage in STAGES}
+        plan = StagePlan(now.model, learning, learning, "free", now.boundary, merged, untied, widths=widths)
         last = _linear(blocks[str(learning[-1])], student.architecture.last_projection)
         return cls(student, start, blocks.float().eval(), plan, last)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.models import cuts as cut
 
 RoPE = tuple[Tensor, Tensor]
 
@@ -32,6 +33,8 @@ class Architecture(ABC):
     last_projection: ClassVar[str | None] = None
     """Name of the linear submodule whose output a block adds to the residual stream last and unchanged. None if there
     is no such layer, or if a norm or a factor follows it. A local fit ends by solving it with least squares."""
+    cuts: ClassVar[cut.Cuts] = cut.NO_CUTS
+    """Where MLP channels and query heads can leave a block. Parts that are not named cannot leave."""
     mask_by_kind: ClassVar[bool] = False
     """Whether the model takes a dictionary of attention masks, one for each value in `layer_types`."""
 
@@ -104,12 +107,14 @@ class Llama(LlamaLine):
     """Llama itself."""
 
     last_projection = "mlp.down_proj"
+    cuts = cut.GATED_MLP_AND_HEADS
 
 
 class Mistral(LlamaLine):
     """Mistral: one sliding window for every block, or none."""
 
     last_projection = "mlp.down_proj"
+    cuts = cut.GATED_MLP_AND_HEADS
 
     def window(self, config: PreTrainedConfig, position: int) -> int | None:
         window: int | None = config.sliding_window
@@ -120,6 +125,7 @@ class Qwen2(LlamaLine):
     """Qwen2: `layer_types` says which blocks have a sliding window."""
 
     last_projection: ClassVar[str | None] = "mlp.down_proj"
+    cuts = cut.GATED_MLP_AND_HEADS
     mask_by_kind = True
     window = Architecture.window
 
@@ -164,8 +170,9 @@ class Gemma3(Qwen3):
 
 
 class Olmo2(LlamaLine):
-    """OLMo 2: norms after attention and MLP instead of before them, and one norm over all key heads together."""
+    """OLMo 2: norms after attention and MLP instead of before them, one over all key heads and one over all queries."""
 
+    cuts = cut.GATED_MLP
     kv_modules = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 
     def normed(self, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -179,6 +186,7 @@ class Phi3(Mistral):
     """Phi-3: one fused projection for queries, keys and values; partial RoPE in some sizes."""
 
     kv_modules = ("input_layernorm", "self_attn.qkv_proj")
+    cuts = cut.FUSED_MLP
 
     def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
         attention = block.get_submodule("self_attn")
@@ -197,6 +205,7 @@ class GPTNeoX(LlamaLine):
     attention_name = "attention"
     kv_modules = ("input_layernorm", "attention.query_key_value")
     last_projection = "mlp.dense_4h_to_h"
+    cuts = cut.NEOX_MLP
 
     def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
         size = _size(block.get_submodule("attention"), "head_size")
@@ -208,6 +217,8 @@ class GPTNeoX(LlamaLine):
 class Granite(LlamaLine):
     """Granite: as Llama, with scaled logits and scaled additions to the residual stream."""
 
+    cuts = cut.GATED_MLP_AND_HEADS
+
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return super().logits(model, hidden) / model.config.logits_scaling
 
@@ -216,6 +227,7 @@ class Starcoder2(Mistral):
     """StarCoder 2: as Mistral, with another name for the last projection."""
 
     last_projection = "mlp.c_proj"
+    cuts = cut.PLAIN_MLP_AND_HEADS
 
 
 ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
@@ -257,8 +269,9 @@ def check_model_type(model_type: str) -> None:
             "For another decoder-only model name one in YAML, `model.architecture: {class_path: my_module.MyFamily}` "
             "(in Python `StagedCausalLM(model, architecture=...)`): a subclass of pdtrim_pl.staged.Architecture that "
             "supplies `blocks` (the ModuleList of decoder blocks), `attention_name`, `kv_modules` and `keys_values` "
-            "(keys after RoPE and values of one block), `logits` (the head), `window` (a block's sliding window) and "
-            "`last_projection` (a block's last linear layer, or None); see docs/extending.md."
+            "(keys after RoPE and values of one block), `logits` (the head), `window` (a block's sliding window), "
+            "`last_projection` (a block's last linear layer, or None) and `cuts` (where its channels and heads are); "
+            "see docs/extending.md."
         )
 
 

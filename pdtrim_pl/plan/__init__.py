@@ -11,14 +11,28 @@ from pdtrim_pl.plan.kv_policy import (
     handled_positions,
 )
 from pdtrim_pl.plan.moves import Move
+from pdtrim_pl.plan.planned_stages import FIRST_PLAN_FORMAT, PLAN_FILE, PLAN_FORMAT
 from pdtrim_pl.plan.retention import KEEP_ALL, Retention
-from pdtrim_pl.plan.stage_plan import PLAN_FILE, PLAN_FORMAT, StagePlan
-from pdtrim_pl.plan.stages import ONLY_TARGET, STAGES, Action, Boundary, ModelRef, Relation, Removal, Stage, Target
+from pdtrim_pl.plan.stage_plan import StagePlan
+from pdtrim_pl.plan.stages import (
+    ONLY_TARGET,
+    PARTS,
+    STAGES,
+    Action,
+    Boundary,
+    ModelRef,
+    Part,
+    Relation,
+    Removal,
+    Stage,
+    Target,
+)
 from pdtrim_pl.plan.structure import Structure
+from pdtrim_pl.plan.width import Width
 
 __all__ = [
-    "BYTES_PER_ELEMENT", "FIRST_POLICY_FORMAT", "KEEP_ALL", "NO_CODEC", "ONLY_TARGET", "PLAN_FILE", "PLAN_FORMAT",
-    "POLICY_FILE", "POLICY_FORMAT", "STAGES", "Action", "Boundary", "Codec", "KVRetentionPolicy", "KVShape",
-    "ModelRef", "Move", "Relation", "Removal", "Retention", "Stage", "StagePlan", "Structure", "Target",
-    "handled_positions",
+    "BYTES_PER_ELEMENT", "FIRST_PLAN_FORMAT", "FIRST_POLICY_FORMAT", "KEEP_ALL", "NO_CODEC", "ONLY_TARGET", "PARTS",
+    "PLAN_FILE", "PLAN_FORMAT", "POLICY_FILE", "POLICY_FORMAT", "STAGES", "Action", "Boundary", "Codec",
+    "KVRetentionPolicy", "KVShape", "ModelRef", "Move", "Part", "Relation", "Removal", "Retention", "Stage",
+    "StagePlan", "Structure", "Target", "Width", "handled_positions",
 ]  # fmt: skip

@@ -10,19 +10,20 @@ from typing import Any
 from pdtrim_pl.errors import UserError
 
 
-def check_format(data: Mapping[str, Any], expected: str, what: str) -> None:
+def check_format(data: Mapping[str, Any], expected: str, what: str, earlier: str | None = None) -> None:
     """Refuse JSON of another format or version than `expected`.
 
     Args:
         data: the parsed JSON.
-        expected: format and version, such as `pdtrim.stage_plan/1`.
+        expected: format and version, such as `pdtrim.stage_plan/2`.
         what: what the file holds, for the message.
+        earlier: an earlier version that is accepted too.
 
     Raises:
         UserError: the format differs. The message gives the format found and the one expected.
     """
     found = data.get("format") if isinstance(data, Mapping) else None
-    if found != expected:
+    if found != expected and (earlier is None or found != earlier):
         raise UserError(
             f"This {what} has `format` {found!r}, and this version of pdtrim_pl reads {expected!r}. "
             "Write it again with the version that is installed, or install the version that wrote it."

@@ -1,84 +1,24 @@
-"""The stage plan: which blocks each inference stage runs.
+"""The stage plan: which blocks each inference stage runs. The only truth about structure.
 
 Imports no torch, so command-line tools and other engines read a plan in milliseconds.
-A block is always named by its index in the original model, from 0.
+Blocks are always named by their index in the original model, from 0.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_args
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import get_args
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan.json_files import check_format, read_json, write_whole
-from pdtrim_pl.plan.stages import ONLY_TARGET, STAGES, Boundary, ModelRef, Relation, Removal, Stage, Target
-from pdtrim_pl.plan.validity import plan_faults
-
-PLAN_FORMAT = "pdtrim.stage_plan/1"
-PLAN_FILE = "stage_plan.json"
-_EMPTY: Mapping[Any, Any] = MappingProxyType({})
+from pdtrim_pl.plan.planned_stages import PlannedStages
+from pdtrim_pl.plan.stages import ONLY_TARGET, PARTS, STAGES, Removal, Stage, Target
+from pdtrim_pl.plan.width import Width
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """The blocks that each stage runs, in original order: P in `prefill`, D in `decode`.
-
-    Raises:
-        UserError: the contract cannot run this plan. The message names every fault.
-    """
-
-    model: ModelRef
-    prefill: tuple[int, ...]
-    decode: tuple[int, ...]
-    relation: Relation = "nested"
-    boundary: Boundary = "prefill"
-    merged: Mapping[Stage, Mapping[int, tuple[int, ...]]] = field(default_factory=lambda: _EMPTY)
-    """Per stage: merged block -> the run of original blocks that it replaces, itself included."""
-    untied: Mapping[Stage, tuple[int, ...]] = field(default_factory=lambda: _EMPTY)
-    """Per stage: blocks for which the stage has weights of its own instead of the shared ones."""
-    history: tuple[Removal, ...] = ()
-    """Every removal that led to this plan, in order."""
-
-    def __post_init__(self) -> None:
-        blocks: dict[Stage, tuple[int, ...]] = {"prefill": self.prefill, "decode": self.decode}
-        faults = plan_faults(self.model.num_blocks, blocks, self.relation, self.boundary, self.merged, self.untied)
-        if faults:
-            raise UserError("This stage plan cannot be run: " + "; ".join(faults) + ".")
-        merged = {stage: MappingProxyType(dict(self.merged.get(stage, {}))) for stage in STAGES}
-        untied = {stage: tuple(self.untied.get(stage, ())) for stage in STAGES}
-        object.__setattr__(self, "merged", MappingProxyType(merged))
-        object.__setattr__(self, "untied", MappingProxyType(untied))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Read-only mappings cannot be pickled, and a model that holds a plan must be copied and sent to processes.
-        merged = {stage: dict(runs) for stage, runs in self.merged.items()}
-        shared = (self.model, self.prefill, self.decode, self.relation, self.boundary)
-        return StagePlan, (*shared, merged, dict(self.untied), self.history)
-
-    @classmethod
-    def full(cls, model: ModelRef, relation: Relation = "nested", boundary: Boundary = "prefill") -> StagePlan:
-        """The plan of the unpruned model: both stages run every block."""
-        every = tuple(range(model.num_blocks))
-        return cls(model, every, every, relation, boundary)
-
-    def blocks(self, stage: Stage) -> tuple[int, ...]:
-        """Original indices of the blocks that `stage` runs, in order."""
-        return self.prefill if stage == "prefill" else self.decode
-
-    def removed(self, stage: Stage) -> tuple[int, ...]:
-        """Original indices of the blocks that `stage` no longer runs, in order."""
-        kept = set(self.blocks(stage))
-        return tuple(block for block in range(self.model.num_blocks) if block not in kept)
-
-    @property
-    def kv_only(self) -> tuple[int, ...]:
-        """Blocks of D that prefill does not run: it only projects their keys and values."""
-        kept = set(self.prefill)
-        return tuple(block for block in self.decode if block not in kept)
+class StagePlan(PlannedStages):
+    """P and D of the method, and how one plan becomes another: blocks leave, stand for others, or get narrower."""
 
     def candidates(self, target: Target, protect_first: int = 1, protect_last: int = 1) -> tuple[int, ...]:
         """Blocks that may still be dropped from `target` without breaking the relation or a guard.
@@ -131,6 +71,7 @@ class StagePlan:
             merged={s: {k: v for k, v in self.merged[s].items() if k in kept[s]} for s in STAGES},
             untied={s: tuple(b for b in self.untied[s] if b in kept[s]) for s in STAGES},
             history=self.history + tuple(entries),
+            widths={s: {k: v for k, v in self.widths[s].items() if k in kept[s]} for s in STAGES},
         )
 
     def merge(
@@ -178,66 +119,46 @@ class StagePlan:
             history=self.history + entries,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as the `pdtrim.stage_plan/1` object. Empty optional keys are left out."""
-        out: dict[str, Any] = {
-            "format": PLAN_FORMAT,
-            "model": {name: value for name, value in vars(self.model).items() if value is not None},
-            "relation": self.relation,
-            "boundary": self.boundary,
-            "prefill": {"blocks": list(self.prefill), "kv_only": list(self.kv_only)},
-            "decode": {"blocks": list(self.decode)},
-            "merged": {stage: {str(k): list(v) for k, v in self.merged[stage].items()} for stage in STAGES},
-            "history": [vars(entry).copy() for entry in self.history],
-        }
-        if any(self.untied.values()):
-            out["untied"] = {stage: list(self.untied[stage]) for stage in STAGES}
-        return out
+    def narrow(
+        self, target: Target, block: int, width: Width, *, untied: Collection[Stage] = (), round: int = 0,
+        criterion: str = "manual", score: float | None = None,
+    ) -> StagePlan:  # fmt: skip
+        """A new plan in which `block` keeps no more than `width` in the stage(s) that `target` and the relation name.
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> StagePlan:
-        """Read a `pdtrim.stage_plan/1` object.
+        Under `nested` and `unified`, what prefill loses, decode loses too.
+
+        Args:
+            target: the stage(s) that lose channels or heads.
+            block: which.
+            width: what it may keep; what it has lost before stays lost.
+            untied: stages in which the block gets weights of its own.
+            round: of the history.
+            criterion: of the history.
+            score: of the history.
 
         Raises:
-            UserError: wrong format or version, missing keys, or a plan that cannot be run.
+            UserError: a stage without the block, or a width that its relation or its KV heads do not allow.
         """
-        check_format(data, PLAN_FORMAT, "stage plan")
-        try:
-            plan = cls(
-                model=ModelRef(**data["model"]),
-                prefill=tuple(data["prefill"]["blocks"]),
-                decode=tuple(data["decode"]["blocks"]),
-                relation=data["relation"],
-                boundary=data["boundary"],
-                merged={s: {_block(k): tuple(v) for k, v in data["merged"].get(s, {}).items()} for s in STAGES},
-                untied={s: tuple(data.get("untied", {}).get(s, ())) for s in STAGES},
-                history=tuple(Removal(**entry) for entry in data.get("history", ())),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"The stage plan is malformed near {error}. Write it with `StagePlan.save`.") from error
-        if list(plan.kv_only) != list(data["prefill"].get("kv_only", plan.kv_only)):
+        self._check_target(target)
+        if block not in self._stage_set(target):
             raise UserError(
-                f"`prefill.kv_only` is {data['prefill']['kv_only']}, but the decode blocks that prefill does not run "
-                f"are {list(plan.kv_only)}. Remove the key or mend the blocks."
+                f"Cannot narrow block {block} in `{target}`: it is not there. Blocks left: {self._stage_set(target)}."
             )
-        return plan
-
-    def save(self, path: Path) -> None:
-        """Write the plan as indented JSON."""
-        write_whole(path, json.dumps(self.to_json(), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> StagePlan:
-        """Read a plan file.
-
-        Raises:
-            UserError: the file is missing, malformed or holds an invalid plan. The message names the file.
-        """
-        data = read_json(path, "stage plan")
-        try:
-            return cls.from_json(data)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+        widths, entries = {stage: dict(self.widths[stage]) for stage in STAGES}, list[Removal]()
+        for stage in self.stages_losing(target, block):
+            before, after = self.width(stage, block), self.width(stage, block).within(width)
+            widths[stage][block] = after
+            for part in PARTS:
+                kept = after.kept(part)
+                if kept is not None and kept != before.kept(part) and len(kept) != self.model.sizes[part]:
+                    entries.append(Removal(round, stage, "narrow", block, criterion, score, len(kept), part))
+        own = {stage: {*self.untied[stage], *([block] if stage in untied else [])} for stage in STAGES}
+        return replace(
+            self,
+            widths=widths,
+            untied={stage: tuple(sorted(own[stage])) for stage in STAGES},
+            history=self.history + tuple(entries),
+        )
 
     def _stage_set(self, target: Target) -> tuple[int, ...]:
         """Blocks that can be dropped from `target`: for `both`, the blocks that both stages run."""
@@ -265,9 +186,3 @@ class StagePlan:
                 "prefill_only": "whose decode stage keeps every block: use `prefill`, or another relation",
             }[self.relation]
             raise UserError(f"`stage: {target}` does not fit `relation: {self.relation}`, {why}.")
-
-
-def _block(key: str) -> int:
-    if not key.isdecimal():
-        raise UserError(f"`merged` has the key {key!r}, which is not a block number.")
-    return int(key)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Stage = Literal["prefill", "decode"]
 Target = Literal["prefill", "decode", "both"]
 Relation = Literal["nested", "unified", "prefill_only", "free"]
 Boundary = Literal["prefill", "decode"]
-Action = Literal["drop", "merge"]
+Action = Literal["drop", "merge", "narrow"]
+Part = Literal["channels", "heads"]
+"""What a block can lose of itself: MLP channels, query heads."""
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
+PARTS: tuple[Part, ...] = get_args(Part)
 ONLY_TARGET: Mapping[Relation, Target] = MappingProxyType({"unified": "both", "prefill_only": "prefill"})
 """Relations that allow only one target of removals -> that target."""
 
@@ -30,19 +33,38 @@ class ModelRef:
     """Number of decoder blocks of the original model."""
     architecture: str | None = None
     """Class path of the adapter of the model's family; None for an adapter of this package."""
+    channels: int | None = None
+    """Number of MLP channels of every block; None if unknown."""
+    heads: int | None = None
+    """Number of query heads of every block; None if unknown."""
+    kv_heads: int | None = None
+    """Number of key/value heads of every block. Each serves `heads / kv_heads` query heads."""
+
+    @property
+    def sizes(self) -> dict[Part, int | None]:
+        """Channels and query heads of every block; None if unknown."""
+        return {"channels": self.channels, "heads": self.heads}
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One entry of a plan's history: a block that left one stage, and why."""
+    """One entry of a plan's history: what left one stage, and why."""
 
     round: int
     """Round of removal, from 0."""
     stage: Stage
     action: Action
     block: int
-    """Original index of the block that left."""
+    """Original index of the block that left, or that got narrower."""
     criterion: str
     """Name of the criterion that chose it."""
     score: float | None
     """Score of the criterion: lower means less harm. None if nothing was scored."""
+    left: int | None = None
+    """Number of channels or query heads that a narrowed block has left; None for drops and merges."""
+    part: Part | None = None
+    """What a narrowed block lost; None for drops and merges."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values. `left` and `part` are left out for drops and merges."""
+        return {name: value for name, value in vars(self).items() if value is not None or name == "score"}

@@ -6,6 +6,7 @@ from pdtrim_pl.search.greedy import Chooser, Growth, Option, grow
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.joint import JointSearch
 from pdtrim_pl.search.merges import distillation_set, replace_span
+from pdtrim_pl.search.narrow import Narrowing, check_units, narrow
 from pdtrim_pl.search.rounds import RoundSearch
 from pdtrim_pl.search.space import Space
 
@@ -15,12 +16,15 @@ __all__ = [
     "Growth",
     "Guards",
     "JointSearch",
+    "Narrowing",
     "Option",
     "RoundSearch",
     "Space",
     "anneal",
+    "check_units",
     "choose_drops",
     "distillation_set",
     "grow",
+    "narrow",
     "replace_span",
 ]

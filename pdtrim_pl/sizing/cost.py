@@ -5,12 +5,11 @@ Shapes: P prompt positions that prefill handles, R response tokens, K key/value 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
 from pdtrim_pl.errors import UserError
@@ -21,10 +20,12 @@ from pdtrim_pl.plan import (
     Boundary,
     KVRetentionPolicy,
     KVShape,
+    Part,
     Retention,
     StagePlan,
     handled_positions,
 )
+from pdtrim_pl.sizing.block_size import BlockSize, elements, matrices_of
 from pdtrim_pl.sizing.shape import meta_model
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
@@ -80,20 +81,6 @@ class CostTarget:
 
 
 @dataclass(frozen=True)
-class BlockSize:
-    """The sizes of one block that its costs depend on."""
-
-    parameters: int
-    """Number of parameters."""
-    matrices: int
-    """Number of weights in linear layers, which is the number of multiply-adds for one position."""
-    kv_matrices: int
-    """The same for a KV-only block. A fused projection runs whole and counts whole."""
-    window: int | None
-    """Sliding window in tokens; None if the block sees every token."""
-
-
-@dataclass(frozen=True)
 class CostModel:
     """Costs of one request of a fixed shape. Build it with `of` or `of_config`.
 
@@ -108,14 +95,16 @@ class CostModel:
 
     `wire_bytes` are the bytes of keys and values that the policy sends.
 
+    All blocks of a stage count as wide as the widest, because an export writes them so.
+
     Shares are relative to the dense model with the `boundary` of the plan, so the full plan costs 1.0 under both.
     """
 
     prompt: int
     response: int
     kv: KVShape
-    query_width: int
-    """Number of query heads times the head dimension."""
+    query_heads: int
+    """Number of query heads."""
     blocks: tuple[BlockSize, ...]
     head_matrix: int
     """Number of weights of the head's linear layer."""
@@ -167,33 +156,28 @@ class CostModel:
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
         assert head is not None
         blocks = architecture.blocks(model)
-        others = _elements(blocks.parameters()) + _elements(embeddings.parameters())
-        norm = _elements(model.base_model.parameters()) - others
+        others = elements(blocks.parameters()) + elements(embeddings.parameters())
+        norm = elements(model.base_model.parameters()) - others
         row = embeddings.get_parameter("weight").shape[-1]
         kv = kv_shape_of(model, dtype)
         return cls(
             prompt, response, kv,
-            query_width=config.num_attention_heads * kv.head_dim,
+            query_heads=config.num_attention_heads,
             blocks=tuple(
-                BlockSize(
-                    parameters=_elements(block.parameters()),
-                    matrices=_matrices(block),
-                    kv_matrices=sum(_matrices(block.get_submodule(name)) for name in architecture.kv_modules),
-                    window=architecture.window(config, position),
-                )
+                BlockSize.of(block, position, architecture, config)
                 for position, block in enumerate(blocks)
             ),
-            head_matrix=_matrices(head),
-            step_parameters=norm + _elements(head.parameters()) + row,
+            head_matrix=matrices_of(head),
+            step_parameters=norm + elements(head.parameters()) + row,
         )  # fmt: skip
 
     def prefill_flops(self, plan: StagePlan) -> int:
         """Floating-point operations of prefill, counted as in `FlopCounterMode`."""
-        return self._prefill(plan.prefill, plan.kv_only, plan.boundary)
+        return self._prefill(plan.prefill, plan.kv_only, plan.boundary, plan.widest("prefill"))
 
     def decode_bytes(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> float:
         """Bytes that a decode step reads, as the mean over the steps of the response. No policy sends everything."""
-        return self._decode(plan.decode, policy, plan.boundary)
+        return self._decode(plan.decode, policy, plan.boundary, plan.widest("decode"))
 
     def wire_bytes(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> int:
         """Bytes of keys and values on the wire; see `KVRetentionPolicy.sent_bytes`. No policy sends everything."""
@@ -218,22 +202,27 @@ class CostModel:
     def _dense(self) -> dict[Boundary, tuple[int, float]]:
         every = range(len(self.blocks))
         boundaries: tuple[Boundary, ...] = ("prefill", "decode")
-        return {b: (self._prefill(every, (), b), self._decode(every, None, b)) for b in boundaries}
+        return {b: (self._prefill(every, (), b, {}), self._decode(every, None, b, {})) for b in boundaries}
 
-    def _prefill(self, runs: Iterable[int], projects: Iterable[int], boundary: Boundary) -> int:
+    def _prefill(
+        self, runs: Iterable[int], projects: Iterable[int], boundary: Boundary, widths: Mapping[Part, int]
+    ) -> int:
         positions = handled_positions(self.prompt, boundary)
-        attention = 2 * self.query_width * positions * positions  # scores, and their product with the values
-        adds = sum(self.blocks[block].matrices * positions + attention for block in runs)
+        heads = widths.get("heads", self.query_heads)
+        attention = 2 * heads * self.kv.head_dim * positions * positions  # scores, and their product with the values
+        adds = sum(self.blocks[block].narrowed(widths).matrices * positions + attention for block in runs)
         adds += sum(self.blocks[block].kv_matrices * positions for block in projects)
         return 2 * (adds + (self.head_matrix if boundary == "prefill" else 0))
 
-    def _decode(self, runs: Iterable[int], policy: KVRetentionPolicy | None, boundary: Boundary) -> float:
+    def _decode(
+        self, runs: Iterable[int], policy: KVRetentionPolicy | None, boundary: Boundary, widths: Mapping[Part, int]
+    ) -> float:
         positions, steps = handled_positions(self.prompt, boundary), self.response - (boundary == "prefill")
         weights, entries = self.step_parameters, 0
         for index in runs:
             block, rule = self.blocks[index], KEEP_ALL if policy is None else policy.rule(index)
             kept = _counts(rule.keep, rule.first, rule.last, positions)
-            weights += block.parameters
+            weights += block.narrowed(widths).parameters
             entries += _entries(*kept, positions, steps, block.window)
         return weights * BYTES_PER_ELEMENT[self.kv.dtype] + self.kv.bytes_per_position * entries / steps
 
@@ -265,11 +254,3 @@ def _entries(first: int, last: int, positions: int, steps: int, window: int | No
         own = step + 1 if window is None else min(step + 1, window)
         total += max(first - hidden, 0) + max(positions - max(positions - last, hidden), 0) + own
     return total
-
-
-def _elements(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _matrices(module: nn.Module) -> int:
-    return _elements(parameter for parameter in module.parameters() if parameter.dim() == 2)

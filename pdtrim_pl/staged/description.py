@@ -10,8 +10,12 @@ from pdtrim_pl.plan import KVShape, ModelRef
 
 def reference_to(model: PreTrainedModel, name_or_path: str | None = None) -> ModelRef:
     """The `ModelRef` by which plans refer to this model; `name_or_path` replaces the name that the model carries."""
-    config = model.config
-    return ModelRef(name_or_path or str(model.name_or_path), config.model_type, config.num_hidden_layers)
+    config = model.config.to_dict()
+    heads = config.get("num_attention_heads")
+    return ModelRef(
+        name_or_path or str(model.name_or_path), config["model_type"], config["num_hidden_layers"],
+        channels=config.get("intermediate_size"), heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
+    )  # fmt: skip
 
 
 def kv_shape_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> KVShape:

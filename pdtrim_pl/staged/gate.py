@@ -22,6 +22,7 @@ from pdtrim_pl.models.architectures import Architecture, RoPE
 from pdtrim_pl.plan import STAGES, Stage, StagePlan
 from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, attention_mask
+from pdtrim_pl.staged.narrowed import Lost, lost_inputs, narrowed
 from pdtrim_pl.staged.preallocated import PreallocatedCache, PreallocatedKV
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -255,7 +256,9 @@ class Gate(nn.Module):
         slots = current.slots(past)
         mask = current.mask(slots, self.window, hidden.dtype)
         new_cache = OneBlockCache if past is None else past.attention_cache
-        call = partial(self._run, block, kwargs, current.placeholder, mask, new_cache)
+        width = current.plan.widths[current.stage].get(self.index)
+        lost = lost_inputs(block, self.architecture.cuts, current.plan.model.sizes, width)
+        call = partial(self._run, block, kwargs, current.placeholder, mask, new_cache, lost)
         if current.recompute and torch.is_grad_enabled():
             out, keys, values = checkpoint(call, hidden, use_reentrant=False)
         else:
@@ -269,10 +272,11 @@ class Gate(nn.Module):
 
     def _run(
         self, block: nn.Module, given: dict[str, Any], placeholder: Tensor, mask: Tensor | None,
-        new_cache: Callable[[], OneBlockCache], hidden: Tensor,
+        new_cache: Callable[[], OneBlockCache], lost: Lost, hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         cache = new_cache()  # made here, so that a recomputed block starts from the same past
-        out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
+        with narrowed(block, lost):  # here too, so that a recomputed block is as narrow
+            out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
         if cache.keys is None or cache.values is None:
             raise UserError(
                 f"Block {self.index} of `model`, a {type(block).__name__}, was given its cache as `{self.call.cache}` "

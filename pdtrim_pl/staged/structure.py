@@ -17,6 +17,8 @@ from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, Stage, StagePlan
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 from pdtrim_pl.staged.fitted_run import FittedRun
 from pdtrim_pl.staged.gate import Gate
+from pdtrim_pl.staged.narrowed import check_widths
+from pdtrim_pl.staged.refit import Refit
 
 WriteWeight = Callable[[nn.Parameter, Tensor], None]
 """A function that writes a value into a parameter."""
@@ -81,7 +83,7 @@ class GatedCausalLM(nn.Module):
         """Shape of one block's KV per position, in the model's own element type."""
         return kv_shape_of(self.model)
 
-    def apply_plan(self, plan: StagePlan, write: WriteWeight | None = None) -> None:
+    def apply_plan(self, plan: StagePlan, write: WriteWeight | None = None, refits: Iterable[Refit] = ()) -> None:
         """Run under `plan` from now on. Creates its untied weights, and removes policy rules for blocks outside its D.
 
         Fitted weights that were offered for the merges of `plan` are written into the model. All offers end.
@@ -90,10 +92,11 @@ class GatedCausalLM(nn.Module):
             plan: what each stage runs.
             write: writes fitted weights into parameters. An engine that keeps copies of parameters needs its own
                 function; by default the parameter is overwritten.
+            refits: layers that get new weights with the plan.
 
         Raises:
-            UserError: the plan is for a model of another type or with another number of blocks, or it would merge into
-                shared weights that are also used without the merge.
+            UserError: the plan is for a model of another type or with another number or size of blocks, or it would
+                merge into shared weights that are also used without the merge.
         """
         if plan.model.model_type != self.model.config.model_type:
             raise UserError(
@@ -109,10 +112,14 @@ class GatedCausalLM(nn.Module):
             )
         for gate in self.gates.values():
             gate.check_offers(plan)
+            check_widths(gate.block, gate.index, self.architecture, plan)
         adapter = class_path_of(self.architecture, plan.model.model_type)
         self.plan = plan = replace(plan, model=replace(plan.model, architecture=adapter))
         for gate in self.gates.values():
             gate.apply_plan(plan, write or _overwrite)
+        for refit in refits:
+            layer = self.gates[refit.block].weights(refit.stages[0], plan).get_submodule(refit.layer)
+            (write or _overwrite)(layer.get_parameter("weight"), refit.weight)
         if self.policy is not None:
             self.apply_policy(self.policy.restricted_to(plan))
 

@@ -13,19 +13,25 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan import FIRST_POLICY_FORMAT, PLAN_FORMAT, POLICY_FORMAT
+from pdtrim_pl.plan import FIRST_PLAN_FORMAT, FIRST_POLICY_FORMAT, PLAN_FORMAT, POLICY_FORMAT
 from pdtrim_pl.plan.json_files import check_format, read_json
 
 SCHEMAS: Mapping[str, str] = MappingProxyType(
     {
         PLAN_FORMAT: "stage_plan.schema.json",
+        FIRST_PLAN_FORMAT: "stage_plan.1.schema.json",
         POLICY_FORMAT: "kv_policy.schema.json",
         FIRST_POLICY_FORMAT: "kv_policy.1.schema.json",
     }
 )
 """Format and version -> file of this package."""
 TITLES: Mapping[str, str] = MappingProxyType(
-    {PLAN_FORMAT: "stage plan", POLICY_FORMAT: "KV policy", FIRST_POLICY_FORMAT: "KV policy"}
+    {
+        PLAN_FORMAT: "stage plan",
+        FIRST_PLAN_FORMAT: "stage plan",
+        POLICY_FORMAT: "KV policy",
+        FIRST_POLICY_FORMAT: "KV policy",
+    }
 )
 
 

@@ -1,0 +1,93 @@
+"""Quality against cost of narrower blocks: channels and query heads leave the dense embedded model, without training.
+
+    python benchmarks/width.py TUNE.raw TEST.raw --leave both:channels:410 [--leave decode:heads:3 ...]
+        [--criterion ActivationTimesWeight] [--no-repair] [--relation nested] [--examples 160] [--test 96] [--json]
+
+What leaves is chosen and refitted on the first file. The second gives the figures: KL to the dense model in nats,
+for prompts and responses of 64 tokens, and recall, the share of a text of 128 tokens that is found when it is
+repeated behind 320 others. Costs are shares of the dense model's, for requests of that size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from pdtrim_pl import criteria
+from pdtrim_pl.criteria import ScoringContext, WidthCriterion
+from pdtrim_pl.data import Collator, Example
+from pdtrim_pl.data.collate import Batch
+from pdtrim_pl.evaluation.quality import measure_quality
+from pdtrim_pl.evaluation.recall import measure_recall
+from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
+from pdtrim_pl.plan import Relation, StagePlan
+from pdtrim_pl.search import Narrowing, narrow
+from pdtrim_pl.sizing.cost import CostModel
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.description import reference_to
+
+MODEL = "smollm2-135m"
+SIZE, PROMPT, TOGETHER = 128, 64, 8
+BETWEEN, REPEATS = 320, 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tune", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("--leave", action="append", required=True, help="stage:part:count, one after the other")
+    parser.add_argument("--criterion", default="ActivationTimesWeight")
+    parser.add_argument("--no-repair", action="store_true")
+    parser.add_argument("--relation", choices=get_args(Relation), default="nested")
+    parser.add_argument("--examples", type=int, default=160, help="of 128 tokens, to choose and to refit on")
+    parser.add_argument("--test", dest="tested", type=int, default=96, help="examples of the figures")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    teacher, student = (StagedCausalLM(load_causal_lm(MODEL, dtype=torch.float32)).eval() for _ in range(2))
+    student.apply_plan(StagePlan.full(reference_to(student.model, MODEL), options.relation))
+    text, test = (tokens_of(path) for path in (options.tune, options.test))
+    context = ScoringContext(student, teacher, requests(text, options.examples))
+    criterion: WidthCriterion = getattr(criteria, options.criterion)()
+    began = time.monotonic()
+    for turn, line in enumerate(options.leave):
+        target, part, count = line.split(":")
+        asked = Narrowing(target, part, int(count), criterion, not options.no_repair, round=turn)
+        found = narrow(context, student.plan, asked, context.batches)
+        student.apply_plan(found.plan, refits=found.refits)
+    seconds = time.monotonic() - began
+    costs = CostModel.of(student, PROMPT, SIZE - PROMPT).shares(student.plan)
+    row = {
+        "leave": options.leave, "criterion": criterion.name, "repair": not options.no_repair,
+        "prefill_flops": costs.prefill_flops, "decode_bytes": costs.decode_bytes,
+        "kl": measure_quality(student, teacher, requests(test, options.tested)).kl,
+        "recall": measure_recall(student, repeated(test)), "seconds": seconds, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    print(json.dumps(row) if options.json else "  ".join(f"{key} {value}" for key, value in row.items()))
+    return 0
+
+
+def requests(tokens: torch.Tensor, count: int) -> list[Batch]:
+    rows = [Example(row[:PROMPT], row[PROMPT:]) for row in tokens[: count * SIZE].view(count, SIZE)]
+    return [Collator(0)(rows[first : first + TOGETHER]) for first in range(0, count, TOGETHER)]
+
+
+def repeated(tokens: torch.Tensor) -> list[Batch]:
+    """Repeated texts; the first quarter of the repetition belongs to the prompt, so that it is known as one."""
+    known, batches = SIZE // 4, []
+    for start in range(0, 2000 * REPEATS, 2000):
+        again, between = tokens[start : start + SIZE], tokens[start + 700 : start + 700 + BETWEEN]
+        batches.append(Collator(0)([Example(torch.cat([again, between, again[:known]]), again[known:])]))
+    return batches
+
+
+def tokens_of(path: Path) -> torch.Tensor:
+    return torch.tensor(load_tokenizer(MODEL)(path.read_text(encoding="utf-8"))["input_ids"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""Criteria for channels and query heads: how much it hurts that one of them leaves a block in a stage.
+
+Shapes: I inputs of a block's last layer (of its MLP or its attention), H hidden, U units: channels, or heads of
+S = I / U inputs each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pdtrim_pl.merging.least_squares import ridge_solution
+
+RIDGE = 1e-3
+"""What is added to the diagonal of the Gram matrix, as a share of its mean, so that it can be inverted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a last layer saw of the calibration text, at the real tokens of the stages that lose units of it."""
+
+    weight: Tensor
+    """Of the layer, fp32 [H, I]."""
+    gram: Tensor
+    """Products of its inputs with each other, summed over tokens, fp64 [I, I]."""
+    units: Tensor
+    """Numbers of the units in the original block, rising [U]."""
+    first_order: Tensor | None = None
+    """|gradient of an example's response loss times what the unit adds|, summed over examples [U]; where asked for."""
+
+    @property
+    def size(self) -> int:
+        """Inputs of a unit, S."""
+        return len(self.gram) // len(self.units)
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Sums over the inputs of every unit, [I] -> [U]."""
+        return values.view(-1, self.size).sum(1)
+
+    def only(self, units: Collection[int]) -> Seen:
+        """What the layer saw of some units, its weights as they are."""
+        stay = self._marked(units)
+        left = stay.repeat_interleave(self.size)
+        first_order = None if self.first_order is None else self.first_order[stay]
+        return Seen(self.weight[:, left], self.gram[left][:, left], self.units[stay], first_order)
+
+    def refitted(self, units: Collection[int]) -> Seen:
+        """What the layer saw of some units, its weights refitted to do without the others."""
+        left = self._marked(units).repeat_interleave(self.size)
+        if bool(left.all()):
+            return self
+        cross = self.gram[left][:, ~left] @ self.weight[:, ~left].T.double()
+        seen = self.only(units)
+        return replace(seen, weight=seen.weight + ridge_solution(seen.gram, cross, RIDGE).T.to(seen.weight.dtype))
+
+    def _marked(self, units: Collection[int]) -> Tensor:
+        return torch.isin(self.units, torch.tensor(sorted(units), device=self.units.device))
+
+
+class WidthCriterion(ABC):
+    """Scores the units of one block. A subclass names itself and writes `harm`."""
+
+    name: ClassVar[str]
+    """Under this name its choices stand in the plan's history."""
+    rounds: ClassVar[int] = 1
+    """How often it scores anew while units leave a block, each time after what is left was refitted."""
+    wants_gradients: ClassVar[bool] = False
+    """Whether it looks at `Seen.first_order`."""
+
+    @abstractmethod
+    def harm(self, seen: Seen) -> Tensor:
+        """How much each unit would be missed, lower is less, [U]."""
+
+
+class ActivationNorm(WidthCriterion):
+    """Norm of what a unit gives to the last layer (Minitron, arXiv 2407.14679)."""
+
+    name = "activation_norm"
+
+    def harm(self, seen: Seen) -> Tensor:
+        return seen.per_unit(seen.gram.diagonal()).sqrt()
+
+
+class ActivationTimesWeight(WidthCriterion):
+    """Norm of a unit's inputs times the norm of the weights that read them (Wanda, arXiv 2306.11695, by columns)."""
+
+    name = "activation_times_weight"
+
+    def harm(self, seen: Seen) -> Tensor:
+        return seen.per_unit(seen.gram.diagonal() * seen.weight.double().square().sum(0)).sqrt()
+
+
+class UnitTaylor(WidthCriterion):
+    """First-order change of the response loss without the unit (arXiv 1611.06440, on channels and heads)."""
+
+    name = "unit_taylor"
+    wants_gradients = True
+
+    def harm(self, seen: Seen) -> Tensor:
+        assert seen.first_order is not None
+        return seen.first_order
+
+
+class LeastSquaresError(WidthCriterion):
+    """Squared error of the last layer's output without the unit, after the best repair by all others.
+
+    With the inverse G of the Gram matrix it is tr(W G^-1 W') over the unit's own weights W and its part of G: Optimal
+    Brain Surgeon (arXiv 2301.00774, equation 3, for whole units). Units leave in `rounds`, refitted after each.
+    """
+
+    name = "least_squares"
+    rounds = 8
+
+    def harm(self, seen: Seen) -> Tensor:
+        size = seen.size
+        damped = seen.gram + torch.eye(len(seen.gram), dtype=torch.float64, device=seen.gram.device) * (
+            RIDGE * seen.gram.diagonal().mean().clamp_min(1e-12)
+        )
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        if size == 1:
+            return seen.weight.double().square().sum(0) / inverse.diagonal()
+        units = len(inverse) // size
+        own = torch.stack([inverse[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(units)])
+        weight = seen.weight.double().T.reshape(units, size, -1)
+        return (torch.linalg.solve(own, weight) * weight).sum((1, 2))

@@ -1,0 +1,180 @@
+"""What a plan says: which blocks each stage runs, and how wide they are there. Read from JSON, checked, written again.
+
+Imports no torch. Blocks, channels and heads are always named by their number in the original model, from 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.plan.json_files import check_format, read_json, write_whole
+from pdtrim_pl.plan.stages import PARTS, STAGES, Boundary, ModelRef, Part, Relation, Removal, Stage
+from pdtrim_pl.plan.validity import plan_faults
+from pdtrim_pl.plan.width import Width, canonical, width_faults
+
+PLAN_FORMAT = "pdtrim.stage_plan/2"
+FIRST_PLAN_FORMAT = "pdtrim.stage_plan/1"
+"""The same without widths; it is still read."""
+PLAN_FILE = "stage_plan.json"
+_EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class PlannedStages:
+    """The blocks that each stage runs, in original order: P in `prefill`, D in `decode`.
+
+    Raises:
+        UserError: the contract cannot run this plan. The message names every fault.
+    """
+
+    model: ModelRef
+    prefill: tuple[int, ...]
+    decode: tuple[int, ...]
+    relation: Relation = "nested"
+    boundary: Boundary = "prefill"
+    merged: Mapping[Stage, Mapping[int, tuple[int, ...]]] = field(default_factory=lambda: _EMPTY)
+    """Per stage: merged block -> the run of original blocks that it replaces, itself included."""
+    untied: Mapping[Stage, tuple[int, ...]] = field(default_factory=lambda: _EMPTY)
+    """Per stage: blocks for which the stage has weights of its own instead of the shared ones."""
+    history: tuple[Removal, ...] = ()
+    """Every removal that led to this plan, in order."""
+    widths: Mapping[Stage, Mapping[int, Width]] = field(default_factory=lambda: _EMPTY)
+    """Per stage: narrowed block -> the MLP channels and query heads that it keeps."""
+
+    def __post_init__(self) -> None:
+        blocks: dict[Stage, tuple[int, ...]] = {"prefill": self.prefill, "decode": self.decode}
+        faults = plan_faults(self.model.num_blocks, blocks, self.relation, self.boundary, self.merged, self.untied)
+        faults += width_faults(self.model, blocks, self.relation, self.widths)
+        if faults:
+            raise UserError("This stage plan cannot be run: " + "; ".join(faults) + ".")
+        merged = {stage: MappingProxyType(dict(self.merged.get(stage, {}))) for stage in STAGES}
+        untied = {stage: tuple(self.untied.get(stage, ())) for stage in STAGES}
+        object.__setattr__(self, "merged", MappingProxyType(merged))
+        object.__setattr__(self, "untied", MappingProxyType(untied))
+        widths = {stage: MappingProxyType(cut) for stage, cut in canonical(self.model, self.widths).items()}
+        object.__setattr__(self, "widths", MappingProxyType(widths))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Read-only mappings cannot be pickled, and a model that holds a plan must be copied and sent to processes.
+        merged = {stage: dict(runs) for stage, runs in self.merged.items()}
+        widths = {stage: dict(cut) for stage, cut in self.widths.items()}
+        shared = (self.model, self.prefill, self.decode, self.relation, self.boundary)
+        return type(self), (*shared, merged, dict(self.untied), self.history, widths)
+
+    @classmethod
+    def full(cls, model: ModelRef, relation: Relation = "nested", boundary: Boundary = "prefill") -> Self:
+        """The plan of the unpruned model: both stages run every block."""
+        every = tuple(range(model.num_blocks))
+        return cls(model, every, every, relation, boundary)
+
+    def blocks(self, stage: Stage) -> tuple[int, ...]:
+        """Original indices of the blocks that `stage` runs, in order."""
+        return self.prefill if stage == "prefill" else self.decode
+
+    def removed(self, stage: Stage) -> tuple[int, ...]:
+        """Original indices of the blocks that `stage` no longer runs, in order."""
+        kept = set(self.blocks(stage))
+        return tuple(block for block in range(self.model.num_blocks) if block not in kept)
+
+    @property
+    def kv_only(self) -> tuple[int, ...]:
+        """Blocks of D that prefill does not run: it only projects their keys and values."""
+        kept = set(self.prefill)
+        return tuple(block for block in self.decode if block not in kept)
+
+    def width(self, stage: Stage, block: int) -> Width:
+        """What a block keeps in a stage; everything where the plan says nothing."""
+        return self.widths[stage].get(block, Width())
+
+    def widest(self, stage: Stage) -> dict[Part, int]:
+        """Channels and query heads of every block of an exported stage: as many as its widest one keeps.
+
+        Parts that no block of the stage has lost anything of are left out.
+        """
+        found: dict[Part, int] = {}
+        for part in PARTS:
+            kept = [self.width(stage, block).kept(part) for block in self.blocks(stage)]
+            lost = [len(numbers) for numbers in kept if numbers is not None]
+            if lost:
+                whole = self.model.sizes[part] if len(lost) < len(kept) else None
+                found[part] = whole or max(lost)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as the `pdtrim.stage_plan/2` object. Empty optional keys are left out."""
+        out: dict[str, Any] = {
+            "format": PLAN_FORMAT,
+            "model": {name: value for name, value in vars(self.model).items() if value is not None},
+            "relation": self.relation,
+            "boundary": self.boundary,
+            "prefill": {"blocks": list(self.prefill), "kv_only": list(self.kv_only)},
+            "decode": {"blocks": list(self.decode)},
+            "merged": {stage: {str(k): list(v) for k, v in self.merged[stage].items()} for stage in STAGES},
+            "history": [entry.to_json() for entry in self.history],
+        }
+        if any(self.untied.values()):
+            out["untied"] = {stage: list(self.untied[stage]) for stage in STAGES}
+        if any(self.widths.values()):
+            out["widths"] = {s: {str(k): v.to_json() for k, v in self.widths[s].items()} for s in STAGES}
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read a `pdtrim.stage_plan/2` object, or one of version 1, which has no widths.
+
+        Raises:
+            UserError: wrong format or version, missing keys, or a plan that cannot be run.
+        """
+        check_format(data, PLAN_FORMAT, "stage plan", FIRST_PLAN_FORMAT)
+        try:
+            plan = cls(
+                model=ModelRef(**data["model"]),
+                prefill=tuple(data["prefill"]["blocks"]),
+                decode=tuple(data["decode"]["blocks"]),
+                relation=data["relation"],
+                boundary=data["boundary"],
+                merged={s: {_block(k): tuple(v) for k, v in data["merged"].get(s, {}).items()} for s in STAGES},
+                untied={s: tuple(data.get("untied", {}).get(s, ())) for s in STAGES},
+                history=tuple(Removal(**entry) for entry in data.get("history", ())),
+                widths={
+                    s: {_block(k): Width.from_json(v) for k, v in data.get("widths", {}).get(s, {}).items()}
+                    for s in STAGES
+                },
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"The stage plan is malformed near {error}. Write it with `StagePlan.save`.") from error
+        if list(plan.kv_only) != list(data["prefill"].get("kv_only", plan.kv_only)):
+            raise UserError(
+                f"`prefill.kv_only` is {data['prefill']['kv_only']}, but the decode blocks that prefill does not run "
+                f"are {list(plan.kv_only)}. Remove the key or mend the blocks."
+            )
+        return plan
+
+    def save(self, path: Path) -> None:
+        """Write the plan as indented JSON."""
+        write_whole(path, json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a plan file.
+
+        Raises:
+            UserError: the file is missing, malformed or holds an invalid plan. The message names the file.
+        """
+        data = read_json(path, "stage plan")
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+
+def _block(key: str) -> int:
+    if not key.isdecimal():
+        raise UserError(f"`merged` or `widths` has the key {key!r}, which is not a block number.")
+    return int(key)
