@@ -14,56 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel
 
+from pdtrim_pl.evaluation.step_times import compare_steps
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.decoding import DecodeLoop, stream
-
-Clocks = tuple[float, float]
-"""Wall-clock seconds, and CPU seconds of this process."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Times of one step of both sides."""
-
-    ours: Clocks
-    theirs: Clocks
-
-
-class Turns(StoppingCriteria):
-    """Never stops. `generate` calls it after every token: it records the time, and lets our side take a step."""
-
-    def __init__(self, loop: DecodeLoop) -> None:
-        self.loop = loop
-        self.steps: list[Step] = []
-        self._since: Clocks | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        since, between = self._since, clocks()
-        next(self.loop)
-        self._since = clocks()
-        if since is not None:  # None at the first token, which prefill predicts
-            self.steps.append(Step(passed(between, self._since), passed(since, between)))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def clocks() -> Clocks:
-    return time.perf_counter(), time.process_time()
-
-
-def passed(since: Clocks, now: Clocks) -> Clocks:
-    return now[0] - since[0], now[1] - since[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,8 +60,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def models(options: argparse.Namespace) -> tuple[StagedCausalLM, PreTrainedModel]:
     """Our model and the Hugging Face model. Each has its own weights, since a gated model cannot run by itself."""
     ours, theirs = (load_causal_lm(options.model, dtype=getattr(torch, options.dtype)).eval() for _ in range(2))
-    assert theirs.generation_config is not None
-    theirs.generation_config.eos_token_id = None
     return StagedCausalLM(ours), theirs
 
 
@@ -110,18 +69,12 @@ def measured(
     """Medians over the steps of one batch size and prompt length."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, theirs.config.vocab_size, (batch, prompt), generator=draw)
-    new = 1 + options.warmup + options.steps
-    turns = Turns(stream(ours, ids, max_new_tokens=new))
-    theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([turns]),
-    )  # fmt: skip
-    steps = turns.steps[options.warmup :]
+    steps = compare_steps(ours, theirs, ids, steps=options.steps, warmup=options.warmup)
     found = {
-        "ratio": round(median(step.ours[0] / step.theirs[0] for step in steps), 3),
-        "cpu_ratio": round(median(step.ours[1] / step.theirs[1] for step in steps), 3),
-        "ms": round(1000 * median(step.ours[0] for step in steps), 2),
-        "hf_ms": round(1000 * median(step.theirs[0] for step in steps), 2),
+        "ratio": round(median(step.ours.wall / step.theirs.wall for step in steps), 3),
+        "cpu_ratio": round(median(step.ours.cpu / step.theirs.cpu for step in steps), 3),
+        "ms": round(1000 * median(step.ours.wall for step in steps), 2),
+        "hf_ms": round(1000 * median(step.theirs.wall for step in steps), 2),
     }
     if not options.json:
         print(f"batch {batch}, prompt {prompt}: {found}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ commands:
   predict    generate responses for the prompts of the test (else validation) part
   export     write the prefill/decode pair of a checkpoint
   policy     choose how the KV of an exported pair crosses, for a number of bytes; no training
+  bench      times and bytes of an exported pair, compared with its dense model
   generate   stream text from an exported pair: a prefill and a decode process
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
@@ -67,7 +69,7 @@ def _main(args: list[str]) -> int:
     if command == "--version":
         print(f"pdtrim_pl {__version__}")
         return 0
-    if command not in (*TRAINER_COMMANDS, "export", "policy", "generate", "compare", "submit"):
+    if command not in (*TRAINER_COMMANDS, "export", "policy", "bench", "generate", "compare", "submit"):
         print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     _log_to_stderr()
@@ -97,6 +99,8 @@ def _run(command: str, args: list[str]) -> int:
         return _export(args[1:])
     if command == "policy":
         return _policy(args[1:])
+    if command == "bench":
+        return _bench(args[1:])
     if command == "compare":
         from pdtrim_pl.cli.compare import run as compare
 
@@ -174,6 +178,28 @@ def _policy(args: list[str]) -> int:
     from pdtrim_pl.export.choose_policy import choose_policy
 
     print(choose_policy(**options.as_dict()))
+    return 0
+
+
+def _bench(args: list[str]) -> int:
+    from pdtrim_pl.cli.parsing import OneLineErrors
+
+    parser = OneLineErrors(prog="pdtrim bench", description="Time an exported pair beside its dense model, in turns.")
+    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
+    parser.add_argument("--model", type=str | None, help="the dense model, if it is not where the plan says")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--prompts", type=list[int], default=[256, 1024], help="tokens of a prompt")
+    parser.add_argument("--batch_sizes", type=list[int], default=[1, 8])
+    parser.add_argument("--new_tokens", type=int, default=32, help="tokens of a response")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--links", type=list[float], default=[1.0, 10.0, 100.0], help="Gbit/s between the nodes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args(args)
+    from pdtrim_pl.serving.bench import Load, bench, lines
+
+    load = Load(options.prompts, options.batch_sizes, options.new_tokens, options.repeats, options.links)
+    found = bench(options.export, model=options.model, device=options.device, load=load)
+    print(json.dumps(found) if options.json else lines(found))
     return 0
 
 

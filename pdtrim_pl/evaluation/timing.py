@@ -41,6 +41,8 @@ class Timing:
     new_tokens: int
     batch_size: int
     device: str
+    turns: tuple[tuple[StageTimes, StageTimes], ...] = ()
+    """Times of every repeat: the dense variant, then the trimmed one."""
 
     @property
     def prefill_speedup(self) -> float:
@@ -115,7 +117,8 @@ def measure_timing(
                 if turn > 0:
                     times.append(measured)
     dense, trimmed = (_medians(times) for times in turns)
-    return Timing(dense, trimmed, prompt_tokens, new_tokens, batch_size, device.type)
+    pairs = tuple(zip(*turns, strict=True))
+    return Timing(dense, trimmed, prompt_tokens, new_tokens, batch_size, device.type, pairs)
 
 
 def _time_once(
