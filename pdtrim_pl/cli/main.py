@@ -126,6 +126,7 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("--top_k", type=int | None, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--verify", action="store_true", help="compare the weights' hashes with pair.json first")
     options = parser.parse_args(args)
     from pdtrim_pl.serving.generate import generate_text
 
@@ -143,13 +144,21 @@ def _generate(args: list[str]) -> int:
 def _export(args: list[str]) -> int:
     from pdtrim_pl.cli.parsing import OneLineErrors
 
+    manifest = any(each.partition("=")[0] == "--manifest" for each in args)
     parser = OneLineErrors(prog="pdtrim export", description="Write the prefill/decode pair of a checkpoint.")
-    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of a `pdtrim fit` run")
-    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--ckpt_path", type=Path, required=not manifest, help="checkpoint of a `pdtrim fit` run")
+    parser.add_argument("--output", type=Path, required=not manifest, help="directory to make")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --output")
     parser.add_argument("--model", type=str | None, help="where the model is now, if not where the checkpoint says")
+    parser.add_argument("--manifest", type=Path | None, help="only write pair.json anew, into this export")
     options = parser.parse_args(args)
+    export = options.pop("manifest")
+    if export is not None:
+        from pdtrim_pl.plan import write_manifest
+
+        print(write_manifest(export))
+        return 0
     from pdtrim_pl.export.from_checkpoint import export_checkpoint
 
     print(export_checkpoint(**options.as_dict()))
