@@ -31,6 +31,7 @@ commands:
   export     write the prefill/decode pair of a checkpoint
   policy     choose how the KV of an exported pair crosses, for a number of bytes; no training
   generate   stream text from an exported pair: a prefill and a decode process
+  eval       tasks of lm-evaluation-harness on an exported pair
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
 
@@ -67,7 +68,7 @@ def _main(args: list[str]) -> int:
     if command == "--version":
         print(f"pdtrim_pl {__version__}")
         return 0
-    if command not in (*TRAINER_COMMANDS, "export", "policy", "generate", "compare", "submit"):
+    if command not in (*TRAINER_COMMANDS, "export", "policy", "generate", "eval", "compare", "submit"):
         print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     _log_to_stderr()
@@ -97,6 +98,8 @@ def _run(command: str, args: list[str]) -> int:
         return _export(args[1:])
     if command == "policy":
         return _policy(args[1:])
+    if command == "eval":
+        return _eval(args[1:])
     if command == "compare":
         from pdtrim_pl.cli.compare import run as compare
 
@@ -183,6 +186,30 @@ def _policy(args: list[str]) -> int:
     from pdtrim_pl.export.choose_policy import choose_policy
 
     print(choose_policy(**options.as_dict()))
+    return 0
+
+
+def _eval(args: list[str]) -> int:
+    from pdtrim_pl.cli.parsing import OneLineErrors
+
+    parser = OneLineErrors(prog="pdtrim eval", description="Run tasks of lm-evaluation-harness on an exported pair.")
+    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
+    parser.add_argument("--tasks", type=str, required=True, help="names, with commas; `lm_eval ls tasks` lists them")
+    parser.add_argument(
+        "--mode", choices=["disaggregated", "unified", "dense"], default="disaggregated",
+        help="both halves as they serve, the decode checkpoint alone, or the unpruned model",
+    )  # fmt: skip
+    parser.add_argument("--model", type=str | None, help="where the unpruned model is now, for --mode dense")
+    parser.add_argument("--num_fewshot", type=int | None, help="examples in a prompt, if not what the task says")
+    parser.add_argument("--limit", type=int | None, help="most documents of a task, for a try")
+    parser.add_argument("--batch_size", type=str, default="1", help="a number, or auto")
+    parser.add_argument("--device", type=str | None, help="cuda if there is a GPU, else cpu")
+    parser.add_argument("--include_path", type=Path | None, help="folder with further task files")
+    parser.add_argument("--output", type=Path | None, help="file for the results as JSON")
+    options = parser.parse_args(args)
+    from pdtrim_pl.harness.evaluate import evaluate_pair
+
+    print(evaluate_pair(**options.as_dict()))
     return 0
 
 
