@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from pdtrim_pl.cli.main import main
 from pdtrim_pl.export import export_pair, load_stage, validate_file
 from pdtrim_pl.export.schemas import validate
+from pdtrim_pl.models.architectures import architecture_of
 from pdtrim_pl.plan import (
     PAIR_FILE,
     PAIR_FORMAT,
@@ -33,6 +34,7 @@ from pdtrim_pl.plan import (
     Retention,
     Stage,
     StagePlan,
+    Width,
     write_manifest,
 )
 from pdtrim_pl.serving import messages as say
@@ -134,6 +136,17 @@ def test_halves_with_different_kinds_of_blocks_are_a_pair(
     plan = replace(StagePlan.full(reference_to(model, "tiny"), "free"), prefill=prefill, decode=decode)
     export = export_pair(StagedCausalLM(model, plan), tmp_path / "pair", tokenizer=None)
     validate_file(export / PAIR_FILE, PAIR_FORMAT)
+    assert ExportedPair.read(export, verify=True).plan == plan
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_halves_of_unlike_width_are_a_pair(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    heads = (1, 2) if "heads" in architecture_of(model.config).cuts else None
+    plan = StagePlan.full(reference_to(model, "tiny"))
+    for block in plan.decode:
+        plan = plan.narrow("decode", block, Width((0, 3, 6, 9), heads))
+    export = export_pair(StagedCausalLM(model, plan), tmp_path / "pair", tokenizer=None)
     assert ExportedPair.read(export, verify=True).plan == plan
 
 
