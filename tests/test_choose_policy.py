@@ -13,7 +13,7 @@ from pdtrim_pl.data import Collator, Example
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.export import export_pair, load_plan_and_policy, load_stage, validate_file
 from pdtrim_pl.models.pretrained import load_causal_lm
-from pdtrim_pl.plan import KVRetentionPolicy, Retention
+from pdtrim_pl.plan import KVRetentionPolicy, PairManifest, Retention
 from pdtrim_pl.selectors.allocation import codec_of
 from pdtrim_pl.selectors.of_pair import PairMeasures
 from pdtrim_pl.staged import StagedCausalLM
@@ -32,11 +32,12 @@ def export(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 def test_a_policy_is_chosen_for_a_pair_and_written_into_it(
     export: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    before = (export / "kv_policy.json").read_text()
+    before, pair = (export / "kv_policy.json").read_text(), PairManifest.load(export)
     asked = ["policy", "--export", str(export), "--reduction", "6", "--examples", "2", "--max_length", "64",
              "--prompt_tokens", "64", "--min_recall", "0"]  # fmt: skip
     assert cli.main([*asked, "--output", str(tmp_path / "other.json")]) == 0
     assert (export / "kv_policy.json").read_text() == before
+    assert PairManifest.load(export) == pair
     assert cli.main(asked) == 0
     plan, policy = load_plan_and_policy(export)
     assert validate_file(tmp_path / "other.json") == policy.to_json(plan)
@@ -44,6 +45,8 @@ def test_a_policy_is_chosen_for_a_pair_and_written_into_it(
     assert all(rule.keep == "all" for rule in policy.rules.values())
     assert capsys.readouterr().out.splitlines()[-1] == str(export / "kv_policy.json")
     assert load_stage(export, "decode").policy == policy
+    assert PairManifest.load(export) == PairManifest.of(export)
+    assert PairManifest.load(export).differences(pair) == ["the policy (kv_policy.json)", "the codecs"]
 
 
 def test_the_figures_of_a_pair_are_those_of_the_student(export: Path, tiny_llama_dir: Path) -> None:

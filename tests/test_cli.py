@@ -351,7 +351,7 @@ def test_a_value_error_that_an_expression_of_ours_runs_into_shows_where_it_comes
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing(monkeypatch, lambda: StagePlan.full(ModelRef("x", "llama", "many")))  # type: ignore[arg-type]
-    monkeypatch.setattr("pdtrim_pl.plan.stage_plan.range", int, raising=False)  # as a slip in our own code would be
+    monkeypatch.setattr("pdtrim_pl.plan.planned_stages.range", int, raising=False)  # as a slip in our own code would be
     assert main(["fit"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback (most recent call last):")

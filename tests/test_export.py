@@ -1,5 +1,6 @@
 """Export and load: the pair computes what the student computes, and nothing is lost on the way."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -34,7 +35,7 @@ from pdtrim_pl.export import (
 )
 from pdtrim_pl.export.checkpoints import cast
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
-from pdtrim_pl.plan import STAGES, Boundary, KVRetentionPolicy, Retention, Stage, StagePlan
+from pdtrim_pl.plan import STAGES, Boundary, KVRetentionPolicy, Retention, Stage, StagePlan, write_manifest
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 
@@ -376,6 +377,7 @@ def test_logits_that_differ_are_refused(tmp_path: Path) -> None:
     export = export_pair(student, tmp_path / "export", tokenizer=None)
     settings = json.loads((export / "decode" / "config.json").read_text())
     (export / "decode" / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.5}))
+    write_manifest(export)
     with pytest.raises(ValueError, match="does not compute the student's logits: they differ by"):
         verify_pair(export, student)
     student.apply_plan(StagePlan.full(student.plan.model))
@@ -456,6 +458,8 @@ def test_a_damaged_export_is_refused_with_the_files_name(
     export = tmp_path / "export"
     shutil.copytree(sound_export, export)
     damage(export)
+    with contextlib.suppress(ValueError):  # the damage is accepted as a change, so that loading goes on
+        write_manifest(export)
     with pytest.raises(ValueError, match=fault):
         load_stage(export, "prefill")
 

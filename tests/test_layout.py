@@ -25,7 +25,7 @@ FLOORS = (
     {"strategies", "evaluation"},
     {"criteria", "selectors", "merging", "export"},
     {"module", "sizing", "serving"},
-    {"search"},
+    {"search", "harness"},
     {"compare", "callbacks"},
     {"cli"},
 )

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from pdtrim_pl.data.prompts import joined_stop_ids
 from pdtrim_pl.export.pair import export_pair
-from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, Retention, StagePlan, handled_positions
+from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, Retention, StagePlan, handled_positions, write_manifest
 from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of, text_pieces
 from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
@@ -276,7 +276,9 @@ def test_a_response_whose_end_only_the_tokenizer_knows_is_one_token_long(
     (export / "decode" / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
     tokenizer: Any = AutoTokenizer.from_pretrained(export / "prefill")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
-    tokenizer.save_pretrained(export / "prefill")
+    for stage in ("prefill", "decode"):
+        tokenizer.save_pretrained(export / stage)
+    write_manifest(export)
     out, err = io.StringIO(), io.StringIO()
     generate_text(export, "Hi", max_new_tokens=12, device="cpu", out=out, err=err)
     assert "new      1 tokens" in err.getvalue()
@@ -286,9 +288,11 @@ def test_generate_refuses_what_it_cannot_serve(text_pair: tuple[Path, StagedCaus
     bare = tmp_path / "bare"
     shutil.copytree(text_pair[0], bare)
     (bare / "prefill" / "tokenizer_config.json").unlink()
+    write_manifest(bare)
     plain = tmp_path / "plain"
     shutil.copytree(text_pair[0], plain)
     (plain / "prefill" / "chat_template.jinja").unlink()
+    write_manifest(plain)
 
     def refused(match: str, export: Path = text_pair[0], prompt: str = "Hi", **settings: Any) -> None:
         out = io.StringIO()
@@ -354,6 +358,7 @@ def test_a_damaged_checkpoint_is_named_when_the_workers_start(
     shutil.copytree(text_pair[0], damaged)
     weights = damaged / "decode" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    write_manifest(damaged)
     with (
         pytest.raises(ValueError, match=r"The decode worker refused: .*model\.safetensors cannot be used"),
         DisaggregatedRuntime(damaged, devices=ON_CPU, start_timeout=120),

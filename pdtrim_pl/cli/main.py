@@ -33,6 +33,7 @@ commands:
   policy     choose how the KV of an exported pair crosses, for a number of bytes; no training
   bench      times and bytes of an exported pair, compared with its dense model
   generate   stream text from an exported pair: a prefill and a decode process
+  eval       tasks of lm-evaluation-harness on an exported pair
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
 
@@ -69,7 +70,7 @@ def _main(args: list[str]) -> int:
     if command == "--version":
         print(f"pdtrim_pl {__version__}")
         return 0
-    if command not in (*TRAINER_COMMANDS, "export", "policy", "bench", "generate", "compare", "submit"):
+    if command not in (*TRAINER_COMMANDS, "export", "policy", "bench", "generate", "eval", "compare", "submit"):
         print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     _log_to_stderr()
@@ -101,6 +102,8 @@ def _run(command: str, args: list[str]) -> int:
         return _policy(args[1:])
     if command == "bench":
         return _bench(args[1:])
+    if command == "eval":
+        return _eval(args[1:])
     if command == "compare":
         from pdtrim_pl.cli.compare import run as compare
 
@@ -130,6 +133,7 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("--top_k", type=int | None, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--verify", action="store_true", help="compare the weights' hashes with pair.json first")
     options = parser.parse_args(args)
     from pdtrim_pl.serving.generate import generate_text
 
@@ -147,13 +151,21 @@ def _generate(args: list[str]) -> int:
 def _export(args: list[str]) -> int:
     from pdtrim_pl.cli.parsing import OneLineErrors
 
+    manifest = any(each.partition("=")[0] == "--manifest" for each in args)
     parser = OneLineErrors(prog="pdtrim export", description="Write the prefill/decode pair of a checkpoint.")
-    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of a `pdtrim fit` run")
-    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--ckpt_path", type=Path, required=not manifest, help="checkpoint of a `pdtrim fit` run")
+    parser.add_argument("--output", type=Path, required=not manifest, help="directory to make")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --output")
     parser.add_argument("--model", type=str | None, help="where the model is now, if not where the checkpoint says")
+    parser.add_argument("--manifest", type=Path | None, help="only write pair.json anew, into this export")
     options = parser.parse_args(args)
+    export = options.pop("manifest")
+    if export is not None:
+        from pdtrim_pl.plan import write_manifest
+
+        print(write_manifest(export))
+        return 0
     from pdtrim_pl.export.from_checkpoint import export_checkpoint
 
     print(export_checkpoint(**options.as_dict()))
@@ -200,6 +212,29 @@ def _bench(args: list[str]) -> int:
     load = Load(options.prompts, options.batch_sizes, options.new_tokens, options.repeats, options.links)
     found = bench(options.export, model=options.model, device=options.device, load=load)
     print(json.dumps(found) if options.json else lines(found))
+
+
+def _eval(args: list[str]) -> int:
+    from pdtrim_pl.cli.parsing import OneLineErrors
+
+    parser = OneLineErrors(prog="pdtrim eval", description="Run tasks of lm-evaluation-harness on an exported pair.")
+    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
+    parser.add_argument("--tasks", type=str, required=True, help="names, with commas; `lm_eval ls tasks` lists them")
+    parser.add_argument(
+        "--mode", choices=["disaggregated", "unified", "dense"], default="disaggregated",
+        help="both halves as they serve, the decode checkpoint alone, or the unpruned model",
+    )  # fmt: skip
+    parser.add_argument("--model", type=str | None, help="where the unpruned model is now, for --mode dense")
+    parser.add_argument("--num_fewshot", type=int | None, help="examples in a prompt, if not what the task says")
+    parser.add_argument("--limit", type=int | None, help="most documents of a task, for a try")
+    parser.add_argument("--batch_size", type=str, default="1", help="a number, or auto")
+    parser.add_argument("--device", type=str | None, help="cuda if there is a GPU, else cpu")
+    parser.add_argument("--include_path", type=Path | None, help="folder with further task files")
+    parser.add_argument("--output", type=Path | None, help="file for the results as JSON")
+    options = parser.parse_args(args)
+    from pdtrim_pl.harness.evaluate import evaluate_pair
+
+    print(evaluate_pair(**options.as_dict()))
     return 0
 
 

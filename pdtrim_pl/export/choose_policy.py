@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule, TextSource
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
-from pdtrim_pl.plan import POLICY_FILE, KVRetentionPolicy
+from pdtrim_pl.plan import POLICY_FILE, KVRetentionPolicy, PairManifest
 from pdtrim_pl.selectors import BudgetSelector, Effort
 from pdtrim_pl.selectors.of_pair import PairMeasures
 
@@ -23,7 +23,7 @@ def choose_policy(
     min_recall: float = 0.97, exchanges: bool = False, prompt_tokens: int = 1024, device: str = "cpu",
     output: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Choose how the KV of an exported pair crosses, and write it as its `kv_policy.json`.
+    """Choose how the KV of an exported pair crosses, and write it as its `kv_policy.json` and into its `pair.json`.
 
     Args:
         export: the directory of the pair.
@@ -35,7 +35,7 @@ def choose_policy(
         exchanges: see `Effort`.
         prompt_tokens: length of the prompt at which bytes are counted.
         device: where both halves are put.
-        output: the file to write; by default that of the export, which is replaced.
+        output: the file to write; by default that of the export, which is replaced; `pair.json` then has a new id.
 
     Returns:
         The file that was written.
@@ -61,7 +61,10 @@ def choose_policy(
     rules = selector.select(context)
     chosen = KVRetentionPolicy(plan.boundary, policy.kv, rules)
     path = output or export / POLICY_FILE
+    manifest = PairManifest.load(export)
     chosen.save(path, plan)
+    if path.resolve() == (export / POLICY_FILE).resolve():
+        manifest.with_policy(export).save(export)
     log.info(
         "%.2f times fewer bytes for a prompt of %d tokens, at a KL of %.4f nats to the pair sending everything and a "
         "recall of %.3f (everything sent: %.3f).", context.sent_ratio(rules, prompt_tokens), prompt_tokens,

@@ -27,6 +27,7 @@ from pdtrim_pl.plan import (
     POLICY_FORMAT,
     STAGES,
     KVRetentionPolicy,
+    PairManifest,
     Stage,
     StagePlan,
 )
@@ -56,6 +57,7 @@ def load_plan_and_policy(export: Path) -> tuple[StagePlan, KVRetentionPolicy]:
 def load_stage(
     export: Path, stage: Stage, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
     attn_implementation: Literal["sdpa", "eager"] | None = None, architecture: Architecture | None = None,
+    verify: bool = False,
 ) -> StagedCausalLM:  # fmt: skip
     """Load one stage of an export; reads the weights of that stage alone.
 
@@ -66,13 +68,14 @@ def load_stage(
         dtype: element type of the weights; None keeps the checkpoint's.
         attn_implementation: None means `sdpa`, or `eager` if the model needs it.
         architecture: adapter of the model's family; by default the one that the plan names, else the package's own.
+        verify: compare the hashes of the weights with `pair.json` too; sizes and all other hashes always are.
 
     Returns:
         A staged model of this stage's blocks under their original indices, with plan and policy applied. Its plan names
         no untied weights and no widths: the checkpoint holds what its stage keeps, and nothing else.
 
     Raises:
-        UserError: a file is missing, damaged, or contradicts the plan; the message names it.
+        UserError: a file is missing, damaged, not that of `pair.json`, or contradicts the plan; the message names it.
     """
     if stage not in STAGES:
         raise UserError(f"Unknown `stage` {stage!r}: choose one of {', '.join(STAGES)}.")
@@ -87,6 +90,7 @@ def load_stage(
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         architecture = architecture or architecture_of(config)
         _check_config(config, plan, stage, architecture)
+    PairManifest.load(export).check(export, (stage,), verify=verify)
     if attn_implementation is None:
         attn_implementation = attention_for(str(directory), config, architecture)
     model = _load_model(directory, dtype, attn_implementation)

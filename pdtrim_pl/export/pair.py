@@ -20,7 +20,7 @@ from pdtrim_pl.export.checkpoints import write_checkpoint
 from pdtrim_pl.export.kv_only import write_kv_only
 from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.verify import verify_pair
-from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy
+from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy, write_manifest
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
 
@@ -32,7 +32,7 @@ def export_pair(
     dtype: torch.dtype | None = None, overwrite: bool = False, extras: Callable[[Path], None] | None = None,
     origin: Origin | None = None,
 ) -> Path:  # fmt: skip
-    """Write `prefill/`, `decode/`, `stage_plan.json` and `kv_policy.json`: all of them or none.
+    """Write `prefill/`, `decode/`, `stage_plan.json`, `kv_policy.json` and `pair.json`: all of them or none.
 
     The pair appears at `target` only when the reloaded pair has the student's tensors and logits. After any failure an
     earlier export is unchanged.
@@ -75,6 +75,7 @@ def export_pair(
             origin.save(fresh)
         if extras is not None:
             extras(fresh)
+        write_manifest(fresh)
         difference = verify_pair(fresh, staged, dtype=dtype)
         check_target(target, overwrite, origin)  # again: writing a large model takes minutes
         _make_readable(fresh)

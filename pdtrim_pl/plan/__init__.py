@@ -10,6 +10,7 @@ from pdtrim_pl.plan.kv_policy import (
     KVShape,
     handled_positions,
 )
+from pdtrim_pl.plan.manifest import PAIR_FILE, PAIR_FORMAT, PairManifest, write_manifest
 from pdtrim_pl.plan.moves import Move
 from pdtrim_pl.plan.planned_stages import FIRST_PLAN_FORMAT, PLAN_FILE, PLAN_FORMAT
 from pdtrim_pl.plan.retention import KEEP_ALL, Retention
@@ -31,8 +32,8 @@ from pdtrim_pl.plan.structure import Structure
 from pdtrim_pl.plan.width import Width
 
 __all__ = [
-    "BYTES_PER_ELEMENT", "FIRST_PLAN_FORMAT", "FIRST_POLICY_FORMAT", "KEEP_ALL", "NO_CODEC", "ONLY_TARGET", "PARTS",
-    "PLAN_FILE", "PLAN_FORMAT", "POLICY_FILE", "POLICY_FORMAT", "STAGES", "Action", "Boundary", "Codec",
-    "KVRetentionPolicy", "KVShape", "ModelRef", "Move", "Part", "Relation", "Removal", "Retention", "Stage",
-    "StagePlan", "Structure", "Target", "Width", "handled_positions",
+    "BYTES_PER_ELEMENT", "FIRST_PLAN_FORMAT", "FIRST_POLICY_FORMAT", "KEEP_ALL", "NO_CODEC", "ONLY_TARGET", "PAIR_FILE",
+    "PAIR_FORMAT", "PARTS", "PLAN_FILE", "PLAN_FORMAT", "POLICY_FILE", "POLICY_FORMAT", "STAGES", "Action", "Boundary",
+    "Codec", "KVRetentionPolicy", "KVShape", "ModelRef", "Move", "PairManifest", "Part", "Relation", "Removal",
+    "Retention", "Stage", "StagePlan", "Structure", "Target", "Width", "handled_positions", "write_manifest",
 ]  # fmt: skip

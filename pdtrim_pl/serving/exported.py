@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.context import usable_context
-from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy, StagePlan
+from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy, PairManifest, StagePlan
 from pdtrim_pl.plan.json_files import read_json
 
 
@@ -24,11 +24,15 @@ class ExportedPair:
     """Number of token ids."""
 
     @classmethod
-    def read(cls, path: Path) -> ExportedPair:
-        """Read an export's JSON files.
+    def read(cls, path: Path, *, verify: bool = False) -> ExportedPair:
+        """Read an export's JSON files, and compare all files with `pair.json`.
+
+        Args:
+            path: the directory.
+            verify: see `PairManifest.check`.
 
         Raises:
-            UserError: the directory is not an export, or its files contradict each other.
+            UserError: the directory is not an export, or its files contradict each other or `pair.json`.
         """
         wanted = [PLAN_FILE, POLICY_FILE, *(f"{stage}/config.json" for stage in STAGES)]
         missing = [name for name in wanted if not (path / name).is_file()]
@@ -39,6 +43,7 @@ class ExportedPair:
             )
         plan = StagePlan.load(path / PLAN_FILE)
         policy = KVRetentionPolicy.load(path / POLICY_FILE, plan)
+        PairManifest.load(path).check(path, verify=verify)
         config = read_json(path / "decode" / "config.json", "model configuration")
         return cls(path, plan, policy, usable_context(config), config["vocab_size"])
 

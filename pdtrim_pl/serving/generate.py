@@ -23,7 +23,7 @@ UNFINISHED = "\ufffd"
 
 def generate_text(
     export: Path, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, temperature: float = 0.0,
-    top_k: int | None = None, seed: int = 0, device: str = "auto", out: TextIO, err: TextIO,
+    top_k: int | None = None, seed: int = 0, device: str = "auto", verify: bool = False, out: TextIO, err: TextIO,
 ) -> None:  # fmt: skip
     """Generate from an exported pair in two processes. Writes the text to `out` and figures to `err`.
 
@@ -36,6 +36,7 @@ def generate_text(
         top_k: sample among this many most likely tokens; None for all.
         seed: of the sampling.
         device: see `pdtrim_pl.serving.runtime.devices_of`.
+        verify: compare the hashes of the weights with `pair.json` first; reads all of them once more.
         out: receives the text and a final newline.
         err: receives the figures.
 
@@ -43,7 +44,7 @@ def generate_text(
         UserError: a setting cannot be served; the message names it.
         RuntimeError: a worker failed.
     """
-    pair = ExportedPair.read(Path(export))
+    pair = ExportedPair.read(Path(export), verify=verify)
     if not prompt:
         raise UserError("`prompt` is empty: give some text.")
     if pair.plan.model.architecture is not None:

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pdtrim_pl.errors import UserError, is_out_of_memory
-from pdtrim_pl.plan import KVRetentionPolicy
+from pdtrim_pl.plan import KVRetentionPolicy, PairManifest
 from pdtrim_pl.serving import messages as say
+from pdtrim_pl.serving.handshake import agree_on_pair
 from pdtrim_pl.serving.transport import (
     Handover,
     HandoverSender,
@@ -52,8 +53,10 @@ def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
     # Both workers are on this host; a cluster may have set another interface.
     os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
     try:
+        manifest = PairManifest.load(spec.export)
         staged, policy = _load(spec)
         link = open_link(spec.stage, torch.device(spec.device), spec.backend, spec.meeting_point, LINK_TIMEOUT)
+        agree_on_pair(link, manifest)
         worker: type[StageWorker] = PrefillWorker if spec.stage == "prefill" else DecodeWorker
         parent.send(say.Ready())
         worker(staged, policy, link, torch.device(spec.device), parent).serve()

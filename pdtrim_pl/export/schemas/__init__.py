@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan import FIRST_PLAN_FORMAT, FIRST_POLICY_FORMAT, PLAN_FORMAT, POLICY_FORMAT
+from pdtrim_pl.plan import FIRST_PLAN_FORMAT, FIRST_POLICY_FORMAT, PAIR_FORMAT, PLAN_FORMAT, POLICY_FORMAT
 from pdtrim_pl.plan.json_files import check_format, read_json
 
 SCHEMAS: Mapping[str, str] = MappingProxyType(
@@ -22,6 +22,7 @@ SCHEMAS: Mapping[str, str] = MappingProxyType(
         FIRST_PLAN_FORMAT: "stage_plan.1.schema.json",
         POLICY_FORMAT: "kv_policy.schema.json",
         FIRST_POLICY_FORMAT: "kv_policy.1.schema.json",
+        PAIR_FORMAT: "pair.schema.json",
     }
 )
 """Format and version -> file of this package."""
@@ -31,6 +32,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
         FIRST_PLAN_FORMAT: "stage plan",
         POLICY_FORMAT: "KV policy",
         FIRST_POLICY_FORMAT: "KV policy",
+        PAIR_FORMAT: "manifest of a pair",
     }
 )
 
@@ -54,7 +56,7 @@ def validate(data: Any, format: str) -> None:
 
 
 def validate_file(path: Path, format: str | None = None, earlier: str | None = None) -> Any:
-    """Check a `stage_plan.json` or `kv_policy.json` against its schema, and return what it holds.
+    """Check a `stage_plan.json`, `kv_policy.json` or `pair.json` against its schema, and return what it holds.
 
     Args:
         path: the file.
