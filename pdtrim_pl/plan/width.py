@@ -26,8 +26,9 @@ class Width:
 
     @cached_property
     def _hash(self) -> int:
-        # Passes look up what they keep of a width; thousands of numbers are hashed once.
-        return hash((self.channels, self.heads))
+        # Every pass looks widths up, so their thousands of numbers are hashed only once. A copy that is sent to another
+        # process takes this number along: before Python 3.12, the hash of None differs between processes.
+        return hash((self.channels or (), self.heads or ()))
 
     def kept(self, part: Part) -> tuple[int, ...] | None:
         """The numbers that are kept of one part; None where all are."""
