@@ -97,9 +97,9 @@ class WidthDrop(RemovalRounds):
         assert isinstance(pl_module, PDTrimModule)
         student, plan = pl_module.student, pl_module.plan
         due = [epoch for epoch in self.epochs if epoch not in self.done]
-        total = sum(self._count(plan, self.schedule[epoch]) for epoch in due)
-        if not total:
+        if not due:
             return
+        total = sum(self._count(plan, self.schedule[epoch]) for epoch in due)
         cut = check_units(student.architecture.cuts.get(self.part), plan, self._narrowing(plan, total, 0))
         units = plan.model.sizes[self.part]
         assert units is not None
@@ -134,4 +134,10 @@ class WidthDrop(RemovalRounds):
         if self.repair is None:
             return calibration_batches(trainer)
         examples = self.repair.examples
-        return fitting_batches(trainer, lambda size: ceil(examples / size))
+        text = fitting_batches(trainer, lambda size: max(2, ceil(examples / size)))  # one is held back
+        if len(text) < 2:
+            log.warning(
+                "`repair` refits no layer: there is one batch of training text, and a second one would have to judge "
+                "the refits. Lower `eval_batch_size` of the data."
+            )
+        return text

@@ -314,6 +314,14 @@ def test_what_cannot_leave_is_refused(family: str, wanted: Narrowing, message: s
         narrowed(student_of(family), wanted)
 
 
+def test_heads_with_key_value_heads_of_their_own_are_refused() -> None:
+    model = tiny_model("llama", blocks=BLOCKS, num_key_value_heads=4)
+    student = StagedCausalLM(model, StagePlan.full(reference_to(model)))
+    for count in (2, 4):
+        with pytest.raises(UserError, match=r"each has a key/value head of its own.* Use `part: channels`"):
+            narrowed(student, asked("both", count, "heads"))
+
+
 def test_a_stage_that_no_token_reaches_is_named() -> None:
     text = [
         batch._replace(response_ids=batch.response_ids[:, :1], response_mask=batch.response_mask[:, :1])

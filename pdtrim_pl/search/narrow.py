@@ -126,6 +126,11 @@ def check_units(cut: Cut | None, plan: StagePlan, asked: Narrowing) -> Cut:
             "no layers for that (`cuts` of its Architecture). Drop whole blocks instead."
         )
     groups = (plan.model.kv_heads or 1) if asked.part == "heads" else 1
+    if asked.part == "heads" and groups == plan.model.heads:
+        raise UserError(
+            "No query head can leave blocks of `model`: each has a key/value head of its own, and all key/value heads "
+            "stay. Use `part: channels`."
+        )
     if asked.count % groups:
         raise UserError(
             f"{asked.count} query heads cannot leave: each of the {groups} key/value heads must lose equally many. "
