@@ -18,7 +18,7 @@ from pdtrim_pl.plan.width import Width
 
 @dataclass(frozen=True)
 class StagePlan(PlannedStages):
-    """P and D of the method, and how one plan becomes another: blocks leave, stand for others, or get narrower."""
+    """P and D of the method, and the changes that make a new plan: drop blocks, merge them, or make them narrower."""
 
     def candidates(self, target: Target, protect_first: int = 1, protect_last: int = 1) -> tuple[int, ...]:
         """Blocks that may still be dropped from `target` without breaking the relation or a guard.
@@ -123,21 +123,21 @@ class StagePlan(PlannedStages):
         self, target: Target, block: int, width: Width, *, untied: Collection[Stage] = (), round: int = 0,
         criterion: str = "manual", score: float | None = None,
     ) -> StagePlan:  # fmt: skip
-        """A new plan in which `block` keeps no more than `width` in the stage(s) that `target` and the relation name.
+        """A new plan in which `block` keeps no more than `width` in some stages.
 
-        Under `nested` and `unified`, what prefill loses, decode loses too.
+        Under `nested` and `unified`, decode also loses what prefill loses; see `stages_losing`.
 
         Args:
             target: the stage(s) that lose channels or heads.
-            block: which.
-            width: what it may keep; what it has lost before stays lost.
+            block: original index of the block.
+            width: the channels and heads that it may keep; those that it has lost before stay lost.
             untied: stages in which the block gets weights of its own.
-            round: of the history.
-            criterion: of the history.
-            score: of the history.
+            round: round number, for the history.
+            criterion: name of the criterion, for the history.
+            score: score of the criterion, for the history.
 
         Raises:
-            UserError: a stage without the block, or a width that its relation or its KV heads do not allow.
+            UserError: the stage does not run the block, or the relation or the KV heads do not allow the width.
         """
         self._check_target(target)
         if block not in self._stage_set(target):
