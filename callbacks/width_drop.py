@@ -19,6 +19,7 @@ from pdtrim_pl.export.sliced import narrowed_config
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import Part, StagePlan, Target
 from pdtrim_pl.search import Guards, Narrowing, check_units, narrow
+from pdtrim_pl.sizing.callback_load import CallbackLoad
 from pdtrim_pl.strategies import check_refits
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,10 @@ class WidthDrop(RemovalRounds):
     @override
     def state_key(self) -> str:
         return f"WidthDrop[{self.stage},{self.part}]"
+
+    @override
+    def load(self) -> CallbackLoad:
+        return CallbackLoad(narrowed_on=0 if self.repair is None else self.repair.examples)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
