@@ -33,7 +33,7 @@ class StagePlan(PlannedStages):
 
     def drop_candidates(self, target: Target, protect_first: int = 1, protect_last: int = 1) -> tuple[int, ...]:
         """Every block that `drop` accepts for `target` and that the guards allow."""
-        self._check_target(target)
+        self.check_target(target)
         last = self.model.num_blocks - protect_last
         free = (block for block in range(protect_first, last) if block in self._stage_set(target))
         return tuple(block for block in free if self._leaves_every_stage_a_block(target, block))
@@ -49,7 +49,7 @@ class StagePlan(PlannedStages):
         Raises:
             UserError: an unknown stage, a block that the stage does not run, or a stage left without blocks.
         """
-        self._check_target(target)
+        self.check_target(target)
         if block not in self._stage_set(target):
             raise UserError(
                 f"Cannot drop block {block} from `{target}`: it is not there. Blocks left: {self._stage_set(target)}."
@@ -139,7 +139,7 @@ class StagePlan(PlannedStages):
         Raises:
             UserError: the stage does not run the block, or the relation or the KV heads do not allow the width.
         """
-        self._check_target(target)
+        self.check_target(target)
         if block not in self._stage_set(target):
             raise UserError(
                 f"Cannot narrow block {block} in `{target}`: it is not there. Blocks left: {self._stage_set(target)}."
@@ -177,7 +177,12 @@ class StagePlan(PlannedStages):
     def _leaves_every_stage_a_block(self, target: Target, block: int) -> bool:
         return all(self.blocks(stage) != (block,) for stage in self.stages_losing(target, block))
 
-    def _check_target(self, target: Target) -> None:
+    def check_target(self, target: Target) -> None:
+        """Refuse a target that the relation does not allow.
+
+        Raises:
+            UserError: an unknown target, or one that the relation excludes. The message gives an alternative.
+        """
         if target not in get_args(Target):
             raise UserError(f"Unknown `stage` {target!r}: choose one of {', '.join(get_args(Target))}.")
         if target != ONLY_TARGET.get(self.relation, target):

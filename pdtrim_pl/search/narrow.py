@@ -127,8 +127,10 @@ def check_units(cut: Cut | None, plan: StagePlan, narrowing: Narrowing) -> Cut:
         narrowing: what to remove.
 
     Raises:
-        UserError: the units cannot be removed one by one, or so many cannot be removed.
+        UserError: the relation does not allow the target, the units cannot be removed one by one, or so many cannot be
+            removed.
     """
+    plan.check_target(narrowing.target)
     if cut is None or plan.model.sizes[narrowing.part] is None:
         raise UserError(
             f"`part: {narrowing.part}` cannot leave blocks of `model` one by one: its family ({plan.model.model_type}) "
