@@ -1,11 +1,12 @@
-"""Quality against cost of narrower blocks: channels and query heads leave the dense embedded model, without training.
+"""Quality and cost of narrower blocks: removes channels and query heads from the embedded model, without training.
 
     python benchmarks/width.py TUNE.raw TEST.raw --leave both:channels:410 [--leave decode:heads:3 ...]
         [--criterion ActivationTimesWeight] [--no-repair] [--relation nested] [--examples 160] [--test 96] [--json]
 
-What leaves is chosen and refitted on the first file. The second gives the figures: KL to the dense model in nats,
-for prompts and responses of 64 tokens, and recall, the share of a text of 128 tokens that is found when it is
-repeated behind 320 others. Costs are shares of the dense model's, for requests of that size.
+Channels and heads are chosen, and layers refitted, on the first file. The second file gives the figures. KL is to the
+dense model, in nats, for prompts and responses of 64 tokens. Recall: a text of 128 tokens is repeated after 320 other
+tokens; it is the share of the repeated tokens that the model ranks first. Costs are shares of the dense model's costs,
+for a prompt and a response of 64 tokens.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tune", type=Path)
     parser.add_argument("test", type=Path)
-    parser.add_argument("--leave", action="append", required=True, help="stage:part:count, one after the other")
+    parser.add_argument("--leave", action="append", required=True, help="stage:part:count; may be given several times")
     parser.add_argument("--criterion", default="ActivationTimesWeight")
     parser.add_argument("--no-repair", action="store_true")
     parser.add_argument("--relation", choices=get_args(Relation), default="nested")
-    parser.add_argument("--examples", type=int, default=160, help="of 128 tokens, to choose and to refit on")
-    parser.add_argument("--test", dest="tested", type=int, default=96, help="examples of the figures")
+    parser.add_argument("--examples", type=int, default=160, help="texts of 128 tokens to choose and refit on")
+    parser.add_argument("--test", dest="tested", type=int, default=96, help="texts of 128 tokens for the figures")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     teacher, student = (StagedCausalLM(load_causal_lm(MODEL, dtype=torch.float32)).eval() for _ in range(2))
@@ -56,9 +57,9 @@ def main() -> int:
     began = time.monotonic()
     for turn, line in enumerate(options.leave):
         target, part, count = line.split(":")
-        asked = Narrowing(target, part, int(count), criterion, not options.no_repair, round=turn)
-        found = narrow(context, student.plan, asked, context.batches)
-        student.apply_plan(found.plan, refits=found.refits)
+        narrowing = Narrowing(target, part, int(count), criterion, not options.no_repair, round=turn)
+        result = narrow(context, student.plan, narrowing, context.batches)
+        student.apply_plan(result.plan, refits=result.refits)
     seconds = time.monotonic() - began
     costs = CostModel.of(student, PROMPT, SIZE - PROMPT).shares(student.plan)
     row = {
@@ -77,7 +78,7 @@ def requests(tokens: torch.Tensor, count: int) -> list[Batch]:
 
 
 def repeated(tokens: torch.Tensor) -> list[Batch]:
-    """Repeated texts; the first quarter of the repetition belongs to the prompt, so that it is known as one."""
+    """Texts that are repeated. The prompt ends with the first quarter of the repetition, which shows that it is one."""
     known, batches = SIZE // 4, []
     for start in range(0, 2000 * REPEATS, 2000):
         again, between = tokens[start : start + SIZE], tokens[start + 700 : start + 700 + BETWEEN]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,7 +20,8 @@ from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, StagePlan
 from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
 from pdtrim_pl.search.joint import PolicyOf
-from pdtrim_pl.selectors import WireMenu, policies_within, selection_context
+from pdtrim_pl.selectors import SelectorLoad, WireMenu, policies_within, selection_context
+from pdtrim_pl.sizing.callback_load import CallbackLoad
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,12 @@ class JointDrop(RemovalRounds):
     @override
     def state_key(self) -> str:
         return "JointDrop"
+
+    @override
+    def load(self) -> CallbackLoad:
+        # To choose the policy, it measures what blocks may send, as a KV selector does.
+        selection = SelectorLoad(examples=self.wire.examples) if self.target.wire_bytes < 1 else None
+        return replace(super().load(), selection=selection)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -19,6 +19,7 @@ from pdtrim_pl.export.sliced import narrowed_config
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import Part, StagePlan, Target
 from pdtrim_pl.search import Guards, Narrowing, check_units, narrow
+from pdtrim_pl.sizing.callback_load import CallbackLoad
 from pdtrim_pl.strategies import check_refits
 
 log = logging.getLogger(__name__)
@@ -26,14 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Repair:
-    """How last layers are refitted by least squares on what is left to them."""
+    """Settings of the refits: the layer that read the removed channels or heads is fitted by least squares."""
 
     examples: int = 128
-    """Training examples to score and to refit on, a quarter of them held back to judge by. A layer wants several tokens
-    for each of its inputs."""
+    """Number of training examples to score and to refit on. A quarter of them is held back to judge the refits. A layer
+    needs several tokens for each of its inputs."""
     tied: bool = False
-    """Refit only layers that all their stages lose the same of. Otherwise a block that loses channels in one stage
-    alone gets weights of its own there."""
+    """Refit a layer only if all stages that use it lose the same. Otherwise a block that is narrowed in one stage alone
+    gets weights of its own in this stage."""
 
     def __post_init__(self) -> None:
         if self.examples < 1:
@@ -41,22 +42,24 @@ class Repair:
 
 
 class WidthDrop(RemovalRounds):
-    """Takes the channels or query heads that hurt least from every block of a stage, equally many from each.
+    """Removes the MLP channels or query heads that hurt least, the same number from every block of a stage.
 
-    So an export has one `intermediate_size` and one `num_attention_heads` a stage. Use one instance per stage and part;
-    they run in the order of the list. Blocks are narrowed one after another, each on what the ones before it make of
-    the text by then.
+    So an export has one `intermediate_size` and one `num_attention_heads` for each stage. Use one instance for each
+    stage and part; they run in the order of the list. Blocks are narrowed from the first to the last. The blocks before
+    it are already narrowed and refitted when a block is measured.
 
     Args:
-        stage: `prefill`, `decode`, or `both`. Under `relation: nested`, what prefill loses, decode loses too; prefill
-            first loses what decode has lost already.
-        schedule: {epoch: how many leave every block, or which share of the whole block's}. Epochs count from 0.
-        part: `channels` of the MLP, or query `heads`: every key/value head loses equally many.
-        criterion: measures how much it hurts to lose one.
-        repair: refit the layers behind them; null does not, and scores on the calibration prompts.
+        stage: `prefill`, `decode`, or `both`. Under `relation: nested`, decode also loses what prefill loses. Prefill
+            first loses what decode has already lost.
+        schedule: {epoch: number, or share of the whole block's, to remove from every block}. Epochs count from 0.
+        part: `channels` of the MLP, or query `heads`. Every key/value head loses the same number of query heads.
+        criterion: measures how much it hurts to remove one.
+        repair: settings of the refits of the layers that read what is removed. null: nothing is refitted, and the
+            criterion measures on the calibration set instead of training examples.
 
     Raises:
-        UserError: a schedule with a negative epoch, or without a count of at least 1 or a share in (0, 1).
+        UserError: the schedule has a negative epoch, or a value that is neither a count of at least 1 nor a share in
+            (0, 1).
     """
 
     def __init__(
@@ -69,9 +72,8 @@ class WidthDrop(RemovalRounds):
     ) -> None:
         self.stage, self.part, self.repair = stage, part, repair
         self.criterion = criterion or ActivationTimesWeight()
-        # A saved configuration gives the epochs back as strings.
-        asked: Mapping[Any, int | float] = schedule
-        self.schedule = {int(epoch): count for epoch, count in asked.items()}
+        read: Mapping[Any, int | float] = schedule  # a saved configuration has the epochs as strings
+        self.schedule = {int(epoch): count for epoch, count in read.items()}
         sound = all(count >= 1 if isinstance(count, int) else 0 < count < 1 for count in self.schedule.values())
         if not self.schedule or min(self.schedule) < 0 or not sound:
             raise UserError(
@@ -86,6 +88,10 @@ class WidthDrop(RemovalRounds):
         return f"WidthDrop[{self.stage},{self.part}]"
 
     @override
+    def load(self) -> CallbackLoad:
+        return CallbackLoad(narrowed_on=0 if self.repair is None else self.repair.examples)
+
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.repair is not None:
@@ -93,26 +99,26 @@ class WidthDrop(RemovalRounds):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try the whole schedule on the plan, so that what cannot be exported is refused before the first step."""
+        """Check the whole schedule against the plan, so that an impossible one is refused before the first step."""
         assert isinstance(pl_module, PDTrimModule)
         student, plan = pl_module.student, pl_module.plan
         due = [epoch for epoch in self.epochs if epoch not in self.done]
-        total = sum(self._count(plan, self.schedule[epoch]) for epoch in due)
-        if not total:
+        if not due:
             return
+        total = sum(self._count(plan, self.schedule[epoch]) for epoch in due)
         cut = check_units(student.architecture.cuts.get(self.part), plan, self._narrowing(plan, total, 0))
         units = plan.model.sizes[self.part]
         assert units is not None
         left = units - sum(self._count(plan, count) for count in self.schedule.values())
         narrowed_config(student.model.config, {self.part: cut}, {self.part: left}, student.kv_shape.head_dim)
 
-    def _count(self, plan: StagePlan, asked: int | float) -> int:
-        """How many units leave every block; a share of heads is rounded so that every key/value head loses as many."""
+    def _count(self, plan: StagePlan, wanted: int | float) -> int:
+        """Number of units to remove from every block. A share of heads is rounded to whole key/value groups."""
         units = plan.model.sizes[self.part]
-        if isinstance(asked, int) or units is None:
-            return int(asked)
+        if isinstance(wanted, int) or units is None:
+            return int(wanted)
         each = (plan.model.kv_heads or 1) if self.part == "heads" else 1
-        return max(1, round(asked * units / each)) * each
+        return max(1, round(wanted * units / each)) * each
 
     def _narrowing(self, plan: StagePlan, count: int, round: int) -> Narrowing:
         tied = self.repair is not None and self.repair.tied
@@ -120,18 +126,24 @@ class WidthDrop(RemovalRounds):
 
     @override
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
-        asked = self._narrowing(module.plan, self._count(module.plan, self.schedule[self.epochs[round]]), round)
+        narrowing = self._narrowing(module.plan, self._count(module.plan, self.schedule[self.epochs[round]]), round)
         log.info(
             "Round %d: taking %d %s from every block of %s by %s.",
-            round, asked.count, self.part, self.stage, self.criterion.name,
+            round, narrowing.count, self.part, self.stage, self.criterion.name,
         )  # fmt: skip
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher, self.memory)
-            found = narrow(context, module.plan, asked, self._text(trainer))
-        module.apply_plan(found.plan, found.refits)
+            result = narrow(context, module.plan, narrowing, self._text(trainer))
+        module.apply_plan(result.plan, result.refits)
 
     def _text(self, trainer: Trainer) -> list[Any]:
         if self.repair is None:
             return calibration_batches(trainer)
         examples = self.repair.examples
-        return fitting_batches(trainer, lambda size: ceil(examples / size))
+        text = fitting_batches(trainer, lambda size: max(2, ceil(examples / size)))  # one is held back
+        if len(text) < 2:
+            log.warning(
+                "`repair` refits no layer: there is one batch of training text, and a second one would have to judge "
+                "the refits. Lower `eval_batch_size` of the data."
+            )
+        return text

@@ -355,7 +355,7 @@ def test_a_value_error_that_an_expression_of_ours_runs_into_shows_where_it_comes
     assert main(["fit"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback (most recent call last):")
-    assert "pdtrim_pl/plan/stage_plan.py" in error
+    assert "pdtrim_pl/plan/planned_stages.py" in error
     assert "pdtrim: error: ValueError: invalid literal for int()" in error
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from tiny_models import tiny_model
 from torch import Tensor
 
-from callbacks import BlockDrop, ExportPair, KVRetention, PlanLogger, SpanMerge
+from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, Repair, SpanMerge, WidthDrop
 from pdtrim_pl.cli import main as cli
 from pdtrim_pl.cli.dry_run import load_of, model_config, run
 from pdtrim_pl.criteria import LastN
@@ -22,6 +22,7 @@ from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.selectors import BudgetSelector, Effort, KVSelector, MassSelector, NoSelector, SelectorLoad
+from pdtrim_pl.sizing.cost import CostTarget
 from pdtrim_pl.sizing.memory import (
     GIB,
     HOST_BYTES,
@@ -233,6 +234,26 @@ def test_a_dry_run_counts_what_the_selector_keeps(
     assert not load.searches
     assert load_of(module, data, [BlockDrop("decode", LastN(), {0: 1}), KVRetention(selector)]).searches
     assert load_of(module, data).selection is None
+
+
+def test_a_dry_run_counts_what_a_joint_search_over_the_wire_keeps(tiny_llama_dir: Path) -> None:
+    module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
+    wire, blocks = (JointDrop(target, [0]) for target in (CostTarget(wire_bytes=0.2), CostTarget(decode_bytes=0.9)))
+    assert load_of(module, data, [wire]).selection == SelectorLoad(examples=8)
+    assert load_of(module, data, [blocks]).selection is None
+    assert load_of(module, data, [wire]).searches
+
+
+def test_a_dry_run_counts_what_narrower_blocks_are_fitted_on(tiny_llama_dir: Path, eight: Shape) -> None:
+    module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
+    fitted, plain = WidthDrop("both", {0: 0.25}, repair=Repair(40)), WidthDrop("both", {0: 0.25}, repair=None)
+    asked = ([], [fitted], [fitted, plain])
+    assert [load_of(module, data, callbacks).narrowed_on for callbacks in asked] == [0, 40, 256]
+    assert not load_of(module, data, [fitted]).searches
+    layout = Layout(student_bytes=2, teacher_bytes=2, compute_bytes=2)
+    load = replace(LOAD, batch=0, chunk_tokens=0, searches=False, narrowed_on=40)
+    needed = memory_per_process(eight, eight, layout, load).device["activations or search"]
+    assert needed == 40 * 4096 * 4096 * 2 + 10 * 8 * 14336**2
 
 
 def test_a_selection_needs_its_prompt_caches_or_the_scores_of_eager_attention(eight: Shape) -> None:

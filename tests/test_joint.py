@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from itertools import combinations
 
 import pytest
@@ -108,6 +109,15 @@ def test_what_decode_loses_leaves_more_bits_to_the_others(model: StagedCausalLM)
         found.policy.sent_bytes(found.plan, 9) / len(found.plan.decode) for found in (whole, fewer) if found.policy
     ]
     assert bytes_of_a_block[1] > bytes_of_a_block[0]
+
+
+def test_policies_keep_no_prompt_caches_once_damages_are_measured(model: StagedCausalLM) -> None:
+    context = selection_context(model, model, batches(), model.kv_shape, "cpu")
+    caches = weakref.ref(context.energy)
+    policies = policies_within(0.5, context, WireMenu(("none",), SHORT, examples=1), 9)
+    del context
+    assert caches() is None
+    assert policies(model.plan).rules
 
 
 def test_nothing_is_trimmed_where_the_wire_may_cost_everything(model: StagedCausalLM) -> None:

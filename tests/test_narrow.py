@@ -27,8 +27,9 @@ from pdtrim_pl.data import Batch
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.merging.refit import RIDGES, refit
 from pdtrim_pl.models.architectures import architecture_of
+from pdtrim_pl.models.cuts import GATED_MLP
 from pdtrim_pl.plan import PARTS, STAGES, Boundary, Part, Relation, Stage, StagePlan, Target, Width
-from pdtrim_pl.search import Narrowing, narrow
+from pdtrim_pl.search import Narrowing, check_units, narrow
 from pdtrim_pl.search.narrow import Narrowed
 from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.description import reference_to
@@ -312,6 +313,19 @@ def test_heads_and_channels_may_leave_one_after_the_other_and_only_some_blocks_b
 def test_what_cannot_leave_is_refused(family: str, wanted: Narrowing, message: str) -> None:
     with pytest.raises(UserError, match=message):
         narrowed(student_of(family), wanted)
+
+
+def test_a_target_that_does_not_fit_the_relation_is_refused() -> None:
+    with pytest.raises(UserError, match="`stage: decode` does not fit `relation: unified`"):
+        check_units(GATED_MLP["channels"], student_of(relation="unified").plan, asked("decode"))
+
+
+def test_heads_with_key_value_heads_of_their_own_are_refused() -> None:
+    model = tiny_model("llama", blocks=BLOCKS, num_key_value_heads=4)
+    student = StagedCausalLM(model, StagePlan.full(reference_to(model)))
+    for count in (2, 4):
+        with pytest.raises(UserError, match=r"each has a key/value head of its own.* Use `part: channels`"):
+            narrowed(student, asked("both", count, "heads"))
 
 
 def test_a_stage_that_no_token_reaches_is_named() -> None:

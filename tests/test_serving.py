@@ -28,7 +28,18 @@ from transformers import AutoTokenizer
 
 from pdtrim_pl.data.prompts import joined_stop_ids
 from pdtrim_pl.export.pair import export_pair
-from pdtrim_pl.plan import Boundary, KVRetentionPolicy, KVShape, Retention, StagePlan, handled_positions, write_manifest
+from pdtrim_pl.plan import (
+    KEEP_ALL,
+    Boundary,
+    Codec,
+    KVRetentionPolicy,
+    KVShape,
+    ModelRef,
+    Retention,
+    StagePlan,
+    handled_positions,
+    write_manifest,
+)
 from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of, text_pieces
 from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
@@ -130,6 +141,27 @@ def test_the_wire_carries_exactly_what_the_policy_keeps_and_counts(
                 entries(arrived.cache.blocks[index], row), entries(kept.blocks[index], row), strict=True
             ):
                 assert found.equal(expected)
+
+
+class Wire:
+    """A link that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Tensor] = []
+
+    def send(self, tensor: Tensor) -> int:
+        self.sent.append(tensor)
+        return tensor.nbytes
+
+
+def test_behind_a_block_that_cannot_be_sent_nothing_is_sent() -> None:
+    plan = StagePlan.full(ModelRef("tiny", "llama", 4))
+    policy = KVRetentionPolicy("prefill", KVShape(2, 8, "float32"), {1: KEEP_ALL.written_as(Codec("int8", "int8"))})
+    cache, link = random_cache(plan, policy.kv, [5], torch.float32), Wire()
+    cache.blocks[1].keys[:] = torch.inf
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sent(link, Handover(cache, torch.tensor([3])), plan, policy)  # type: ignore[arg-type]
+    assert [len(tensor) for tensor in link.sent] == [1, 1, policy.block_bytes(0, 5)]
 
 
 def padded(lengths: list[int], *, seed: int, left: bool) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +106,14 @@ def test_a_stage_is_as_wide_as_its_widest_block() -> None:
 def test_widths_cannot_be_changed() -> None:
     with pytest.raises(TypeError, match="does not support item assignment"):
         FULL.widths["decode"][1] = FEW  # type: ignore[index]
+
+
+def test_a_width_from_another_process_is_found_among_those_of_this_one() -> None:
+    made = "import pickle, sys; from pdtrim_pl.plan import Width; width = Width((0, 1)); hash(width); "
+    sent = subprocess.run(
+        [sys.executable, "-c", made + "sys.stdout.buffer.write(pickle.dumps(width))"], check=True, capture_output=True
+    )
+    assert pickle.loads(sent.stdout) in {Width((0, 1))}
 
 
 @pytest.mark.parametrize(

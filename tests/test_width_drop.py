@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_callbacks import data_for, fit, module_for, trainer_for
+from tiny_models import tiny_model
 
 from callbacks import BlockDrop, ExportPair, KVRetention, PlanLogger, Repair, WidthDrop
 from pdtrim_pl.checkpoints.state import CheckpointState
@@ -18,9 +21,11 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.export import load_stage
 from pdtrim_pl.export.from_checkpoint import export_checkpoint
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import STAGES
+from pdtrim_pl.plan import STAGES, StagePlan
 from pdtrim_pl.search import Guards
 from pdtrim_pl.selectors import MassSelector
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.description import reference_to
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, check_refits
 
 QUICK = Repair(examples=12)
@@ -109,6 +114,30 @@ def test_a_schedule_that_cannot_be_is_refused(schedule: dict[int, int | float]) 
 def test_a_schedule_that_asks_for_too_much_fails_before_the_first_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="64 channels cannot leave block 0 in `both`: it has 64, and must keep 1"):
         fit(tmp_path, tiny_llama_dir, [WidthDrop("both", {0: 32, 1: 32})])
+
+
+def test_a_share_of_a_model_of_unknown_size_fails_before_the_first_step() -> None:
+    module, model = PDTrimModule("tiny"), tiny_model("llama")
+    plan = StagePlan.full(replace(reference_to(model), channels=None))
+    module.student = StagedCausalLM(model, plan)
+    with pytest.raises(UserError, match="`part: channels` cannot leave"):
+        WidthDrop("both", {0: 0.25}).on_fit_start(Trainer(logger=False, accelerator="cpu"), module)
+
+
+def test_layers_are_refitted_however_large_a_batch_is(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    module, data = module_for(tiny_llama_dir), data_for(tiny_llama_dir)
+    trainer_for(tmp_path, [WidthDrop("decode", {0: 8}, repair=Repair(4))], max_epochs=1).fit(module, datamodule=data)
+    assert module.student.untied["decode"]
+
+
+def test_one_batch_of_text_refits_nothing_and_says_so(
+    tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, data = module_for(tiny_llama_dir), data_for(tiny_llama_dir)
+    data.eval_batch_size = 12
+    trainer_for(tmp_path, [WidthDrop("decode", {0: 8}, repair=QUICK)], max_epochs=1).fit(module, datamodule=data)
+    assert not module.student.untied["decode"]
+    assert "`repair` refits no layer" in caplog.text
 
 
 def test_a_round_after_the_last_epoch_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:

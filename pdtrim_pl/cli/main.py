@@ -212,6 +212,7 @@ def _bench(args: list[str]) -> int:
     load = Load(options.prompts, options.batch_sizes, options.new_tokens, options.repeats, options.links)
     found = bench(options.export, model=options.model, device=options.device, load=load)
     print(json.dumps(found) if options.json else lines(found))
+    return 0
 
 
 def _eval(args: list[str]) -> int:

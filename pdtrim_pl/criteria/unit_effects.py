@@ -1,4 +1,4 @@
-"""First-order effect of channels or query heads on the response loss, of all blocks from one backward pass a batch.
+"""First-order effects of channels or query heads on the response loss. One backward pass a batch gives all blocks.
 
 Shapes: B batch, T tokens of a stage, I inputs of a last layer, U units.
 """
@@ -23,19 +23,20 @@ from pdtrim_pl.plan import STAGES, Part, Stage, StagePlan
 from pdtrim_pl.staged.gate import current_pass
 
 Effects = Mapping[tuple[Stage, int], Tensor]
-"""By stage and block, [U]."""
+"""(stage, original index of a block) -> effects of its units, [U]."""
 
 
 def unit_effects(context: ScoringContext, plan: StagePlan, part: Part, batches: Sequence[Batch]) -> Effects:
-    """|gradient of an example's response loss times what a unit gives to the last layer|, summed over examples.
+    """First-order effects: |output of a unit x gradient of an example's response loss|, summed over examples.
 
-    For prefill the gradient arrives through the cache. Ranks share the batches.
+    The product is summed over the tokens of an example before its absolute value is taken. Gradients reach prefill
+    through the cache. The batches are split among the ranks; every rank gets all effects.
 
     Args:
         context: student and device.
-        plan: what the student runs under.
+        plan: the plan that the student runs under.
         part: channels or heads.
-        batches: prompts and responses.
+        batches: prompts and responses, the same on every rank.
     """
 
     def effects(batch: Batch, peers: Sequence[Batch]) -> dict[tuple[Stage, int], Tensor]:
@@ -52,7 +53,7 @@ def unit_effects(context: ScoringContext, plan: StagePlan, part: Part, batches: 
 def _effects(
     context: ScoringContext, plan: StagePlan, part: Part, batch: Batch, min_chunks: int
 ) -> dict[tuple[Stage, int], Tensor]:
-    """Of one batch, on the host."""
+    """The effects of one batch, in host memory."""
     batch, student = batch.on(context.device), context.student
     units, layer = plan.model.sizes[part], student.architecture.cuts[part].columns
     assert units is not None
@@ -65,18 +66,20 @@ def _effects(
                 hooks.callback(handle.remove)
         out = student(*batch.request, plan=plan, policy=student.policy)
         mask = batch.response_mask
-        # An example's tokens see only it, so one loss has the gradients of all examples.
+        # Examples do not affect each other, so the gradient of their summed loss holds the gradient of each.
         loss = summed_loss(student.compared_logits, out.hidden[mask], batch.response_ids[mask], min_chunks)
         gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
-    found = {}
+    effects = {}
     for (key, inputs), gradient in zip(seen.items(), gradients, strict=True):
         if gradient is not None:
             by_unit = (gradient.float() * inputs.detach().float()).sum(1).view(len(inputs), units, -1).sum(2)
-            found[key] = by_unit.abs().sum(0).cpu()
-    return found
+            effects[key] = by_unit.abs().sum(0).cpu()
+    return effects
 
 
 def _keeping(seen: dict[tuple[Stage, int], Tensor], stage: Stage, block: int) -> Any:
+    """A forward pre-hook that stores the inputs of a last layer in one stage."""
+
     def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
         if current_pass().stage == stage:  # both stages may run one layer
             seen[stage, block] = args[0] if args[0].requires_grad else args[0].requires_grad_()

@@ -1,7 +1,8 @@
-"""Criteria for channels and query heads: how much it hurts that one of them leaves a block in a stage.
+"""Criteria for MLP channels and query heads: how much it hurts to remove one of them from a block in a stage.
 
-Shapes: I inputs of a block's last layer (of its MLP or its attention), H hidden, U units: channels, or heads of
-S = I / U inputs each.
+A criterion looks at the last layer of the MLP or of the attention, which reads the outputs of these units.
+
+Shapes: I inputs of this layer, H hidden, U units: channels, or heads of S = I / U inputs each.
 """
 
 from __future__ import annotations
@@ -17,25 +18,26 @@ from torch import Tensor
 from pdtrim_pl.merging.least_squares import ridge_solution
 
 RIDGE = 1e-3
-"""What is added to the diagonal of the Gram matrix, as a share of its mean, so that it can be inverted."""
+"""Value to add to the diagonal of the Gram matrix, as a share of its mean, so that the matrix can be inverted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a last layer saw of the calibration text, at the real tokens of the stages that lose units of it."""
+    """Measurements of a last layer on a text, at the real tokens of the stages that lose its units."""
 
     weight: Tensor
-    """Of the layer, fp32 [H, I]."""
+    """Weights of the layer, fp32 [H, I]."""
     gram: Tensor
-    """Products of its inputs with each other, summed over tokens, fp64 [I, I]."""
+    """Gram matrix of its inputs: their products with each other, summed over tokens, fp64 [I, I]."""
     units: Tensor
     """Numbers of the units in the original block, rising [U]."""
     first_order: Tensor | None = None
-    """|gradient of an example's response loss times what the unit adds|, summed over examples [U]; where asked for."""
+    """First-order effect of each unit on the response loss [U]; see `unit_effects`. None unless the criterion
+    `wants_gradients`."""
 
     @property
     def size(self) -> int:
-        """Inputs of a unit, S."""
+        """Number of inputs of a unit, S."""
         return len(self.gram) // len(self.units)
 
     def per_unit(self, values: Tensor) -> Tensor:
@@ -43,14 +45,14 @@ class Seen:
         return values.view(-1, self.size).sum(1)
 
     def only(self, units: Collection[int]) -> Seen:
-        """What the layer saw of some units, its weights as they are."""
+        """The measurements of some units, with the weights as they are."""
         stay = self._marked(units)
         left = stay.repeat_interleave(self.size)
         first_order = None if self.first_order is None else self.first_order[stay]
         return Seen(self.weight[:, left], self.gram[left][:, left], self.units[stay], first_order)
 
     def refitted(self, units: Collection[int]) -> Seen:
-        """What the layer saw of some units, its weights refitted to do without the others."""
+        """The measurements of some units, with weights that are refitted to make up for the loss of the others."""
         left = self._marked(units).repeat_interleave(self.size)
         if bool(left.all()):
             return self
@@ -66,19 +68,19 @@ class WidthCriterion(ABC):
     """Scores the units of one block. A subclass names itself and writes `harm`."""
 
     name: ClassVar[str]
-    """Under this name its choices stand in the plan's history."""
+    """Name of the criterion in the history of a plan."""
     rounds: ClassVar[int] = 1
-    """How often it scores anew while units leave a block, each time after what is left was refitted."""
+    """Number of times that units are scored while they leave a block. Before each new scoring the layer is refitted."""
     wants_gradients: ClassVar[bool] = False
-    """Whether it looks at `Seen.first_order`."""
+    """Whether it reads `Seen.first_order`."""
 
     @abstractmethod
     def harm(self, seen: Seen) -> Tensor:
-        """How much each unit would be missed, lower is less, [U]."""
+        """Harm of removing each unit; lower is better, [U]."""
 
 
 class ActivationNorm(WidthCriterion):
-    """Norm of what a unit gives to the last layer (Minitron, arXiv 2407.14679)."""
+    """Norm of the output of a unit, which is an input of the last layer (Minitron, arXiv 2407.14679)."""
 
     name = "activation_norm"
 
@@ -87,7 +89,7 @@ class ActivationNorm(WidthCriterion):
 
 
 class ActivationTimesWeight(WidthCriterion):
-    """Norm of a unit's inputs times the norm of the weights that read them (Wanda, arXiv 2306.11695, by columns)."""
+    """Norm of the output of a unit times the norm of the weights that read it (Wanda, arXiv 2306.11695, by columns)."""
 
     name = "activation_times_weight"
 
@@ -96,7 +98,7 @@ class ActivationTimesWeight(WidthCriterion):
 
 
 class UnitTaylor(WidthCriterion):
-    """First-order change of the response loss without the unit (arXiv 1611.06440, on channels and heads)."""
+    """First-order change of the response loss when the unit is removed (arXiv 1611.06440, on channels and heads)."""
 
     name = "unit_taylor"
     wants_gradients = True
@@ -107,10 +109,11 @@ class UnitTaylor(WidthCriterion):
 
 
 class LeastSquaresError(WidthCriterion):
-    """Squared error of the last layer's output without the unit, after the best repair by all others.
+    """Squared error of the last layer's output without the unit, after the best refit of all other weights.
 
-    With the inverse G of the Gram matrix it is tr(W G^-1 W') over the unit's own weights W and its part of G: Optimal
-    Brain Surgeon (arXiv 2301.00774, equation 3, for whole units). Units leave in `rounds`, refitted after each.
+    G is the inverse of the Gram matrix. The error is tr(W G^-1 W'), with the weights W of the unit and its part of G:
+    Optimal Brain Surgeon (arXiv 2301.00774, equation 3, for whole units). Units leave in several `rounds`, because the
+    error changes with every unit that leaves.
     """
 
     name = "least_squares"

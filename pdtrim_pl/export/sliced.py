@@ -1,7 +1,7 @@
-"""What a stage keeps of its blocks' channels and heads, cut out of their weights and written into the configuration.
+"""Cut lost channels and heads out of the weights of a block, and write the new width into the configuration.
 
-All blocks of an exported stage are as wide as the widest of them, so that stock classes and every engine load it.
-Narrower ones are filled up with zeros, which change nothing.
+All blocks of an exported stage are as wide as its widest block, so stock classes and every engine can load it. The
+weights of narrower blocks are filled up with zeros, which do not change the output.
 
 Shapes: I inputs of a last layer, H hidden.
 """
@@ -21,41 +21,41 @@ from pdtrim_pl.models.cuts import Cut, Cuts
 from pdtrim_pl.plan import ModelRef, Part, Stage, StagePlan
 
 FILL = -1
-"""Stands for a unit of zeros among the kept ones."""
+"""Stands for a unit of zeros in a list of kept units."""
 
 
 def sliced(tensors: Mapping[str, Tensor], cuts: Cuts, plan: StagePlan, stage: Stage, block: int) -> dict[str, Tensor]:
-    """The tensors of a block without what `stage` has lost of it.
+    """The tensors of a block without the channels and heads that it has lost in a stage.
 
     Args:
-        tensors: by their names in the block.
-        cuts: of its family.
-        plan: says what is kept, and how wide the stage is.
-        stage: which.
-        block: its original index.
+        tensors: tensors of the whole block, by their names in the block.
+        cuts: where its channels and heads are, from the adapter of its family.
+        plan: gives the width of the block and of the stage.
+        stage: the stage to export.
+        block: original index of the block.
     """
-    found = dict(tensors)
+    out = dict(tensors)
     for part, cut in cuts.items():
         units, kept = plan.model.sizes[part], plan.width(stage, block).kept(part)
         if units is not None and kept is not None:
             wide = plan.widest(stage)[part]
-            _cut_out(found, cut, torch.tensor(_filled_up(kept, wide, part, plan.model)), units)
-    return found
+            _cut_out(out, cut, torch.tensor(_filled_up(kept, wide, part, plan.model)), units)
+    return out
 
 
 def narrowed_config(
     config: PreTrainedConfig, cuts: Cuts, widths: Mapping[Part, int], head_dim: int
 ) -> PreTrainedConfig:
-    """A copy of `config` with other numbers of channels and query heads; itself where there are none.
+    """A copy of `config` with other numbers of channels and query heads; `config` itself if `widths` is empty.
 
     Args:
-        config: of the whole model, or of a stage's blocks.
-        cuts: of its family.
-        widths: how many every block has.
-        head_dim: of the model; written out, for other numbers of heads would imply another one.
+        config: configuration of the whole model, or of the blocks of a stage.
+        cuts: names of the settings, from the adapter of the model's family.
+        widths: the new number of channels or query heads of every block.
+        head_dim: head dimension of the model. It is written out, because classes derive it from the number of heads.
 
     Raises:
-        UserError: numbers that the model's configuration class refuses.
+        UserError: the configuration class of the model refuses a number.
     """
     if not widths:
         return config
@@ -75,7 +75,7 @@ def narrowed_config(
 
 
 def _filled_up(kept: tuple[int, ...], wide: int, part: Part, model: ModelRef) -> list[int]:
-    """Kept units in order and so many fillers behind them, for heads behind those of every KV head."""
+    """Kept units in order, filled up to `wide` units. Fillers of heads stand behind the heads of each KV head."""
     groups = (model.kv_heads or len(kept)) if part == "heads" else 1
     own, each = len(kept) // groups, wide // groups
     return [
@@ -84,7 +84,7 @@ def _filled_up(kept: tuple[int, ...], wide: int, part: Part, model: ModelRef) ->
 
 
 def _cut_out(tensors: dict[str, Tensor], cut: Cut, units: Tensor, count: int) -> None:
-    """Keep the columns and rows of some of `count` units, in host memory: a GPU may have no room for copies."""
+    """Keep only the rows and columns of `units`, out of `count`. In host memory: a GPU may have no room for copies."""
     last = f"{cut.columns}.weight"
     inputs = tensors[last].shape[1]
     size = inputs // count
@@ -98,7 +98,7 @@ def _cut_out(tensors: dict[str, Tensor], cut: Cut, units: Tensor, count: int) ->
 
 
 def _taken(rows: Tensor, kept: Tensor) -> Tensor:
-    """Some rows of a matrix or vector, zeros for those that fill up."""
+    """Rows of a matrix or vector in the order of `kept`; zeros for `FILL`."""
     taken = rows[kept.clamp(min=0)]
     taken[kept == FILL] = 0
     return taken

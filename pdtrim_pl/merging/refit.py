@@ -1,4 +1,4 @@
-"""A last layer is refitted on the inputs that are left to it, so that its output is as before.
+"""Refit a layer that lost some of its inputs, so that its output changes as little as possible.
 
 Shapes: I inputs of the layer, H hidden.
 """
@@ -13,38 +13,40 @@ from torch import Tensor
 from pdtrim_pl.merging.least_squares import ridge_solution
 
 RIDGES = (1e-1, 1e-2, 1e-3)
-"""What is added to the diagonal of the Gram matrix, as a share of its mean."""
+"""Values to add to the diagonal of the Gram matrix, as shares of its mean."""
 
 
 @dataclass(frozen=True, eq=False)
 class Refitted:
-    """What became of a layer that lost inputs."""
+    """The result of a refit."""
 
     change: Tensor | None
-    """What is added to its weights, fp32 [H, I]; None where held-back text does not agree, or there is none."""
+    """What to add to the weights, fp32 [H, I]; None if no refit reduces the error on held-back text."""
     error: float
-    """Squared error of its output as a share of the output's square, on held-back text before it was fitted to too."""
+    """Squared error of the layer's output on held-back text, as a share of the squared output. It is measured before
+    the layer is fitted to this text too."""
 
 
 def refit(weight: Tensor, gram: Tensor, judged: Tensor | None, before: Tensor, after: Tensor) -> Refitted:
-    """Refit a layer by ridge regression, with the ridge that is best on held-back text; no change where none is better.
+    """Refit a layer by ridge regression.
 
-    With that ridge all text is fitted to, held back or not.
+    The ridge is the one with the least error on held-back text. The layer is then fitted with this ridge to all text,
+    held back or not. If no ridge reduces the error on held-back text, the layer does not change.
 
     Args:
-        weight: fp32 [H, I].
-        gram: products of the inputs with each other, summed over the text that is fitted on, fp64 [I, I].
-        judged: the same of the text that is held back; None where there is none.
-        before: the inputs that it had, bool [I].
-        after: those that are left, bool [I].
+        weight: weights of the layer, fp32 [H, I].
+        gram: Gram matrix of its inputs on the text to fit to, fp64 [I, I].
+        judged: Gram matrix on the text that is held back; None if no text is.
+        before: the inputs that the layer had, bool [I].
+        after: the inputs that are left, bool [I].
     """
     gone = before & ~after
     full = weight.double() * before
     lost = full[:, gone].T
     deviation = -(full * gone)
-    told = gram if judged is None else judged
-    output = float(((full @ told) * full).sum())
-    least, best = float(((deviation @ told) * deviation).sum()), None
+    measured = gram if judged is None else judged
+    output = float(((full @ measured) * full).sum())
+    least, best = float(((deviation @ measured) * deviation).sum()), None
     if judged is not None:
         chosen = None
         for ridge in RIDGES:
@@ -59,5 +61,5 @@ def refit(weight: Tensor, gram: Tensor, judged: Tensor | None, before: Tensor, a
 
 
 def _solution(gram: Tensor, after: Tensor, gone: Tensor, lost: Tensor, ridge: float) -> Tensor:
-    """What the weights of the inputs that are left must change by, fp64 [H, inputs left]."""
+    """The change of the weights of the inputs that are left, fp64 [H, inputs left]."""
     return ridge_solution(gram[after][:, after], gram[after][:, gone] @ lost, ridge).T

@@ -1,4 +1,6 @@
-"""Where the inside of a block can be cut: which rows of which layers make what one column of its last layer reads.
+"""Where the MLP channels and query heads of a block are: the layers that compute them, and the layer that reads them.
+
+To remove a channel or head, an export removes its rows from the first layers and its columns from the last one.
 
 Shapes: I inputs of the last layer, U units (channels or heads), S = I / U columns of a unit, H hidden.
 """
@@ -14,14 +16,14 @@ from pdtrim_pl.plan import Part
 
 @dataclass(frozen=True)
 class Cut:
-    """One inside of a block, its MLP or its attention, whose units can leave one by one."""
+    """The layers of the MLP or of the attention of a block, whose units (channels or heads) can leave one by one."""
 
     rows: tuple[str, ...]
-    """Linear layers of a block whose outputs belong to the units: [I, H], or several such parts one after another."""
+    """Names of the linear layers that compute the units, [I, H]; a fused layer has several such parts in a row."""
     columns: str
-    """Linear layer that reads the units: [H, I]."""
+    """Name of the linear layer that reads the units, [H, I]."""
     setting: str
-    """Name of the number of units in the model's configuration."""
+    """Name of the setting in the model's configuration that gives the number of units, U."""
 
 
 Cuts = Mapping[Part, Cut]
@@ -29,7 +31,7 @@ NO_CUTS: Cuts = MappingProxyType({})
 _GATED_MLP = Cut(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size")
 _QUERY_HEADS = Cut(("self_attn.q_proj",), "self_attn.o_proj", "num_attention_heads")
 GATED_MLP: Cuts = MappingProxyType({"channels": _GATED_MLP})
-"""For families with a norm over all queries, under which no head can leave."""
+"""For families with a norm over all queries together: without a head, this norm would change all others."""
 GATED_MLP_AND_HEADS: Cuts = MappingProxyType({"channels": _GATED_MLP, "heads": _QUERY_HEADS})
 PLAIN_MLP_AND_HEADS: Cuts = MappingProxyType(
     {"channels": Cut(("mlp.c_fc",), "mlp.c_proj", "intermediate_size"), "heads": _QUERY_HEADS}

@@ -1,4 +1,4 @@
-"""What a plan says: which blocks each stage runs, and how wide they are there. Read from JSON, checked, written again.
+"""The content of a plan: which blocks each stage runs, and how wide they are. Checks it, reads and writes it as JSON.
 
 Imports no torch. Blocks, channels and heads are always named by their number in the original model, from 0.
 """
@@ -20,7 +20,7 @@ from pdtrim_pl.plan.width import Width, canonical, width_faults
 
 PLAN_FORMAT = "pdtrim.stage_plan/2"
 FIRST_PLAN_FORMAT = "pdtrim.stage_plan/1"
-"""The same without widths; it is still read."""
+"""The first version has no widths. This package still reads it."""
 PLAN_FILE = "stage_plan.json"
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
@@ -89,22 +89,22 @@ class PlannedStages:
         return tuple(block for block in self.decode if block not in kept)
 
     def width(self, stage: Stage, block: int) -> Width:
-        """What a block keeps in a stage; everything where the plan says nothing."""
+        """The width of a block in a stage. A block without an entry in `widths` keeps everything."""
         return self.widths[stage].get(block, Width())
 
     def widest(self, stage: Stage) -> dict[Part, int]:
-        """Channels and query heads of every block of an exported stage: as many as its widest one keeps.
+        """Number of channels and of query heads of every block in the export of a stage: those of its widest block.
 
-        Parts that no block of the stage has lost anything of are left out.
+        A part of which no block of the stage has lost anything is left out.
         """
-        found: dict[Part, int] = {}
+        out: dict[Part, int] = {}
         for part in PARTS:
             kept = [self.width(stage, block).kept(part) for block in self.blocks(stage)]
-            lost = [len(numbers) for numbers in kept if numbers is not None]
-            if lost:
-                whole = self.model.sizes[part] if len(lost) < len(kept) else None
-                found[part] = whole or max(lost)
-        return found
+            narrowed = [len(numbers) for numbers in kept if numbers is not None]
+            if narrowed:
+                whole = self.model.sizes[part] if len(narrowed) < len(kept) else None
+                out[part] = whole or max(narrowed)
+        return out
 
     def to_json(self) -> dict[str, Any]:
         """The plan as the `pdtrim.stage_plan/2` object. Empty optional keys are left out."""

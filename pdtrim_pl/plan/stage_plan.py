@@ -18,7 +18,7 @@ from pdtrim_pl.plan.width import Width
 
 @dataclass(frozen=True)
 class StagePlan(PlannedStages):
-    """P and D of the method, and how one plan becomes another: blocks leave, stand for others, or get narrower."""
+    """P and D of the method, and the changes that make a new plan: drop blocks, merge them, or make them narrower."""
 
     def candidates(self, target: Target, protect_first: int = 1, protect_last: int = 1) -> tuple[int, ...]:
         """Blocks that may still be dropped from `target` without breaking the relation or a guard.
@@ -33,7 +33,7 @@ class StagePlan(PlannedStages):
 
     def drop_candidates(self, target: Target, protect_first: int = 1, protect_last: int = 1) -> tuple[int, ...]:
         """Every block that `drop` accepts for `target` and that the guards allow."""
-        self._check_target(target)
+        self.check_target(target)
         last = self.model.num_blocks - protect_last
         free = (block for block in range(protect_first, last) if block in self._stage_set(target))
         return tuple(block for block in free if self._leaves_every_stage_a_block(target, block))
@@ -49,7 +49,7 @@ class StagePlan(PlannedStages):
         Raises:
             UserError: an unknown stage, a block that the stage does not run, or a stage left without blocks.
         """
-        self._check_target(target)
+        self.check_target(target)
         if block not in self._stage_set(target):
             raise UserError(
                 f"Cannot drop block {block} from `{target}`: it is not there. Blocks left: {self._stage_set(target)}."
@@ -123,23 +123,23 @@ class StagePlan(PlannedStages):
         self, target: Target, block: int, width: Width, *, untied: Collection[Stage] = (), round: int = 0,
         criterion: str = "manual", score: float | None = None,
     ) -> StagePlan:  # fmt: skip
-        """A new plan in which `block` keeps no more than `width` in the stage(s) that `target` and the relation name.
+        """A new plan in which `block` keeps no more than `width` in some stages.
 
-        Under `nested` and `unified`, what prefill loses, decode loses too.
+        Under `nested` and `unified`, decode also loses what prefill loses; see `stages_losing`.
 
         Args:
             target: the stage(s) that lose channels or heads.
-            block: which.
-            width: what it may keep; what it has lost before stays lost.
+            block: original index of the block.
+            width: the channels and heads that it may keep; those that it has lost before stay lost.
             untied: stages in which the block gets weights of its own.
-            round: of the history.
-            criterion: of the history.
-            score: of the history.
+            round: round number, for the history.
+            criterion: name of the criterion, for the history.
+            score: score of the criterion, for the history.
 
         Raises:
-            UserError: a stage without the block, or a width that its relation or its KV heads do not allow.
+            UserError: the stage does not run the block, or the relation or the KV heads do not allow the width.
         """
-        self._check_target(target)
+        self.check_target(target)
         if block not in self._stage_set(target):
             raise UserError(
                 f"Cannot narrow block {block} in `{target}`: it is not there. Blocks left: {self._stage_set(target)}."
@@ -177,7 +177,12 @@ class StagePlan(PlannedStages):
     def _leaves_every_stage_a_block(self, target: Target, block: int) -> bool:
         return all(self.blocks(stage) != (block,) for stage in self.stages_losing(target, block))
 
-    def _check_target(self, target: Target) -> None:
+    def check_target(self, target: Target) -> None:
+        """Refuse a target that the relation does not allow.
+
+        Raises:
+            UserError: an unknown target, or one that the relation excludes. The message gives an alternative.
+        """
         if target not in get_args(Target):
             raise UserError(f"Unknown `stage` {target!r}: choose one of {', '.join(get_args(Target))}.")
         if target != ONLY_TARGET.get(self.relation, target):

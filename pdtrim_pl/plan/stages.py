@@ -13,7 +13,7 @@ Relation = Literal["nested", "unified", "prefill_only", "free"]
 Boundary = Literal["prefill", "decode"]
 Action = Literal["drop", "merge", "narrow"]
 Part = Literal["channels", "heads"]
-"""What a block can lose of itself: MLP channels, query heads."""
+"""The parts of a block that can leave one by one: MLP channels, and query heads."""
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -63,7 +63,7 @@ class Removal:
     left: int | None = None
     """Number of channels or query heads that a narrowed block has left; None for drops and merges."""
     part: Part | None = None
-    """What a narrowed block lost; None for drops and merges."""
+    """The part that a narrowed block lost; None for drops and merges."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values. `left` and `part` are left out for drops and merges."""

@@ -1,4 +1,4 @@
-"""How wide a block is in one stage: which MLP channels and query heads it keeps. Imports no torch."""
+"""The width of a block in one stage: which MLP channels and query heads it keeps. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from pdtrim_pl.plan.stages import PARTS, STAGES, ModelRef, Part, Relation, Stage
 
 @dataclass(frozen=True)
 class Width:
-    """What one block keeps of its MLP channels and query heads in one stage, by their numbers in the original model."""
+    """The MLP channels and query heads that one block keeps in one stage, by their numbers in the original model."""
 
     channels: tuple[int, ...] | None = None
-    """Rising; None keeps all."""
+    """Rising numbers of channels; None keeps all."""
     heads: tuple[int, ...] | None = None
-    """Rising; None keeps all."""
+    """Rising numbers of query heads; None keeps all."""
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        # Passes look up what they keep of a width; thousands of numbers are hashed once.
-        return hash((self.channels, self.heads))
+        # Every pass looks widths up, so their thousands of numbers are hashed only once. A copy that is sent to another
+        # process takes this number along: before Python 3.12, the hash of None differs between processes.
+        return hash((self.channels or (), self.heads or ()))
 
     def kept(self, part: Part) -> tuple[int, ...] | None:
-        """The numbers that are kept of one part; None where all are."""
+        """Numbers of the channels or heads that are kept; None if all are."""
         return self.channels if part == "channels" else self.heads
 
     def within(self, other: Width) -> Width:
-        """What both keep."""
+        """The channels and heads that both widths keep."""
         return Width(*(_both(self.kept(part), other.kept(part)) for part in PARTS))
 
     def to_json(self) -> dict[str, str]:
-        """Kept numbers as text, such as `0-99,101,120-1535`; a part that keeps all is left out."""
+        """Kept numbers as text, such as `0-99,101,120-1535`. A part of which all is kept is left out."""
         kept = {part: self.kept(part) for part in PARTS}
         return {part: ranges(numbers) for part, numbers in kept.items() if numbers is not None}
 
@@ -47,7 +48,7 @@ class Width:
         """Read what `to_json` wrote.
 
         Raises:
-            UserError: text that is no list of ranges, or an unknown part.
+            UserError: a text that is not a list of numbers and ranges, or an unknown part.
         """
         unknown = sorted(set(data) - set(PARTS))
         if unknown:
@@ -56,11 +57,11 @@ class Width:
 
 
 Widths = Mapping[Stage, Mapping[int, Width]]
-"""Per stage: blocks that do not keep everything, and what they keep."""
+"""Per stage: narrowed block -> the channels and heads that it keeps."""
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Rising numbers as text: `0-99,101`."""
+    """Write rising numbers as text, such as `0-99,101`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -74,7 +75,7 @@ def numbers_of(text: str) -> tuple[int, ...]:
     """Read what `ranges` wrote.
 
     Raises:
-        UserError: other text.
+        UserError: the text is not a list of numbers and ranges.
     """
     numbers: list[int] = []
     for run in text.split(","):
@@ -86,18 +87,18 @@ def numbers_of(text: str) -> tuple[int, ...]:
 
 
 def canonical(model: ModelRef, widths: Widths) -> dict[Stage, dict[int, Width]]:
-    """The same widths without what keeps everything, so that equal plans are equal."""
-    found: dict[Stage, dict[int, Width]] = {}
+    """The widths without entries that keep everything. So plans that mean the same compare equal."""
+    out: dict[Stage, dict[int, Width]] = {}
     for stage in STAGES:
-        cut = {block: _cut(model, width) for block, width in sorted(widths.get(stage, {}).items())}
-        found[stage] = {block: width for block, width in cut.items() if width != Width()}
-    return found
+        short = {block: _without_whole_parts(model, width) for block, width in sorted(widths.get(stage, {}).items())}
+        out[stage] = {block: width for block, width in short.items() if width != Width()}
+    return out
 
 
 def width_faults(
     model: ModelRef, blocks: Mapping[Stage, tuple[int, ...]], relation: Relation, widths: Widths
 ) -> Iterator[str]:
-    """Everything that is wrong with the widths of a plan; nothing where it can be run."""
+    """All faults of the widths of a plan; none if the contract can run them."""
     unknown = sorted(set(widths) - set(STAGES))
     if unknown:
         yield f"`widths` names the unknown stage(s) {unknown}"
@@ -127,7 +128,7 @@ def _part_faults(model: ModelRef, kept: tuple[int, ...] | None, part: Part) -> I
 
 
 def _per_group(model: ModelRef, heads: tuple[int, ...]) -> list[int]:
-    """How many query heads every KV head keeps."""
+    """For each KV head, how many of its query heads are kept."""
     assert model.heads is not None
     counts = [0] * (model.kv_heads or model.heads)
     for head in heads:
@@ -153,7 +154,7 @@ def _relation_faults(blocks: Mapping[Stage, tuple[int, ...]], relation: Relation
         yield f"`relation: unified` wants equal widths, but they differ in blocks {wrong}"
 
 
-def _cut(model: ModelRef, width: Width) -> Width:
+def _without_whole_parts(model: ModelRef, width: Width) -> Width:
     kept = {part: width.kept(part) for part in PARTS}
     some = {part: numbers for part, numbers in kept.items() if numbers is not None}
     return Width(**{part: numbers for part, numbers in some.items() if len(numbers) != model.sizes[part]})

@@ -1,9 +1,12 @@
-"""Which channels or query heads leave the blocks of a stage, block by block, and what is refitted in their stead.
+"""Choose channels or query heads to remove from the blocks of a stage, and refit the layers that read them.
 
-Every block of the stage loses equally many, so that an export has one width. The last layer behind them is refitted by
-least squares on what is left: its output at the stage's own tokens is to be as before.
+Every block of the stage loses the same number, so an export has one width. The layer that read the removed units is
+refitted by least squares on the inputs that stay, so that its output at the tokens of its stage changes little.
 
-Shapes: H hidden, I inputs of a last layer, U units: channels, or heads of S = I / U inputs each.
+A *unit* is an MLP channel or a query head. A *last layer* is the linear layer that reads the units of a block:
+`down_proj` or `o_proj`.
+
+Shapes: N tokens, H hidden, I inputs of a last layer, U units: channels, or heads of S = I / U inputs each.
 """
 
 from __future__ import annotations
@@ -30,145 +33,158 @@ from pdtrim_pl.search.walk import Changes, Walk
 from pdtrim_pl.staged.refit import Refit
 
 Group = tuple[Stage, ...]
-"""Stages that lose the same units of a block and share its weights."""
+"""Stages that share the weights of a block and lose the same units of it."""
 
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What is to leave the blocks of a stage."""
+    """What to remove from the blocks of a stage."""
 
     target: Target
     part: Part
     count: int
-    """So many channels or query heads of every block."""
+    """Number of channels or query heads to remove from every block."""
     criterion: WidthCriterion
     repair: bool = True
-    """Refit last layers by least squares, where held-back text agrees."""
+    """Refit last layers by least squares. A refit is used only if it reduces the error on held-back text."""
     tied: bool = False
-    """Refit only layers that all their stages lose the same of, so that no block gets weights of its own."""
+    """Refit a layer only if all stages that use it lose the same units, so that no stage gets weights of its own."""
     round: int = 0
-    """Of the history."""
+    """Round number, for the history."""
 
 
 @dataclass(eq=False)
 class Narrowed:
-    """The plan so far, and the refits that go with it."""
+    """The result: a narrower plan, and the refitted layers that belong to it."""
 
     plan: StagePlan
     refits: list[Refit] = field(default_factory=list)
 
     def agreed(self, ranks: Parallel) -> Narrowed:
-        """Rank 0's on every rank, but for the new weights, which are handed out when they are written. Collective."""
+        """The result of rank 0, on every rank. Collective.
+
+        Weights are not sent here: whoever writes a refit into the model sends the weights of rank 0. A rank without the
+        refit gets zeros of the right shape instead.
+        """
         own = {(refit.block, refit.stages): refit for refit in self.refits}
-        told = ranks.agree([(r.block, r.stages, r.layer, tuple(r.weight.shape)) for r in self.refits])
-        refits = [own.get((b, s)) or Refit(b, s, layer, torch.zeros(shape)) for b, s, layer, shape in told]
+        agreed = ranks.agree([(r.block, r.stages, r.layer, tuple(r.weight.shape)) for r in self.refits])
+        refits = [own.get((b, s)) or Refit(b, s, layer, torch.zeros(shape)) for b, s, layer, shape in agreed]
         return Narrowed(StagePlan.from_json(ranks.agree(self.plan.to_json())), refits)
 
 
-def narrow(context: ScoringContext, start: StagePlan, asked: Narrowing, batches: Sequence[Batch]) -> Narrowed:
-    """Choose what leaves every block of the target, first block first; each sees what the ones before it have become.
+def narrow(context: ScoringContext, start: StagePlan, narrowing: Narrowing, batches: Sequence[Batch]) -> Narrowed:
+    """Choose the units that leave every block of the target, from the first block to the last.
 
-    Every rank sees the whole text. The student stays as it is.
+    The blocks before it are already narrowed and refitted when a block is measured. Every rank measures the whole text.
+    The student is not changed: apply the plan and the refits that are returned.
 
     Args:
         context: student and device.
         start: the plan before.
-        asked: what is to leave.
+        narrowing: what to remove.
         batches: text to score and to refit on, the same on every rank. A quarter of it is held back to judge refits.
 
     Raises:
-        UserError: a block would be left without a unit, or the family's blocks have no such units.
+        UserError: a block would keep no unit, or the adapter of the model does not say where its blocks have units.
     """
-    cut = check_units(context.student.architecture.cuts.get(asked.part), start, asked)
+    cut = check_units(context.student.architecture.cuts.get(narrowing.part), start, narrowing)
     effects: Effects = {}
-    if asked.criterion.wants_gradients:
-        effects = unit_effects(context, start, asked.part, batches)
-    mine: list[Narrowed] = []
-    context.ranks.together(lambda: mine.append(_narrowed(context, start, asked, batches, cut, effects)))
-    return mine[0].agreed(context.ranks)
+    if narrowing.criterion.wants_gradients:
+        effects = unit_effects(context, start, narrowing.part, batches)
+    own: list[Narrowed] = []
+    context.ranks.together(lambda: own.append(_narrowed(context, start, narrowing, batches, cut, effects)))
+    return own[0].agreed(context.ranks)
 
 
 def _narrowed(
-    context: ScoringContext, start: StagePlan, asked: Narrowing, batches: Sequence[Batch], cut: Cut, effects: Effects
-) -> Narrowed:
-    student, found = context.student, Narrowed(start)
+    context: ScoringContext, start: StagePlan, narrowing: Narrowing, batches: Sequence[Batch], cut: Cut,
+    effects: Effects,
+) -> Narrowed:  # fmt: skip
+    student, result = context.student, Narrowed(start)
     text = [batch.on(context.device) for batch in shared_steps(context.ranks, batches)]
-    held = (len(text) // 4 or min(1, len(text) - 1)) if asked.repair else 0
+    held_back = (len(text) // 4 or min(1, len(text) - 1)) if narrowing.repair else 0
     blocks = sorted({*start.prefill, *start.decode})
     with eval_mode(student), torch.no_grad():
         walk = Walk(student, text)
         for done, block in enumerate(blocks):
             context.ranks.check_in()
             changes: Changes = {}
-            if all(block in start.blocks(stage) for stage in _named(asked.target)):
-                layer = _Layer(context, found.plan, asked, block, cut, held, effects)
-                walk.run(block, found.plan, {}, cut.columns, layer.see)
-                changes = layer.narrow(found)
-            walk.advance(block, found.plan, changes)
+            if all(block in start.blocks(stage) for stage in _named(narrowing.target)):
+                layer = _Layer(context, result.plan, narrowing, block, cut, held_back, effects)
+                walk.run(block, result.plan, {}, cut.columns, layer.see)
+                changes = layer.narrow(result)
+            walk.advance(block, result.plan, changes)
             context.progress(f"narrowing block {block}, {done + 1} of {len(blocks)}")
-    return found
+    return result
 
 
-def check_units(cut: Cut | None, plan: StagePlan, asked: Narrowing) -> Cut:
-    """Refuse what cannot leave.
+def check_units(cut: Cut | None, plan: StagePlan, narrowing: Narrowing) -> Cut:
+    """Refuse a narrowing that is not possible; return `cut` if it is.
 
     Args:
-        cut: where the units are, if the model's family says so.
+        cut: where the units are in a block; None if the adapter of the model does not say.
         plan: the plan before.
-        asked: what is to leave.
+        narrowing: what to remove.
 
     Raises:
-        UserError: with the way out.
+        UserError: the relation does not allow the target, the units cannot be removed one by one, or so many cannot be
+            removed.
     """
-    if cut is None or plan.model.sizes[asked.part] is None:
+    plan.check_target(narrowing.target)
+    if cut is None or plan.model.sizes[narrowing.part] is None:
         raise UserError(
-            f"`part: {asked.part}` cannot leave blocks of `model` one by one: its family ({plan.model.model_type}) has "
-            "no layers for that (`cuts` of its Architecture). Drop whole blocks instead."
+            f"`part: {narrowing.part}` cannot leave blocks of `model` one by one: its family ({plan.model.model_type}) "
+            "names no layers for them (`cuts` of its Architecture). Drop whole blocks instead."
         )
-    groups = (plan.model.kv_heads or 1) if asked.part == "heads" else 1
-    if asked.count % groups:
+    groups = (plan.model.kv_heads or 1) if narrowing.part == "heads" else 1
+    if narrowing.part == "heads" and groups == plan.model.heads:
         raise UserError(
-            f"{asked.count} query heads cannot leave: each of the {groups} key/value heads must lose equally many. "
+            "No query head can leave blocks of `model`: each has a key/value head of its own, and all key/value heads "
+            "stay. Use `part: channels`."
+        )
+    if narrowing.count % groups:
+        raise UserError(
+            f"{narrowing.count} query heads cannot leave: each of the {groups} key/value heads must lose equally many. "
             f"Give a multiple of {groups} in `schedule`."
         )
     for block in sorted({*plan.prefill, *plan.decode}):
-        if not all(block in plan.blocks(stage) for stage in _named(asked.target)):
+        if not all(block in plan.blocks(stage) for stage in _named(narrowing.target)):
             continue
-        if (there := len(_common(plan, asked, block))) < asked.count + groups:
+        if (there := len(_common(plan, narrowing, block))) < narrowing.count + groups:
             raise UserError(
-                f"{asked.count} {asked.part} cannot leave block {block} in `{asked.target}`: it has {there}, and must "
-                f"keep {groups}. Lower the `schedule`."
+                f"{narrowing.count} {narrowing.part} cannot leave block {block} in `{narrowing.target}`: it has "
+                f"{there}, and must keep {groups}. Lower the `schedule`."
             )
     return cut
 
 
 class _Layer:
-    """The last layer behind the units of one block: what it sees, which units leave, what its weights become."""
+    """Collects the inputs of one block's last layer, chooses the units that leave, and refits the layer."""
 
     def __init__(
-        self, context: ScoringContext, plan: StagePlan, asked: Narrowing, block: int, cut: Cut, held: int,
+        self, context: ScoringContext, plan: StagePlan, narrowing: Narrowing, block: int, cut: Cut, held_back: int,
         effects: Effects,
     ) -> None:  # fmt: skip
-        self.context, self.plan, self.asked, self.block, self.name = context, plan, asked, block, cut.columns
-        self.held, self.effects = held, effects
-        losing = plan.stages_losing(asked.target, block)
+        self.context, self.plan, self.narrowing, self.block, self.name = context, plan, narrowing, block, cut.columns
+        self.held_back, self.effects = held_back, effects
+        losing = plan.stages_losing(narrowing.target, block)
         together = len({(id(self._weights(stage)), plan.width(stage, block)) for stage in losing}) == 1
         self.groups: list[Group] = [tuple(losing)] if together else [(stage,) for stage in losing]
         self._fitted: dict[Group, Tensor] = {}
         self._judged: dict[Group, Tensor] = {}
 
     def see(self, index: int, stage: Stage, inputs: Tensor) -> None:
-        """Take in the layer's inputs at the real tokens of one batch in a stage, [N, I]."""
+        """Add the layer's inputs at the real tokens of one batch in one stage, [N, I], to the Gram matrices."""
         for group in self.groups:
             if stage in group:
-                sums = self._judged if index < self.held else self._fitted
-                with torch.autocast(inputs.device.type, enabled=False):  # whose products would be in bf16
+                sums = self._judged if index < self.held_back else self._fitted
+                with torch.autocast(inputs.device.type, enabled=False):  # autocast would multiply in bf16
                     gram = (inputs.float().T @ inputs.float()).double()
                 sums[group] = sums[group] + gram if group in sums else gram
 
-    def narrow(self, found: Narrowed) -> Changes:
-        """Narrow the block in `found`; returns what its weights change by."""
-        part, plan = self.asked.part, self.plan
+    def narrow(self, result: Narrowed) -> Changes:
+        """Add the narrower block and its refits to `result`; return the changes of its weights."""
+        part, plan = self.narrowing.part, self.plan
         units = plan.model.sizes[part]
         assert units is not None
         if missing := [stage for group in self.groups if group not in self._fitted for stage in group]:
@@ -180,44 +196,44 @@ class _Layer:
         seen = {group: self._seen(group, weights[group], units) for group in self.groups}
         gone = self._leaving([seen[g].only(_kept(plan, g[0], self.block, part)) for g in self.groups])
         width = Width(**{part: tuple(unit for unit in range(units) if unit not in gone)})
-        after, changes, untied, errors = plan.narrow(self.asked.target, self.block, width), {}, set[Stage](), [0.0]
+        after, changes, untied, errors = plan.narrow(self.narrowing.target, self.block, width), {}, set[Stage](), [0.0]
         for group in self.groups:
             marks = [self._marked(p, group[0], seen[group]) for p in (plan, after)]
             shared = self._shared_with_others(group)
-            judged = None if shared and self.asked.tied else self._judged.get(group)
+            judged = None if shared and self.narrowing.tied else self._judged.get(group)
             outcome = refit(weights[group], self._fitted[group], judged, *marks)
             errors.append(outcome.error)
             if outcome.change is not None:
                 changes.update({stage: {self.name: outcome.change} for stage in group})
-                found.refits.append(Refit(self.block, group, self.name, weights[group] + outcome.change))
+                result.refits.append(Refit(self.block, group, self.name, weights[group] + outcome.change))
                 untied |= set(group) if shared else set()
-        found.plan = plan.narrow(
-            self.asked.target, self.block, width, untied=untied, round=self.asked.round,
-            criterion=self.asked.criterion.name, score=max(errors),
+        result.plan = plan.narrow(
+            self.narrowing.target, self.block, width, untied=untied, round=self.narrowing.round,
+            criterion=self.narrowing.criterion.name, score=max(errors),
         )  # fmt: skip
         return changes
 
     def _seen(self, group: Group, weight: Tensor, units: int) -> Seen:
         effects = [self.effects[s, self.block] for s in group if (s, self.block) in self.effects]
         first_order = torch.stack(effects).sum(0).to(weight.device) if effects else None
-        if self.asked.criterion.wants_gradients and first_order is None:
+        if self.narrowing.criterion.wants_gradients and first_order is None:
             first_order = weight.new_zeros(units)  # no response token depends on it
         return Seen(weight, self._fitted[group], torch.arange(units, device=weight.device), first_order)
 
     def _leaving(self, seen: list[Seen]) -> set[int]:
-        """The units that leave the target, by the harm to every stage that loses them."""
-        asked, model = self.asked, self.plan.model
-        named, losing = _named(asked.target), {stage for group in self.groups for stage in group}
-        left, gone = _common(self.plan, asked, self.block), set[int]()
-        # What another stage would lose too leaves last.
-        others = {u for s in losing - set(named) for u in _kept(self.plan, s, self.block, asked.part)}
-        groups = (model.kv_heads or 1) if asked.part == "heads" else 1
-        size, each = (model.sizes[asked.part] or 0) // groups, asked.count // groups
-        rounds = min(asked.criterion.rounds, each)
+        """The units that leave the target: those whose loss hurts least, summed over all stages that lose them."""
+        narrowing, model = self.narrowing, self.plan.model
+        named, losing = _named(narrowing.target), {stage for group in self.groups for stage in group}
+        left, gone = _common(self.plan, narrowing, self.block), set[int]()
+        # Units that only the target has leave first: to lose them costs no other stage anything.
+        others = {u for s in losing - set(named) for u in _kept(self.plan, s, self.block, narrowing.part)}
+        groups = (model.kv_heads or 1) if narrowing.part == "heads" else 1
+        size, each = (model.sizes[narrowing.part] or 0) // groups, narrowing.count // groups
+        rounds = min(narrowing.criterion.rounds, each)
         for turn in range(rounds):
             harm = dict.fromkeys(left, 0.0)
             for one in seen:
-                for unit, value in zip(one.units.tolist(), asked.criterion.harm(one).tolist(), strict=True):
+                for unit, value in zip(one.units.tolist(), narrowing.criterion.harm(one).tolist(), strict=True):
                     if unit in harm:
                         harm[unit] += value
             leaving = each * (turn + 1) // rounds - each * turn // rounds
@@ -230,9 +246,9 @@ class _Layer:
         return gone
 
     def _marked(self, plan: StagePlan, stage: Stage, seen: Seen) -> Tensor:
-        """The inputs that a stage keeps under a plan, bool [I]."""
+        """The inputs of the layer that a stage keeps under a plan, bool [I]."""
         kept = torch.zeros(len(seen.units), dtype=torch.bool, device=seen.units.device)
-        kept[list(_kept(plan, stage, self.block, self.asked.part))] = True
+        kept[list(_kept(plan, stage, self.block, self.narrowing.part))] = True
         return kept.repeat_interleave(seen.size)
 
     def _weights(self, stage: Stage) -> nn.Module:
@@ -243,7 +259,7 @@ class _Layer:
         return any(self._weights(stage) is self._weights(group[0]) for stage in users)
 
     def _whole_weight(self, stage: Stage) -> Tensor:
-        """The layer's weights, fp32, whole on every rank."""
+        """The layer's weights in fp32, whole on every rank. With sharded weights this is a collective."""
         weight = self._weights(stage).get_submodule(self.name).get_parameter("weight")
         with self.context.ranks.whole_weights([weight]):
             found = weight.detach()
@@ -254,12 +270,12 @@ def _named(target: Target) -> tuple[Stage, ...]:
     return STAGES if target == "both" else (target,)
 
 
-def _common(plan: StagePlan, asked: Narrowing, block: int) -> set[int]:
-    """The units that a block has in every stage of the target."""
-    return set.intersection(*({*_kept(plan, stage, block, asked.part)} for stage in _named(asked.target)))
+def _common(plan: StagePlan, narrowing: Narrowing, block: int) -> set[int]:
+    """The units that a block still has in every stage of the target."""
+    return set.intersection(*({*_kept(plan, stage, block, narrowing.part)} for stage in _named(narrowing.target)))
 
 
 def _kept(plan: StagePlan, stage: Stage, block: int, part: Part) -> tuple[int, ...]:
-    """The units that a block has in a stage."""
+    """The units that a block still has in a stage."""
     kept = plan.width(stage, block).kept(part)
     return tuple(range(plan.model.sizes[part] or 0)) if kept is None else kept

@@ -1,7 +1,6 @@
-"""A text on its way through the student, block by block under the contract: what last layers see of it, stage by stage.
+"""Run a text through the student one block at a time, under the contract, and show the inputs of a layer.
 
-Each block reads what the blocks before it make of the text as they are by then, so that what is chosen and refitted in
-one of them is known to all behind it.
+The hidden states behind a block are kept. So after a block is narrowed and refitted, the next one reads its new output.
 
 Shapes: B batch, T tokens of a stage, H hidden, I inputs of a last layer.
 """
@@ -22,13 +21,13 @@ from pdtrim_pl.staged import KVCache, Request, StagedCausalLM
 from pdtrim_pl.staged.gate import Observer, Resume
 
 Changes = Mapping[Stage, Mapping[str, Tensor]]
-"""Per stage, what is added to the weights of a block's layers by their names, [outputs, inputs]."""
+"""Stage -> name of a layer in the block -> what to add to its weights, [outputs, inputs]."""
 See = Callable[[int, Stage, Tensor], None]
-"""Gets the number of a batch, a stage, and a layer's inputs at the batch's real tokens there, [N, I]."""
+"""A function that gets a batch's number, a stage, and a layer's inputs at the real tokens of that stage, [N, I]."""
 
 
 class Walk:
-    """A text in front of one block of the student; `run` looks at the block, `advance` goes behind it.
+    """A text that has reached one block of the student: `run` measures this block, `advance` moves on to the next.
 
     Args:
         student: in eval mode; it is not changed.
@@ -41,20 +40,20 @@ class Walk:
         self._hidden: list[dict[Stage, Tensor]] = [{} for _ in batches]
 
     def run(self, block: int, plan: StagePlan, changes: Changes, layer: str, see: See) -> None:
-        """Run one block over the text and show what one of its layers gets.
+        """Run one block over the text, and show the inputs of one of its layers. The text stays in front of the block.
 
         Args:
-            block: original index.
-            plan: how wide the block is.
-            changes: what is added to its weights meanwhile.
-            layer: its name in the block.
-            see: gets number of the batch, stage, and inputs at real tokens, [N, I].
+            block: original index of the block.
+            plan: gives the width of the block.
+            changes: what to add to the weights of the block during this run.
+            layer: name of the layer in the block.
+            see: called once for every batch and stage.
         """
         for index in range(len(self.requests)):
             self._through(index, block, plan, changes, layer, see)
 
     def advance(self, block: int, plan: StagePlan, changes: Changes) -> None:
-        """Go behind a block."""
+        """Run one block over the text, and keep its output as the input of the next; arguments as of `run`."""
         for index in range(len(self.requests)):
             self._hidden[index].update(self._through(index, block, plan, changes))
 
@@ -62,8 +61,8 @@ class Walk:
     def _through(
         self, index: int, block: int, plan: StagePlan, changes: Changes, layer: str = "", see: See | None = None
     ) -> dict[Stage, Tensor]:
-        """Hidden states of one batch behind a block, per stage that runs it."""
-        own = self.student.plan  # whose weights are there; those that `plan` unties anew are not
+        """Hidden states of one batch behind a block, for each stage that runs the block."""
+        own = self.student.plan  # its weights exist; `plan` may untie weights that the student does not have yet
         request, alone, after = self.requests[index], _alone(plan, own.untied, block), dict[Stage, Tensor]()
         policy = self.student.policy
         sent: KVCache | None = None
@@ -80,24 +79,23 @@ class Walk:
                 for name, change in changes.get(stage, {}).items():
                     hooks.enter_context(_changed(weights.get_submodule(name), change))
                 if see is not None:
-                    hooks.enter_context(_seen(weights.get_submodule(layer), index, stage, valid, see))
-                watch = _keeping(stage, block, after)
+                    hooks.enter_context(_shown(weights.get_submodule(layer), index, stage, valid, see))
+                keep = _keeping(stage, block, after)
                 if stage == "prefill":
-                    out = self.student.prefill(tokens, valid, plan=alone, observer=watch, resume=resume)
+                    out = self.student.prefill(tokens, valid, plan=alone, observer=keep, resume=resume)
                     sent = out.cache.retained(None if policy is None else policy.restricted_to(alone))
                 else:
                     assert sent is not None
-                    self.student.decode(
-                        tokens, sent, valid, plan=alone, observer=watch, keep_cache=False, resume=resume
-                    )
+                    self.student.decode(tokens, sent, valid, plan=alone, observer=keep, keep_cache=False, resume=resume)
         return after
 
 
 def _alone(plan: StagePlan, untied: Mapping[Stage, tuple[int, ...]], block: int) -> StagePlan:
-    """The plan under which nothing but one block does anything, for a pass that starts there."""
+    """A plan that runs one block alone, for a pass that starts at this block."""
     prefill = decode = (block,)
     if block not in plan.prefill:
-        # No stage is without blocks. What one behind it does is not looked at; before the last one the pass has begun.
+        # The block is KV-only, but a plan must give prefill a block. The output of the next block is not used. If there
+        # is no next one, the block before does not run, because the pass starts behind it.
         prefill = (block + 1 if block + 1 < plan.model.num_blocks else block - 1,)
     own = {stage: tuple({block} & set(untied[stage])) for stage in STAGES if block in plan.blocks(stage)}
     widths = {stage: {block: plan.width(stage, block)} for stage in STAGES if block in plan.blocks(stage)}
@@ -114,7 +112,7 @@ def _keeping(stage: Stage, block: int, after: dict[Stage, Tensor]) -> Observer:
 
 @contextmanager
 def _changed(layer: nn.Module, change: Tensor) -> Iterator[None]:
-    """Inside, a linear layer has other weights; nothing is written, for it may be sharded."""
+    """Run a linear layer as if `change` were added to its weights. They are not written, since they may be sharded."""
 
     def add(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         return out + F.linear(args[0], change.to(args[0].dtype))
@@ -127,7 +125,8 @@ def _changed(layer: nn.Module, change: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _seen(layer: nn.Module, index: int, stage: Stage, valid: Tensor, see: See) -> Iterator[None]:
+def _shown(layer: nn.Module, index: int, stage: Stage, valid: Tensor, see: See) -> Iterator[None]:
+    """Call `see` with the inputs of a layer inside the `with` block."""
     handle = layer.register_forward_pre_hook(lambda _, args: see(index, stage, args[0][valid]))
     try:
         yield

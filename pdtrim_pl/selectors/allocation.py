@@ -8,9 +8,9 @@ A block may also send only its first and last positions; that damage is measured
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pdtrim_pl.plan import KEEP_ALL, NO_CODEC, Codec, Retention, handled_positions
 from pdtrim_pl.plan.codec import Form
@@ -99,6 +99,16 @@ class Allocation:
             for rule in self._rules():
                 damage = lost if rule == self.trimmed else sum(sides[side][form] for side, form in forms_of(rule))
                 self.offers.setdefault(block, []).append(Offer(rule, self.size_of(rule), damage))
+
+    def forget_measurements(self) -> None:
+        """Release the measurements of the context, and with them the prompt caches that they keep on the device."""
+
+        def gone(*_: object) -> NoReturn:
+            raise AssertionError("The measurements of this allocation are released.")
+
+        self.context = replace(
+            self.context, measure_mass=gone, damage=gone, energy=gone, measure_recall=gone
+        )  # fmt: skip
 
     def _side_damages(self, block: int, side: Side, base: float) -> dict[Form, float]:
         coarsest = self.menu[-1]

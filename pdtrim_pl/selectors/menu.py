@@ -53,10 +53,13 @@ def policies_within(
     forms = [form for form in menu.codecs if form != "none"]
     allocation = Allocation(context, forms, prompt_tokens, menu.examples, menu.trimmed)
     allocation.measure()
-    everything = KVRetentionPolicy(context.plan.boundary, context.kv_shape).full_bytes(context.plan, prompt_tokens)
+    # A search holds the returned function, and needs the memory for caches of its own.
+    allocation.forget_measurements()
+    shape = context.kv_shape
+    everything = KVRetentionPolicy(context.plan.boundary, shape).full_bytes(context.plan, prompt_tokens)
 
     def policy_of(plan: StagePlan) -> KVRetentionPolicy:
         choice = allocation.cheapest(share * everything, plan.decode)
-        return KVRetentionPolicy(plan.boundary, context.kv_shape, allocation.rules(choice))
+        return KVRetentionPolicy(plan.boundary, shape, allocation.rules(choice))
 
     return policy_of

@@ -122,7 +122,8 @@ class HandoverSender:
     """Sends a handover while prefill still runs: a thread encodes and sends each block as soon as it is there.
 
     Use it as a context manager around `begin`, `send_block` for every block of D in order, and `end`; the other side
-    calls `receive_handover` with the same plan and policy. The `with` block leaves no thread behind.
+    calls `receive_handover` with the same plan and policy. After an error nothing more is sent: the receiver would take
+    the next block for the one that failed. The `with` block leaves no thread behind.
 
     Args:
         link: to the decode worker.
@@ -161,6 +162,8 @@ class HandoverSender:
 
     @torch.inference_mode()  # of this thread
     def _send_block(self, rule: Retention, block: BlockKV) -> int:
+        if any(sent.done() and sent.exception() is not None for sent in self._blocks):
+            return 0  # `end` raises the error of the block that failed
         return self.link.send(self._keep(block, rule).packed(rule.codec))
 
     def end(self, tokens: Tensor, logits: Tensor | None = None) -> Traffic:

@@ -1,4 +1,4 @@
-"""What one block of a model weighs, and what leaves with one of its channels or query heads."""
+"""The number of weights of one block, and of each of its channels and query heads."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pdtrim_pl.plan import Part
 
 @dataclass(frozen=True)
 class BlockSize:
-    """What the costs of one block depend on."""
+    """The sizes that the costs of one block depend on."""
 
     parameters: int
     matrices: int
     """Weights in its linear layers: multiply-adds of one position."""
     kv_matrices: int
-    """Those that a KV-only block needs, as this package runs it: a fused projection is run whole."""
+    """Weights that a KV-only block needs, as this package runs it: a fused projection is run whole."""
     window: int | None
     """Sliding window in tokens; None where it sees everything."""
     units: Mapping[Part, UnitSize]
-    """What leaves with one of its channels or query heads."""
+    """The size of one of its channels and of one of its query heads."""
 
     @classmethod
     def of(cls, block: nn.Module, position: int, architecture: Architecture, config: PreTrainedConfig) -> BlockSize:
-        """Count a block that may be on the meta device.
+        """Count the weights of a block. It may be on the meta device.
 
         Args:
             block: the decoder block.
-            position: of it in the model.
-            architecture: of its family.
-            config: of the model.
+            position: its position in the model.
+            architecture: adapter of its family.
+            config: configuration of the model.
         """
         return cls(
             parameters=elements(block.parameters()),
@@ -46,7 +46,7 @@ class BlockSize:
         )
 
     def narrowed(self, widths: Mapping[Part, int]) -> BlockSize:
-        """The block with so many channels and query heads."""
+        """The size of the block with other numbers of channels and query heads."""
         gone = [(unit, unit.count - widths[part]) for part, unit in self.units.items() if part in widths]
         if not gone:
             return self
@@ -56,17 +56,17 @@ class BlockSize:
 
 @dataclass(frozen=True)
 class UnitSize:
-    """One channel or query head of a block."""
+    """The size of one channel or query head of a block."""
 
     count: int
-    """So many the whole block has."""
+    """Number of them in the whole block."""
     parameters: int
     matrices: int
     """Weights in linear layers."""
 
 
 def _units(block: nn.Module, architecture: Architecture, config: PreTrainedConfig) -> dict[Part, UnitSize]:
-    """What one channel and one query head of a block weigh."""
+    """The sizes of one channel and of one query head of a block."""
     units: dict[Part, UnitSize] = {}
     for part, cut in architecture.cuts.items():
         count: int = getattr(config, cut.setting)

@@ -20,6 +20,8 @@ class CallbackLoad:
     """Settings of its local fits; None if it merges no blocks."""
     fitted_at_once: int = 0
     """Number of blocks that its local fits train at once."""
+    narrowed_on: int | None = None
+    """Number of training examples on which it makes blocks narrower; 0 for the calibration set, None if it does not."""
     selection: SelectorLoad | None = None
     """What its KV selector keeps and runs, within the limits of the run's searches; None if it chooses no policy."""
     untrained_student: bool = False

@@ -95,7 +95,7 @@ class CostModel:
 
     `wire_bytes` are the bytes of keys and values that the policy sends.
 
-    All blocks of a stage count as wide as the widest, because an export writes them so.
+    All blocks of a stage are counted as wide as the widest one, because an export writes them so.
 
     Shares are relative to the dense model with the `boundary` of the plan, so the full plan costs 1.0 under both.
     """

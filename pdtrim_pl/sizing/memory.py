@@ -23,6 +23,9 @@ CONTEXT_BYTES = 2 * GIB
 """CUDA's context, NCCL's buffers and what the allocator cannot give back."""
 GATHERED_PARAMETERS = 10**9
 """DeepSpeed's default for the whole weights that ZeRO-3 keeps in memory (`stage3_max_live_parameters`)."""
+GRAM_MATRICES = 10
+"""Number of fp64 matrices, as wide as the MLP, that are in memory at once while a block is made narrower: Gram matrices
+of both stages to fit to and to judge by, and those of the solution."""
 REPEATED_LENGTH = 2
 """A request that repeats its prompt is at most so many times as long as an example."""
 
@@ -75,6 +78,8 @@ class Load:
     """Settings of local fits; None if no blocks are merged."""
     fitted_at_once: int = 0
     """Number of blocks that local fits train at once."""
+    narrowed_on: int = 0
+    """Number of examples on which blocks are made narrower; 0 if none are."""
     selection: SelectorLoad | None = None
     """What the KV selector keeps and runs; None if no policy is chosen."""
     search_cache_bytes: int = 4 * GIB
@@ -133,6 +138,7 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
         _search(student, layout, load) + _logits(student, load) + _offers(student, layout, load),
         _selection(student, layout, load) + _logits(student, load),
         _fits(student, layout, load) + _offers(student, layout, load),
+        _narrowing(student, layout, load),
         _activations(student, layout, load, kept=False)
         + _logits(student, load)
         + student.parameters * load.untrained_bytes,
@@ -243,6 +249,14 @@ def _fits(shape: Shape, layout: Layout, load: Load) -> int:
     steps = load.fitted_at_once * 16 * shape.block
     solving = load.fitted_at_once * 4 * shape.block + 3 * 8 * shape.inner * (shape.inner + shape.hidden)
     return min(places, load.merging.cache_bytes) + max(steps, solving)
+
+
+def _narrowing(shape: Shape, layout: Layout, load: Load) -> int:
+    """Hidden states in front of a block, on every process for all examples, and the matrices of its last layer."""
+    if not load.narrowed_on:
+        return 0
+    matrices = GRAM_MATRICES * 8 * shape.inner**2
+    return load.narrowed_on * load.tokens * shape.hidden * layout.compute_bytes + matrices
 
 
 def _offers(shape: Shape, layout: Layout, load: Load) -> int:

@@ -1,7 +1,7 @@
-"""The gate inside a block: what a stage has lost of its channels and heads reaches no last layer.
+"""The gate inside a block: a stage runs the block without the MLP channels and query heads that it has lost there.
 
-The block stays whole, so that optimizers, shards and checkpoints do. What is lost is set to zero where the MLP's and
-the attention's last layers read it; an export leaves it out.
+The block stays whole, so optimizers, shards and checkpoints do not change. In front of the last layer of the MLP and of
+the attention, a hook sets the outputs of lost channels and heads to zero. An export leaves them out.
 
 Shapes: I inputs of a last layer.
 """
@@ -24,22 +24,22 @@ from pdtrim_pl.models.cuts import Cuts
 from pdtrim_pl.plan import PARTS, STAGES, Part, StagePlan, Width
 
 Lost = Mapping[str, Tensor]
-"""Last layer of a block -> which of its inputs are lost, bool [I]."""
+"""Name of a last layer in the block -> which of its inputs are lost, bool [I]."""
 
 _NOTHING: Lost = MappingProxyType({})
 _LOST: ContextVar[Lost] = ContextVar("lost", default=_NOTHING)
 _MARK = "lost_inputs_are_zero"
-"""Attribute of a layer that has the hook. It is copied with the layer, as hooks are."""
+"""Name of an attribute that marks layers with the hook. A copy of a layer has both."""
 
 
 def lost_inputs(block: nn.Module, cuts: Cuts, sizes: Mapping[Part, int | None], width: Width | None) -> Lost:
-    """What a block loses by a width.
+    """The inputs of last layers that a block loses under a width.
 
     Args:
         block: the decoder block.
-        cuts: of its family.
-        sizes: channels and heads of the whole block.
-        width: what it keeps; None keeps everything.
+        cuts: where its channels and heads are, from the adapter of its family.
+        sizes: numbers of channels and heads of the whole block.
+        width: the channels and heads that it keeps; None keeps everything.
     """
     if width is None:
         return _NOTHING
@@ -56,7 +56,7 @@ def lost_inputs(block: nn.Module, cuts: Cuts, sizes: Mapping[Part, int | None], 
 
 @contextmanager
 def narrowed(block: nn.Module, lost: Lost) -> Iterator[None]:
-    """Inside, by this thread, the block runs without what is lost."""
+    """Inside the `with` block, this thread runs the block without the lost inputs."""
     for name in lost:
         layer = block.get_submodule(name)
         if _MARK not in vars(layer):
@@ -70,16 +70,16 @@ def narrowed(block: nn.Module, lost: Lost) -> Iterator[None]:
 
 
 def check_widths(block: nn.Module, index: int, architecture: Architecture, plan: StagePlan) -> None:
-    """Refuse a plan that takes channels or heads from a block that cannot lose them, or has another number of them.
+    """Refuse a plan whose widths do not fit a block.
 
     Args:
         block: the decoder block.
         index: its original index.
-        architecture: of its family.
-        plan: what is to be applied.
+        architecture: adapter of its family.
+        plan: the plan that will be applied.
 
     Raises:
-        UserError: with the reason.
+        UserError: the block cannot lose single channels or heads, or has another number of them than the plan says.
     """
     for part in PARTS:
         if all(plan.width(stage, index).kept(part) is None for stage in STAGES):
@@ -89,7 +89,7 @@ def check_widths(block: nn.Module, index: int, architecture: Architecture, plan:
         if not isinstance(layer, nn.Linear):
             raise UserError(
                 f"The stage plan takes {part} from block {index}, and {type(architecture).__name__} blocks cannot lose "
-                "them one by one: `cuts` of the Architecture names no such layers. Drop whole blocks instead."
+                "them one by one: `cuts` of the Architecture names no layers for them. Drop whole blocks instead."
             )
         if units is None or layer.in_features % units or (part == "channels" and layer.in_features != units):
             raise UserError(
@@ -99,14 +99,14 @@ def check_widths(block: nn.Module, index: int, architecture: Architecture, plan:
 
 
 class _Zeroing:
-    """Forward pre-hook of a last layer."""
+    """Forward pre-hook of a last layer: sets lost inputs to zero, if the current pass has lost any of them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         lost = _LOST.get().get(self.name)
-        # Not a product: a lost channel that overflows would leave its mark.
+        # Fill with zeros, do not multiply by zero: an infinite output of a lost channel would become NaN.
         return None if lost is None else (args[0].masked_fill(lost, 0.0), *args[1:])
 
 
@@ -114,7 +114,7 @@ class _Zeroing:
 def _lost(width: Width, part: Part, units: int, inputs: int, device: torch.device) -> Tensor:
     kept = width.kept(part)
     assert kept is not None
-    with torch.inference_mode(False):  # a mask that validation makes must serve training too
+    with torch.inference_mode(False):  # training uses the same mask as validation, and cannot use inference tensors
         lost = torch.ones(units, dtype=torch.bool)
         lost[list(kept)] = False
         return lost.repeat_interleave(inputs // units).to(device)

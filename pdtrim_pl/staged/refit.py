@@ -1,4 +1,4 @@
-"""New weights of one layer of a block, for the stages that use them."""
+"""New weights for one layer of a block."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pdtrim_pl.plan import Stage
 
 @dataclass(frozen=True, eq=False)
 class Refit:
-    """A layer whose weights were fitted anew, beside a plan that needs them so."""
+    """New weights of one layer, fitted for a new plan. They are written into the model when the plan is applied."""
 
     block: int
-    """Original index."""
+    """Original index of the block."""
     stages: tuple[Stage, ...]
-    """Those that use the new weights: all that share the layer under the plan."""
+    """The stages that use the new weights: all that share the layer under the new plan."""
     layer: str
-    """Linear layer, by its name in the block."""
+    """Name of the linear layer in the block."""
     weight: Tensor
     """[outputs, inputs]."""

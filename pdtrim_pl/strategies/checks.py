@@ -142,21 +142,21 @@ def check_merges(strategy: Strategy, tied: bool) -> None:
 
 
 def check_refits(strategy: Strategy, tied: bool) -> None:
-    """Refuse refits that a strategy cannot take up in the middle of a run.
+    """Refuse refits that a strategy cannot apply during a run.
 
     Args:
-        strategy: of the trainer.
-        tied: whether only weights are refitted that all their stages go on to share.
+        strategy: strategy of the trainer.
+        tied: whether a layer is refitted only if all stages that use it lose the same.
 
     Raises:
-        UserError: with the reason and the way out.
+        UserError: the strategy cannot add weights during a run. The message gives an alternative.
     """
     if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy) and not tied:
         engine = "DeepSpeed" if isinstance(strategy, DeepSpeedStrategy) else "FSDP"
         raise UserError(
             f"`trainer.strategy` is {engine}, whose shards are cut once, at the start, so that no block can get "
-            "weights of its own later. Set `repair: {tied: true}`, which refits what both stages lose together, set "
-            "`repair: null`, or use `strategy: ddp_find_unused_parameters_true`."
+            "weights of its own later. Set `repair: {tied: true}`, which refits a layer only if both stages lose the "
+            "same, set `repair: null`, or use `strategy: ddp_find_unused_parameters_true`."
         )
 
 
