@@ -315,6 +315,25 @@ def test_what_cannot_leave_is_refused(family: str, wanted: Narrowing, message: s
         narrowed(student_of(family), wanted)
 
 
+@pytest.mark.parametrize("criterion", [WANDA, LeastSquaresError()], ids=lambda criterion: criterion.name)
+def test_a_layer_whose_inputs_are_not_finite_is_named(criterion: WidthCriterion) -> None:
+    student = student_of()
+    with torch.no_grad():
+        student.gates[1].block.get_parameter("mlp.up_proj.weight")[3] = torch.inf
+    with pytest.raises(UserError, match=r"The inputs of mlp.down_proj in block 1 are not all finite"):
+        narrowed(student, asked(criterion=criterion))
+
+
+def test_what_a_block_has_lost_is_not_measured_again() -> None:
+    student = student_of()
+    every = {stage: dict.fromkeys(range(BLOCKS), Width(tuple(range(40)))) for stage in STAGES}
+    student.apply_plan(replace(student.plan, widths=every))
+    with torch.no_grad():
+        student.gates[1].block.get_parameter("mlp.up_proj.weight")[45] = torch.inf
+    found = narrowed(student, asked())
+    assert found.plan.widest("decode") == {"channels": 28}
+
+
 def test_a_target_that_does_not_fit_the_relation_is_refused() -> None:
     with pytest.raises(UserError, match="`stage: decode` does not fit `relation: unified`"):
         check_units(GATED_MLP["channels"], student_of(relation="unified").plan, asked("decode"))

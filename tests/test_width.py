@@ -147,6 +147,11 @@ def test_text_that_is_no_range_is_refused(text: str) -> None:
         numbers_of(text)
 
 
+def test_a_range_that_ends_before_it_begins_is_refused() -> None:
+    with pytest.raises(ValueError, match="has the range '5-3', which ends before it begins"):
+        numbers_of("0-2,5-3")
+
+
 def test_a_plan_file_of_the_first_version_is_read() -> None:
     path = RESULTS / "nested_3" / "stage_plan.json"
     assert json.loads(path.read_text())["format"] == "pdtrim.stage_plan/1"

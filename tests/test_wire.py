@@ -223,6 +223,11 @@ def a_context(recall: float = 1.0) -> SelectionContext:
     return SelectionContext(PLAN, KVShape(2, 64), dict, lambda block, rule: 0.0, lambda rules, _: noise(rules), found)
 
 
+def test_a_model_whose_kl_is_not_finite_gets_no_policy() -> None:
+    with pytest.raises(ValueError, match="KL to the teacher is not finite when everything is sent"):
+        BudgetSelector(4.0).select(replace(a_context(), energy=lambda rules, _: float("inf")))
+
+
 FORGETFUL = (2, 3)
 """Blocks that lose nothing with their middle positions."""
 

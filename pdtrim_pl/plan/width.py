@@ -82,6 +82,8 @@ def numbers_of(text: str) -> tuple[int, ...]:
         first, dash, last = run.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"`widths` has {run!r}, which is neither a number nor a range such as 0-99.")
+        if int(last or first) < int(first):
+            raise UserError(f"`widths` has the range {run!r}, which ends before it begins.")
         numbers += range(int(first), int(last or first) + 1)
     return tuple(numbers)
 

@@ -192,6 +192,11 @@ class _Layer:
                 f"No calibration token reaches {' and '.join(missing)}: every response has one token, which prefill "
                 "predicts. Use longer responses (`lengths` of the data)."
             )
+        if not all(bool(gram.isfinite().all()) for gram in [*self._fitted.values(), *self._judged.values()]):
+            raise UserError(
+                f"The inputs of {self.name} in block {self.block} are not all finite. Check the weights of `model`. If "
+                "they or `trainer.precision` are float16, use bfloat16 or float32."
+            )
         weights = {group: self._whole_weight(group[0]) for group in self.groups}
         seen = {group: self._seen(group, weights[group], units) for group in self.groups}
         gone = self._leaving([seen[g].only(_kept(plan, g[0], self.block, part)) for g in self.groups])

@@ -127,7 +127,8 @@ def _changed(layer: nn.Module, change: Tensor) -> Iterator[None]:
 @contextmanager
 def _shown(layer: nn.Module, index: int, stage: Stage, valid: Tensor, see: See) -> Iterator[None]:
     """Call `see` with the inputs of a layer inside the `with` block."""
-    handle = layer.register_forward_pre_hook(lambda _, args: see(index, stage, args[0][valid]))
+    # Not a hook in front of the layer: it would run before the one that sets lost inputs to zero, if that is new.
+    handle = layer.register_forward_hook(lambda _, args, out: see(index, stage, args[0][valid]))
     try:
         yield
     finally:

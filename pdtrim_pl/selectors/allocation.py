@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
+from math import isfinite
 from typing import Literal, NoReturn
 
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import KEEP_ALL, NO_CODEC, Codec, Retention, handled_positions
 from pdtrim_pl.plan.codec import Form
 from pdtrim_pl.selectors.base import SelectionContext
@@ -91,8 +93,17 @@ class Allocation:
         return self.context.energy(self.rules(choice), self.examples)
 
     def measure(self) -> None:
-        """Measure the damage of every side, and of the trimmed positions of every block. Every rank must call it."""
+        """Measure the damage of every side, and of the trimmed positions of every block. Every rank must call it.
+
+        Raises:
+            UserError: the energy is not finite when everything is sent.
+        """
         base = self.energy({})
+        if not isfinite(base):
+            raise UserError(
+                "The KL to the teacher is not finite when everything is sent, so no policy can be chosen. Check the "
+                "model's weights, and use bfloat16 or float32 if they are float16."
+            )
         for block in self.blocks:
             sides = {side: self._side_damages(block, side, base) for side in SIDES}
             lost = 0.0 if self.trimmed is None else max(self.energy({block: self.trimmed}) - base, 0.0)

@@ -16,18 +16,19 @@ INTEGERS: tuple[Form, ...] = ("int8", "int4", "int3", "int2")
 
 @dataclass(frozen=True)
 class WireMenu:
-    """What blocks may send.
+    """The rules that a joint search may give to blocks.
 
     Raises:
         UserError: an unknown codec, nothing to choose from, or fewer than one example.
     """
 
     codecs: Sequence[Form] = INTEGERS
-    """Forms of keys and values; they cross as they are too where that fits. `none` alone rounds nothing."""
+    """Forms that keys and values may have. They may also be sent unrounded if the bytes allow it. `none` alone rounds
+    nothing."""
     trimmed: Retention | None = Retention("first_last", 4, 0.2)
-    """The positions that a block may send instead of all; null: every block sends all positions."""
+    """Positions that a block may send instead of all; null: every block sends all positions."""
     examples: int = 8
-    """Calibration requests that damages are measured on, and as many that repeat their prompt."""
+    """Number of calibration requests to measure damage on; as many requests that repeat their prompt are added."""
 
     def __post_init__(self) -> None:
         if not set(self.codecs) <= set(FORMS):
@@ -41,14 +42,16 @@ class WireMenu:
 def policies_within(
     share: float, context: SelectionContext, menu: WireMenu, prompt_tokens: int
 ) -> Callable[[StagePlan], KVRetentionPolicy]:
-    """A function from a plan to its policy. Damages are measured once, on the plan of the context; all ranks call it.
+    """Make a function that returns the policy of a plan.
+
+    Damages are measured once, here, on the plan of the context. Every rank must call this.
 
     Args:
-        share: of the bytes of the unpruned model that sends everything, which a request may take. Where no choice is so
-            small, the policy is the smallest one.
-        context: of a plan that has all blocks of the plans to come.
-        menu: what blocks may send.
-        prompt_tokens: length of the prompt at which bytes are counted.
+        share: maximum bytes of a request, as a share of the bytes of the unpruned model that sends everything. If no
+            policy is so small, the function returns the smallest one.
+        context: context of a plan that has all decode blocks of the plans that the function will get.
+        menu: the rules that blocks may have.
+        prompt_tokens: length of the prompt for which bytes are counted.
     """
     forms = [form for form in menu.codecs if form != "none"]
     allocation = Allocation(context, forms, prompt_tokens, menu.examples, menu.trimmed)
