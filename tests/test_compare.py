@@ -372,7 +372,7 @@ def test_unknown_and_mistyped_keys_are_refused(
             {"rows": {"only": ["sleb"]}},
             "`rows.only` has the unknown method 'sleb' (last_n are",
         ),
-        ({"last_n": EVERY["last_n"]}, {"rows": {"counts": [4]}}, "asks for 4 blocks of 4, and Guards(protect_first=0,"),
+        ({"last_n": EVERY["last_n"]}, {"rows": {"counts": [4]}}, "asks for 4 blocks of 4, but Guards(protect_first=0,"),
         ({"odd": ours("Drop", criterion=criterion("LastN"), target="prefill")}, {}, "does not fit `relation: unified`"),
         ({}, {}, "`methods` names none"),
         ({"last_n": EVERY["last_n"]}, {"rows": {"counts": [3, 2]}}, "`rows.counts` is [3, 2]"),
