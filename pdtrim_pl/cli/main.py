@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from pdtrim_pl import __version__
@@ -210,7 +211,8 @@ def _bench(args: list[str]) -> int:
     from pdtrim_pl.serving.bench import Load, bench, lines
 
     load = Load(options.prompts, options.batch_sizes, options.new_tokens, options.repeats, options.links)
-    found = bench(options.export, model=options.model, device=options.device, load=load)
+    with redirect_stdout(sys.stderr):  # libraries write to standard output when they are imported
+        found = bench(options.export, model=options.model, device=options.device, load=load)
     print(json.dumps(found) if options.json else lines(found))
     return 0
 
