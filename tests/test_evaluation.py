@@ -161,7 +161,7 @@ def test_timing_refuses_what_it_cannot_run(wrong: dict[str, int], message: str) 
 
 def a_summary(**changes: Any) -> Summary:
     quality = Quality(2.0, 2.0, 0.0, 1.0, 100)
-    timing = Timing(StageTimes(2.0, 30.0), StageTimes(1.0, 20.0), 256, 32, 1, "cpu")
+    timing = Timing(((StageTimes(2.0, 30.0), StageTimes(1.0, 20.0)),), 256, 32, 1, "cpu")
     summary = Summary(
         30, 24, 20, quality, replace(quality, nll=11.0, kl=9.0, agreement=0.1), replace(quality, nll=2.3, kl=0.3),
         timing, 1024, 4096, 1024, "runs/x/export",

@@ -266,14 +266,14 @@ def test_bits_go_where_they_help_most_and_the_budget_is_kept(reduction: float) -
 
 def test_exchanges_never_cost_bytes_or_quality() -> None:
     context = a_context()
-    allocation = Allocation(context, ("int8", "int4", "int3", "int2"), 512)
+    allocation = Allocation(PLAN, context.kv_shape, ("int8", "int4", "int3", "int2"), 512)
     budget = KVRetentionPolicy("prefill", context.kv_shape).full_bytes(PLAN, 512) / 5
-    allocation.measure()
+    allocation.measure(noise)
     allocation.offers = {
         block: [replace(offer, damage=0.0) for offer in offers] for block, offers in allocation.offers.items()
     }  # a bad prediction
     worst = allocation.cheapest(budget)
-    better = allocation.exchanged(worst, budget)
+    better = allocation.exchanged(worst, budget, noise)
     assert allocation.bytes_of(better) <= budget
     assert noise(allocation.rules(better)) <= noise(allocation.rules(worst))
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pdtrim_pl.merging.least_squares import ridge_solution
+from pdtrim_pl.merging.least_squares import damped, ridge_solution
 
 RIDGE = 1e-3
 """Value to add to the diagonal of the Gram matrix, as a share of its mean, so that the matrix can be inverted."""
@@ -121,10 +121,7 @@ class LeastSquaresError(WidthCriterion):
 
     def harm(self, seen: Seen) -> Tensor:
         size = seen.size
-        damped = seen.gram + torch.eye(len(seen.gram), dtype=torch.float64, device=seen.gram.device) * (
-            RIDGE * seen.gram.diagonal().mean().clamp_min(1e-12)
-        )
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(seen.gram, RIDGE)))
         if size == 1:
             return seen.weight.double().square().sum(0) / inverse.diagonal()
         units = len(inverse) // size

@@ -116,14 +116,10 @@ class Neighbours:
             tokens, valid = request.tokens["prefill"], request.valid["prefill"]
             encoded = self.student.prefill(tokens, valid, plan=plan, resume=resume)
         sent = encoded.cache.retained(candidate.policy)
-        parts = [encoded.hidden[:, -1:]] if plan.boundary == "prefill" else []
-        fed, fed_valid = request.tokens["decode"], request.valid["decode"]
-        if fed.shape[1]:
-            resume = _resume(trace, "decode", starts)
-            self._count(plan, "decode", fed_valid, resume)
-            out = self.student.decode(fed, sent, fed_valid, plan=plan, keep_cache=False, resume=resume)
-            parts.append(out.hidden)
-        return torch.cat(parts, dim=1)[batch.response_mask]
+        resume = _resume(trace, "decode", starts)
+        if request.tokens["decode"].shape[1]:
+            self._count(plan, "decode", request.valid["decode"], resume)
+        return self.student.respond(request, encoded.hidden, sent, plan=plan, resume=resume)[batch.response_mask]
 
     def _traced(
         self, candidate: Candidate, batch: Batch, old: _Trace | None, starts: Mapping[Stage, int | None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
 from time import perf_counter
 
@@ -31,18 +32,24 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the repeats of one measurement."""
+    """The times of one measurement."""
 
-    dense: StageTimes
-    """The full plan, with everything sent."""
-    trimmed: StageTimes
-    """The trimmed plan and its policy."""
+    turns: tuple[tuple[StageTimes, StageTimes], ...]
+    """Times of every repeat: the dense variant, then the trimmed one."""
     prompt_tokens: int
     new_tokens: int
     batch_size: int
     device: str
-    turns: tuple[tuple[StageTimes, StageTimes], ...] = ()
-    """Times of every repeat: the dense variant, then the trimmed one."""
+
+    @cached_property
+    def dense(self) -> StageTimes:
+        """Medians of the full plan, with everything sent."""
+        return _medians([dense for dense, _ in self.turns])
+
+    @cached_property
+    def trimmed(self) -> StageTimes:
+        """Medians of the trimmed plan and its policy."""
+        return _medians([trimmed for _, trimmed in self.turns])
 
     @property
     def prefill_speedup(self) -> float:
@@ -109,16 +116,9 @@ def measure_timing(
     full = StagePlan.full(plan.model, plan.relation, plan.boundary)
     narrow = plan if sliced is None else replace(plan, widths={})
     variants = ((whole, full, None), (sliced or whole, narrow, policy))
-    turns: list[list[StageTimes]] = [[], []]
     with torch.no_grad(), eval_mode(model):
-        for turn in range(repeats + 1):
-            for times, variant in zip(turns, variants, strict=True):
-                measured = _time_once(request, *variant)
-                if turn > 0:
-                    times.append(measured)
-    dense, trimmed = (_medians(times) for times in turns)
-    pairs = tuple(zip(*turns, strict=True))
-    return Timing(dense, trimmed, prompt_tokens, new_tokens, batch_size, device.type, pairs)
+        turns = [(_time_once(request, *variants[0]), _time_once(request, *variants[1])) for _ in range(repeats + 1)]
+    return Timing(tuple(turns[1:]), prompt_tokens, new_tokens, batch_size, device.type)  # the first is a warm-up
 
 
 def _time_once(

@@ -49,17 +49,11 @@ class InProcessPair:
             responses: token ids, at least one token a row.
         """
         prompt, response = self._padded(prompts, left=True), self._padded(responses, left=False)
-        boundary = self.prefill.plan.boundary
-        request = Request.of(prompt[0], response[0], prompt[1], response[1], boundary)
+        request = Request.of(prompt[0], response[0], prompt[1], response[1], self.prefill.plan.boundary)
         encoded = self.prefill.prefill(request.tokens["prefill"], request.valid["prefill"])
-        fed, sent = request.tokens["decode"], encoded.cache.retained(self.prefill.policy)
-        hidden = encoded.hidden[:, :0]
-        if fed.shape[1]:
-            hidden = self.decode.decode(fed, sent, request.valid["decode"], keep_cache=False).hidden
+        hidden = self.decode.respond(request, encoded.hidden, encoded.cache.retained(self.prefill.policy))
         for row, ids in enumerate(responses):
-            parts = [self.prefill.logits(encoded.hidden[row, -1:])] if boundary == "prefill" else []
-            parts.append(self.decode.logits(hidden[row, : len(ids) - len(parts)]))
-            yield torch.cat(parts).float()
+            yield self.decode.logits(hidden[row, : len(ids)]).float()
 
     @torch.no_grad()
     def stream(

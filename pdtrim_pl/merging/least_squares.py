@@ -56,10 +56,15 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         cross: A'B, fp64 [I, H].
         ridge: r, as a share of the mean of the Gram matrix's diagonal.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
-    factor, _ = torch.linalg.cholesky_ex(damped)
+    factor, _ = torch.linalg.cholesky_ex(damped(gram, ridge))
     return torch.cholesky_solve(cross, factor)
+
+
+def damped(gram: Tensor, ridge: float) -> Tensor:
+    """A Gram matrix with `ridge` times the mean of its diagonal added to this diagonal, so that it can be inverted."""
+    out = gram.clone()
+    out.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
+    return out
 
 
 def _set(weight: Tensor, value: Tensor) -> None:

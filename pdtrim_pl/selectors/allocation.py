@@ -7,20 +7,21 @@ A block may also send only its first and last positions; that damage is measured
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise, product
 from math import isfinite
-from typing import Literal, NoReturn
+from typing import Literal
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan import KEEP_ALL, NO_CODEC, Codec, Retention, handled_positions
+from pdtrim_pl.plan import KEEP_ALL, NO_CODEC, Codec, KVShape, Retention, StagePlan, handled_positions
 from pdtrim_pl.plan.codec import Form
-from pdtrim_pl.selectors.base import SelectionContext
 
 Side = Literal["keys", "values"]
 SIDES: tuple[Side, ...] = ("keys", "values")
 Choice = Mapping[int, Retention]
+Energy = Callable[[Mapping[int, Retention]], float]
+"""Returns the KL(teacher || student) under some rules, nats. Every rank must call it."""
 NOISE_BITS: Mapping[Form, float] = {"none": 16.0, "fp8": 5.0, "int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0}
 """Bits of the integer form with the same rounding noise. e4m3 keeps three bits of mantissa at every magnitude."""
 TRIMMED_BITS = 4
@@ -47,26 +48,25 @@ class Allocation:
     """Chooses a rule for every block.
 
     Args:
-        context: context of the selector.
+        plan: its decode blocks send something.
+        kv_shape: shape of one block's KV per position, as it crosses.
         forms: forms that a side may have, besides `none`.
         prompt_tokens: length of the prompt for which bytes are counted.
-        examples: number of calibration requests to measure damage on; as many requests that repeat their prompt are
-            added.
         trimmed: positions that a block may send instead of all; None: every block sends all positions.
     """
 
-    context: SelectionContext
+    plan: StagePlan
+    kv_shape: KVShape
     forms: Sequence[Form]
     prompt_tokens: int
-    examples: int = 8
     trimmed: Retention | None = None
     offers: dict[int, list[Offer]] = field(default_factory=dict)
     """The rules that each block may have; `measure` fills it."""
 
     def __post_init__(self) -> None:
-        self.blocks = self.context.plan.decode
+        self.blocks = self.plan.decode
         self.menu: list[Form] = sorted({"none", *self.forms}, key=lambda form: -NOISE_BITS[form])
-        self._positions = handled_positions(self.prompt_tokens, self.context.plan.boundary)
+        self._positions = handled_positions(self.prompt_tokens, self.plan.boundary)
         if self.trimmed is not None:
             fine = [form for form in self.menu if NOISE_BITS[form] >= TRIMMED_BITS]
             self.trimmed = self.trimmed.written_as(codec_of(fine[-1], fine[-1]))
@@ -82,50 +82,39 @@ class Allocation:
 
     def size_of(self, rule: Retention) -> int:
         """Bytes of one block in one request."""
-        return rule.bytes_sent(self._positions, *self.context.kv_shape.sizes)
+        return rule.bytes_sent(self._positions, *self.kv_shape.sizes)
 
     def bytes_of(self, choice: Choice) -> int:
         """Bytes of one request under a choice."""
         return sum(self.size_of(rule) for rule in choice.values())
 
-    def energy(self, choice: Choice) -> float:
-        """KL(teacher || student) under a choice, nats. Every rank must call it."""
-        return self.context.energy(self.rules(choice), self.examples)
-
-    def measure(self) -> None:
+    def measure(self, energy: Energy) -> None:
         """Measure the damage of every side, and of the trimmed positions of every block. Every rank must call it.
+
+        Args:
+            energy: KL under some rules; it is not kept.
 
         Raises:
             UserError: the energy is not finite when everything is sent.
         """
-        base = self.energy({})
+        base = energy({})
         if not isfinite(base):
             raise UserError(
                 "The KL to the teacher is not finite when everything is sent, so no policy can be chosen. Check the "
                 "model's weights, and use bfloat16 or float32 if they are float16."
             )
         for block in self.blocks:
-            sides = {side: self._side_damages(block, side, base) for side in SIDES}
-            lost = 0.0 if self.trimmed is None else max(self.energy({block: self.trimmed}) - base, 0.0)
+            keys, values = (self._side_damages(block, side, energy, base) for side in SIDES)
+            lost = 0.0 if self.trimmed is None else max(energy({block: self.trimmed}) - base, 0.0)
             for rule in self._rules():
-                damage = lost if rule == self.trimmed else sum(sides[side][form] for side, form in forms_of(rule))
+                damage = lost if rule == self.trimmed else keys[rule.codec.keys] + values[rule.codec.values]
                 self.offers.setdefault(block, []).append(Offer(rule, self.size_of(rule), damage))
 
-    def forget_measurements(self) -> None:
-        """Release the measurements of the context, and with them the prompt caches that they keep on the device."""
-
-        def gone(*_: object) -> NoReturn:
-            raise AssertionError("The measurements of this allocation are released.")
-
-        self.context = replace(
-            self.context, measure_mass=gone, damage=gone, energy=gone, measure_recall=gone
-        )  # fmt: skip
-
-    def _side_damages(self, block: int, side: Side, base: float) -> dict[Form, float]:
+    def _side_damages(self, block: int, side: Side, energy: Energy, base: float) -> dict[Form, float]:
         coarsest = self.menu[-1]
         if coarsest == "none":
             return {"none": 0.0}
-        measured = max(self.energy({block: written(side, coarsest)}) - base, 0.0)
+        measured = max(energy({block: written(side, coarsest)}) - base, 0.0)
         damages = {form: measured * 4.0 ** (NOISE_BITS[coarsest] - NOISE_BITS[form]) for form in self.menu}
         return {**damages, "none": 0.0}
 
@@ -137,7 +126,7 @@ class Allocation:
 
         Args:
             budget: bytes of one request.
-            blocks: decode blocks; by default those of the plan of the context.
+            blocks: decode blocks; by default those of the plan.
         """
         blocks = self.blocks if blocks is None else blocks
         low, high = 1e-18, 1e6
@@ -170,14 +159,19 @@ class Allocation:
             _, block, rule = max(steps, key=lambda step: step[0])
             filled[block] = rule
 
-    def exchanged(self, choice: Choice, budget: float) -> dict[int, Retention]:
+    def exchanged(self, choice: Choice, budget: float, measure: Energy) -> dict[int, Retention]:
         """Exchange bytes: give one block a larger rule and another one a smaller, as long as the joint energy falls.
 
         The effect of every single step is measured once, with all other blocks as chosen. Every rank must call it.
+
+        Args:
+            choice: where to begin.
+            budget: bytes of one request.
+            measure: KL under some rules.
         """
-        best, energy = dict(choice), self.energy(choice)
+        best, energy = dict(choice), measure(self.rules(choice))
         steps = [(block, rule) for block, rule in best.items() for rule in self._neighbours(rule)]
-        rises = {step: self.energy({**best, step[0]: step[1]}) - energy for step in steps}
+        rises = {step: measure(self.rules({**best, step[0]: step[1]})) - energy for step in steps}
         more = {step: self.size_of(step[1]) - self.size_of(best[step[0]]) for step in steps}
         pairs = [
             (rises[up] + rises[down], up, down)
@@ -191,7 +185,7 @@ class Allocation:
             tried = {**best, up[0]: up[1], down[0]: down[1]}
             if moved & {up[0], down[0]} or self.bytes_of(tried) > budget:
                 continue
-            found = self.energy(tried)
+            found = measure(self.rules(tried))
             if found >= energy:
                 break
             best, energy = tried, found
@@ -224,11 +218,6 @@ class Allocation:
                 yield KEEP_ALL.written_as(codec_of(rule.codec.keys, other))
         if self.trimmed is not None:
             yield self.trimmed
-
-
-def forms_of(rule: Retention) -> list[tuple[Side, Form]]:
-    """The forms of keys and values."""
-    return [("keys", rule.codec.keys), ("values", rule.codec.values)]
 
 
 def written(side: Side, form: Form) -> Retention:

@@ -113,16 +113,20 @@ class BudgetSelector(KVSelector):
 
     def _coded(self, context: SelectionContext) -> dict[int, Retention]:
         trimmed = self.rule if self.trim else None
-        allocation = Allocation(context, self.codecs, self.prompt_tokens, self.effort.examples, trimmed)
+        allocation = Allocation(context.plan, context.kv_shape, self.codecs, self.prompt_tokens, trimmed)
         everything = KVRetentionPolicy(context.plan.boundary, context.kv_shape).full_bytes(
             context.plan, self.prompt_tokens
         )
         self._check_codecs_reach(everything / allocation.bytes_of(allocation.smallest))
-        allocation.measure()
+
+        def energy(rules: Mapping[int, Retention]) -> float:
+            return context.energy(rules, self.effort.examples)
+
+        allocation.measure(energy)
         budget = everything / self.reduction
         choice = allocation.cheapest(budget)
         if self.effort.exchanges:
-            choice = allocation.exchanged(choice, budget)
+            choice = allocation.exchanged(choice, budget, energy)
         choice = self._above_the_floor(context, allocation, choice, budget)
         reached = everything / allocation.bytes_of(choice)
         if reached < self.reduction:

@@ -54,11 +54,10 @@ def policies_within(
         prompt_tokens: length of the prompt for which bytes are counted.
     """
     forms = [form for form in menu.codecs if form != "none"]
-    allocation = Allocation(context, forms, prompt_tokens, menu.examples, menu.trimmed)
-    allocation.measure()
-    # A search holds the returned function, and needs the memory for caches of its own.
-    allocation.forget_measurements()
     shape = context.kv_shape
+    allocation = Allocation(context.plan, shape, forms, prompt_tokens, menu.trimmed)
+    # The function below must not hold the context: a search needs the memory of its prompt caches.
+    allocation.measure(lambda rules: context.energy(rules, menu.examples))
     everything = KVRetentionPolicy(context.plan.boundary, shape).full_bytes(context.plan, prompt_tokens)
 
     def policy_of(plan: StagePlan) -> KVRetentionPolicy:

@@ -18,7 +18,7 @@ from pdtrim_pl.evaluation.recall import requests_within, right_tokens
 from pdtrim_pl.evaluation.tokens import score_tokens
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape, Retention
 from pdtrim_pl.selectors.base import SelectionContext
-from pdtrim_pl.staged import KVCache, Request, StagedCausalLM
+from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.model import StagedOutput
 
 
@@ -75,19 +75,13 @@ class PairRequests:
         request = Request.of(*batch.request, self.prefill.plan.boundary)
         out = self.prefill.prefill(request.tokens["prefill"], request.valid["prefill"])
         out = StagedOutput(out.hidden[:, -1:], out.cache)
-        return _Encoded(batch, request, out, self._hidden(batch, request, out, out.cache))
-
-    def _hidden(self, batch: Batch, request: Request, out: StagedOutput, sent: KVCache) -> Tensor:
-        """Final hidden states of the response tokens, [N, H]."""
-        parts = [out.hidden[:, -1:]] if self.prefill.plan.boundary == "prefill" else []
-        fed, valid = request.tokens["decode"], request.valid["decode"]
-        if fed.shape[1]:
-            parts.append(self.decode.decode(fed, sent, valid, keep_cache=False).hidden)
-        return torch.cat(parts, dim=1)[batch.response_mask]
+        reference = self.decode.respond(request, out.hidden, out.cache)[batch.response_mask]
+        return _Encoded(batch, request, out, reference)
 
     def _under(self, policy: KVRetentionPolicy, encoded: _Encoded) -> Tensor:
+        """Final hidden states of the response tokens under a policy, [N, H]."""
         sent = encoded.out.cache.retained(policy)
-        return self._hidden(encoded.batch, encoded.request, encoded.out, sent)
+        return self.decode.respond(encoded.request, encoded.out.hidden, sent)[encoded.batch.response_mask]
 
 
 class PairMeasures:

@@ -122,8 +122,7 @@ def lines(told: Mapping[str, Any]) -> str:
     out = []
     for cell in told["cells"]:
         figures = (
-            f"{name} {cell[f'{stage}_speedup']['value']:.2f}x of {cell[f'{stage}_bound']:.2f}x"
-            for stage, name in (("prefill", "prefill"), ("decode", "decode"))
+            f"{stage} {cell[f'{stage}_speedup']['value']:.2f}x of {cell[f'{stage}_bound']:.2f}x" for stage in STAGES
         )
         out.append(
             f"batch {cell['batch_size']}, prompt {cell['prompt_tokens']}: {', '.join(figures)}; first token "

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.sizing.block_size import elements
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Shape:
         sizes = [parameter.numel() for parameter in model.parameters()]
         return cls(
             parameters=sum(sizes), embeddings=_embeddings(model),
-            block=sum(parameter.numel() for parameter in block.parameters()), largest=max(sizes),
+            block=elements(block.parameters()), largest=max(sizes),
             hidden=config.hidden_size, inner=config.intermediate_size, heads=heads,
             kv=(facts.get("num_key_value_heads") or heads) * size, blocks=config.num_hidden_layers,
             vocabulary=config.vocab_size,

@@ -133,15 +133,35 @@ class StagedCausalLM(GatedCausalLM):
         self.check_length(prompt_ids, prompt_mask, response_ids.shape[1], response_mask)
         watch = observers or {}
         request = Request.of(prompt_ids, response_ids, prompt_mask, response_mask, plan.boundary)
-        handled, fed = request.tokens["prefill"], request.tokens["decode"]
-        valid = request.valid
-        encoded = self.prefill(handled, valid["prefill"], plan=plan, observer=watch.get("prefill"))
+        handled, valid = request.tokens["prefill"], request.valid["prefill"]
+        encoded = self.prefill(handled, valid, plan=plan, observer=watch.get("prefill"))
         sent = encoded.cache.retained(policy)
-        parts = [encoded.hidden[:, -1:]] if plan.boundary == "prefill" else []
+        hidden = self.respond(request, encoded.hidden, sent, plan=plan, observer=watch.get("decode"))
+        return StagedOutput(hidden, sent)
+
+    def respond(
+        self, request: Request, encoded: Tensor, sent: KVCache, *, plan: StagePlan | None = None,
+        observer: Observer | None = None, resume: Resume | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Decode all tokens of a known response in parallel.
+
+        Args:
+            request: prompts and responses.
+            encoded: hidden states of prefill, at least of the last position, [B, P, H].
+            sent: keys and values that decode was sent.
+            plan: run under this plan instead of `self.plan`.
+            observer: called after every block that ran.
+            resume: see `decode`.
+
+        Returns:
+            Hidden states that predict each response token, [B, R, H]. The first is prefill's under `boundary: prefill`.
+        """
+        parts = [encoded[:, -1:]] if (plan or self.plan).boundary == "prefill" else []
+        fed, valid = request.tokens["decode"], request.valid["decode"]
         if fed.shape[1]:
-            out = self.decode(fed, sent, valid["decode"], plan=plan, observer=watch.get("decode"), keep_cache=False)
+            out = self.decode(fed, sent, valid, plan=plan, observer=observer, keep_cache=False, resume=resume)
             parts.append(out.hidden)
-        return StagedOutput(torch.cat(parts, dim=1), sent)
+        return torch.cat(parts, dim=1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's head on final hidden states, [..., H] -> [..., V]."""

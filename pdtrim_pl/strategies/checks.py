@@ -131,13 +131,11 @@ def check_merges(strategy: Strategy, tied: bool) -> None:
     Raises:
         UserError: the strategy cannot add weights during a run. The message gives an alternative.
     """
-    if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy) and not tied:
-        engine = "DeepSpeed" if isinstance(strategy, DeepSpeedStrategy) else "FSDP"
-        raise UserError(
-            f"`trainer.strategy` is {engine}, whose shards are cut once, at the start, so that no block can get "
-            "weights of its own later. Set `tied: true` for the merges: then they are made only in both stages at "
-            "once (this does not work with JointDrop, which merges in one stage at a time). Or use `strategy: "
-            "ddp_find_unused_parameters_true`."
+    if not tied:
+        _refuse_new_weights(
+            strategy,
+            "Set `tied: true` for the merges: then they are made only in both stages at once (this does not work with "
+            "JointDrop, which merges in one stage at a time). Or use `strategy: ddp_find_unused_parameters_true`.",
         )
 
 
@@ -151,12 +149,21 @@ def check_refits(strategy: Strategy, tied: bool) -> None:
     Raises:
         UserError: the strategy cannot add weights during a run. The message gives an alternative.
     """
-    if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy) and not tied:
+    if not tied:
+        _refuse_new_weights(
+            strategy,
+            "Set `repair: {tied: true}`, which refits a layer only if both stages lose the same, set `repair: null`, "
+            "or use `strategy: ddp_find_unused_parameters_true`.",
+        )
+
+
+def _refuse_new_weights(strategy: Strategy, way_out: str) -> None:
+    """Refuse a strategy that cannot add weights during a run."""
+    if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
         engine = "DeepSpeed" if isinstance(strategy, DeepSpeedStrategy) else "FSDP"
         raise UserError(
             f"`trainer.strategy` is {engine}, whose shards are cut once, at the start, so that no block can get "
-            "weights of its own later. Set `repair: {tied: true}`, which refits a layer only if both stages lose the "
-            "same, set `repair: null`, or use `strategy: ddp_find_unused_parameters_true`."
+            f"weights of its own later. {way_out}"
         )
 
 
