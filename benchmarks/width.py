@@ -24,7 +24,7 @@ from pdtrim_pl.criteria import ScoringContext, WidthCriterion
 from pdtrim_pl.data import Collator, Example
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.quality import measure_quality
-from pdtrim_pl.evaluation.recall import measure_recall
+from pdtrim_pl.evaluation.recall import measure_recall, repetition
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.plan import Relation, StagePlan
 from pdtrim_pl.search import Narrowing, narrow
@@ -78,12 +78,11 @@ def requests(tokens: torch.Tensor, count: int) -> list[Batch]:
 
 
 def repeated(tokens: torch.Tensor) -> list[Batch]:
-    """Texts that are repeated. The prompt ends with the first quarter of the repetition, which shows that it is one."""
-    known, batches = SIZE // 4, []
-    for start in range(0, 2000 * REPEATS, 2000):
-        again, between = tokens[start : start + SIZE], tokens[start + 700 : start + 700 + BETWEEN]
-        batches.append(Collator(0)([Example(torch.cat([again, between, again[:known]]), again[known:])]))
-    return batches
+    """Requests whose response repeats a text at the start of the prompt."""
+    return [
+        Collator(0)([repetition(tokens[start : start + SIZE], tokens[start + 700 : start + 700 + BETWEEN])])
+        for start in range(0, 2000 * REPEATS, 2000)
+    ]
 
 
 def tokens_of(path: Path) -> torch.Tensor:

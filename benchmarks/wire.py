@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from pdtrim_pl.data import Collator, Example
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.attention import attention_mass
+from pdtrim_pl.evaluation.recall import repetition
 from pdtrim_pl.export.load import load_stage
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.plan import STAGES, Codec, KVRetentionPolicy, KVShape, Retention
@@ -165,18 +166,13 @@ class Bench:
         return [Collator(0)([Example(row[:prompt], row[prompt:])]) for row in rows]
 
     def _repeated(self, tokens: torch.Tensor, depth: float) -> list[Batch]:
-        """Requests whose response repeats a text at some depth of the prompt.
-
-        The prompt ends with the first quarter of the repetition, so that the model can recognise it.
-        """
-        known, between = REPEATED // 4, self.options.prompt - REPEATED
-        before = round(depth * between)
+        """Requests whose response repeats a text at some depth of the prompt."""
+        between = self.options.prompt - REPEATED
         batches = []
         for start in range(0, 18_000, 3_000):
             text, others = tokens[start : start + REPEATED], tokens[start + 1000 : start + 1000 + between]
             if len(others) == between:
-                prompt = torch.cat([others[:before], text, others[before:], text[:known]])
-                batches.append(Collator(0)([Example(prompt, text[known:])]))
+                batches.append(Collator(0)([repetition(text, others, round(depth * between))]))
         return batches
 
 

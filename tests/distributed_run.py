@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,15 @@ def data_of(model: Path, processes: int) -> PromptResponseDataModule:
         str(model), SHORT, Lengths(24, 8, 16), parts=Parts(validation=4, calibration=6, max_train=20),
         batch_size=GLOBAL_BATCH // processes,
     )  # fmt: skip
+
+
+def whole_and_continued(fit: Callable[[Path, Path | None], PDTrimModule], folder: Path) -> None:
+    """Train into `whole`, and from the end of its second epoch into `continued`; each tells its losses and plan."""
+    for part, ckpt_path in (("whole", None), ("continued", folder / "whole" / MIDDLE)):
+        module = fit(folder / part, ckpt_path)
+        if module.global_rank == 0:
+            told = {"losses": module.record.losses, "plan": module.plan.to_json()}
+            (folder / part / "told.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 def trainer_of(

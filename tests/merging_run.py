@@ -7,13 +7,12 @@ Each process runs this script. Every run sees the same examples at every step.
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from distributed_run import data_of
+from distributed_run import data_of, whole_and_continued
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from merge_at import MergeAt, Merges
@@ -56,11 +55,7 @@ def fit(
 
 def main(strategy: str, processes: int, model: Path, folder: Path) -> None:
     """Train, and continue from the end of the epoch of the last merge."""
-    for part, ckpt_path in (("whole", None), ("continued", folder / "whole" / "epoch=1.ckpt")):
-        module = fit(strategy, processes, model, folder / part, "own", ckpt_path)
-        if module.global_rank == 0:
-            told = {"losses": module.record.losses, "plan": module.plan.to_json()}
-            (folder / part / "told.json").write_text(json.dumps(told), encoding="utf-8")
+    whole_and_continued(lambda part, ckpt_path: fit(strategy, processes, model, part, "own", ckpt_path), folder)
 
 
 if __name__ == "__main__":

@@ -76,11 +76,14 @@ def fit(folder: Path, model: Path, callbacks: list[Callback], **kwargs: Any) -> 
     return trainer, module
 
 
+def exported_run(folder: Path, model: Path, callbacks: list[Callback]) -> tuple[Path, PDTrimModule]:
+    _, module = fit(folder, model, [*callbacks, ExportPair(folder / "export", "float32", new_tokens=2)])
+    return folder, module
+
+
 @pytest.fixture(scope="module")
 def whole_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PDTrimModule]:
-    folder = tmp_path_factory.mktemp("whole")
-    _, module = fit(folder, tiny_llama_dir, [*schedule(), ExportPair(folder / "export", "float32", new_tokens=2)])
-    return folder, module
+    return exported_run(tmp_path_factory.mktemp("whole"), tiny_llama_dir, schedule())
 
 
 def test_blocks_leave_on_schedule_and_the_policy_follows_the_last_round(whole_run: tuple[Path, PDTrimModule]) -> None:

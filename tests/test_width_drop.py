@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_callbacks import data_for, fit, module_for, trainer_for
+from test_callbacks import data_for, exported_run, fit, module_for, trainer_for
 from tiny_models import tiny_model
 
-from callbacks import BlockDrop, ExportPair, KVRetention, PlanLogger, Repair, WidthDrop
+from callbacks import BlockDrop, KVRetention, PlanLogger, Repair, WidthDrop
 from pdtrim_pl.checkpoints.state import CheckpointState
 from pdtrim_pl.criteria import CosineRedundancy, LeastSquaresError
 from pdtrim_pl.errors import UserError
@@ -45,9 +45,7 @@ def schedule() -> list[Callback]:
 
 @pytest.fixture(scope="module")
 def whole_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PDTrimModule]:
-    folder = tmp_path_factory.mktemp("widths")
-    _, module = fit(folder, tiny_llama_dir, [*schedule(), ExportPair(folder / "export", "float32", new_tokens=2)])
-    return folder, module
+    return exported_run(tmp_path_factory.mktemp("widths"), tiny_llama_dir, schedule())
 
 
 def test_channels_and_heads_leave_on_schedule(whole_run: tuple[Path, PDTrimModule]) -> None:

@@ -7,13 +7,12 @@ Lightning starts the other processes by running this script again. Every run see
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from distributed_run import GLOBAL_BATCH, strategy_of
+from distributed_run import GLOBAL_BATCH, strategy_of, whole_and_continued
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -54,11 +53,7 @@ def fit(strategy: str, processes: int, model: Path, folder: Path, ckpt_path: Pat
 
 def main(strategy: str, processes: int, model: Path, folder: Path) -> None:
     """Train, and continue from the end of the epoch in which channels left."""
-    for part, ckpt_path in (("whole", None), ("continued", folder / "whole" / "epoch=1.ckpt")):
-        module = fit(strategy, processes, model, folder / part, ckpt_path)
-        if module.global_rank == 0:
-            told = {"losses": module.record.losses, "plan": module.plan.to_json()}
-            (folder / part / "told.json").write_text(json.dumps(told), encoding="utf-8")
+    whole_and_continued(lambda part, ckpt_path: fit(strategy, processes, model, part, ckpt_path), folder)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,20 @@ def repeated_requests(
     return found
 
 
+def repetition(text: Tensor, others: Tensor | None = None, before: int = 0) -> Example:
+    """A request whose response repeats a text of its prompt.
+
+    The prompt ends with the first quarter of the repetition, so that the model can recognise it.
+
+    Args:
+        text: token ids, [N].
+        others: other tokens of the prompt, [M]; none by default.
+        before: number of them that stand before the text.
+    """
+    others, known = text[:0] if others is None else others, max(len(text) // 4, 1)
+    return Example(torch.cat([others[:before], text, others[before:], text[:known]]), text[known:])
+
+
 def requests_within(
     model: StagedCausalLM, batches: Iterable[Batch], most: int, response: int | None = None
 ) -> list[Batch]:
@@ -93,5 +107,5 @@ def _joined(batch: Batch, row: int, response: int | None, context: int | None) -
     if context is not None:
         response = min(response, context // 2)
         whole = whole[: max((context - response) * 4 // 5, 2)]
-    known = max(len(whole) // 4, 1)
-    return Example(torch.cat([whole, whole[:known]]), whole[known : known + response])
+    found = repetition(whole)
+    return Example(found.prompt, found.response[:response])
