@@ -1,28 +1,36 @@
-"""Removes blocks from both stages and KV from the wire, by one search against a target of costs."""
+"""Removes blocks and channels from both stages and KV from the wire, by one search against a target of costs."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from callbacks.kv_retention import KVRetention, wire_shape
-from callbacks.removal_rounds import RemovalRounds, calibration_batches, journal_file, scoring_context
+from callbacks.removal_rounds import (
+    RemovalRounds,
+    calibration_batches,
+    fitting_batches,
+    journal_file,
+    scoring_context,
+)
 from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, StagePlan
-from pdtrim_pl.search import Annealing, Guards, JointSearch, anneal
+from pdtrim_pl.search import Annealing, Guards, JointSearch, Narrowed, Narrowing, WidthMoves, anneal, check_units, mixed
 from pdtrim_pl.search.joint import PolicyOf
 from pdtrim_pl.selectors import SelectorLoad, WireMenu, policies_within, selection_context
 from pdtrim_pl.sizing.callback_load import CallbackLoad
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
+from pdtrim_pl.strategies import check_new_widths
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +58,7 @@ class JointDrop(RemovalRounds):
         wire: what blocks may send where `wire_bytes` is below 1.
         annealing: improve the greedy choice by simulated annealing; null does not.
         merging: offer merges beside plain drops: one block, fitted to two neighbours of a stage, stands for both.
+        width: try narrower blocks too, alone and together with removals; null removes whole blocks only.
         memory: how much a search may keep on the models' device.
 
     Raises:
@@ -65,6 +74,7 @@ class JointDrop(RemovalRounds):
         wire: WireMenu = WireMenu(),
         annealing: Annealing | None = Annealing(),
         merging: Merging | None = None,
+        width: WidthMoves | None = None,
         memory: SearchMemory = SearchMemory(),
     ) -> None:
         if not epochs or min(epochs) < 0 or len(set(epochs)) < len(epochs):
@@ -78,6 +88,7 @@ class JointDrop(RemovalRounds):
             )
         super().__init__("joint drops", epochs, guards, merging, memory)
         self.target, self.request, self.wire, self.annealing = target, request, wire, annealing
+        self.width = width
 
     @property
     @override
@@ -88,7 +99,12 @@ class JointDrop(RemovalRounds):
     def load(self) -> CallbackLoad:
         # To choose the policy, it measures what blocks may send, as a KV selector does.
         selection = SelectorLoad(examples=self.wire.examples) if self.target.wire_bytes < 1 else None
-        return replace(super().load(), selection=selection)
+        load = replace(super().load(), selection=selection)
+        if self.width is None:
+            return load
+        # Each stage may lose channels or heads of its own.
+        offered = sum(share > 0 for share in self.width.shares) * (1 if self.width.shared else len(STAGES))
+        return replace(load, narrowed_on=self.width.examples, widths_offered=offered if self.width.examples else 0)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,6 +115,8 @@ class JointDrop(RemovalRounds):
                 f"JointDrop with `target.wire_bytes: {self.target.wire_bytes}` chooses what KV to send, and so does "
                 "KVRetention. Leave KVRetention out, or set `wire_bytes: 1.0`."
             )
+        if stage == "fit" and self.width is not None:
+            check_new_widths(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,6 +126,10 @@ class JointDrop(RemovalRounds):
                 f"JointDrop needs `structure.relation: free`, and the plan has `{pl_module.plan.relation}`. Set it, or "
                 "use BlockDrop."
             )
+        if self.width is not None:
+            part = self.width.part
+            cut = pl_module.student.architecture.cuts.get(part)
+            check_units(cut, pl_module.plan, Narrowing("both", part, 0, self.width.criterion))
 
     def share(self, round: int) -> CostTarget:
         """The target of one round."""
@@ -120,11 +142,13 @@ class JointDrop(RemovalRounds):
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher, self.memory)
             merges = self.merges(trainer, context, module.plan, *STAGES)
+            starts = self._starts(trainer, context, module.plan, round)
             policies = self._policies(trainer, module, context, round)
-            plan, policy = self._chosen(context, module.plan, round, merges, policies)
+            index, plan, policy = self._chosen(context, starts, round, merges, policies)
         sent = None if policy is None else policy.to_json(plan)
-        structure, sent = context.ranks.agree((plan.to_json(), sent))
-        module.apply_plan(StagePlan.from_json(structure))
+        index, structure, sent = context.ranks.agree((index, plan.to_json(), sent))
+        plan = StagePlan.from_json(structure)
+        module.apply_plan(plan, mixed.refits_under(plan, starts[index].refits))
         module.apply_policy(None if sent is None else KVRetentionPolicy.from_json(sent))
 
     def _policies(self, trainer: Trainer, module: PDTrimModule, context: ScoringContext, round: int) -> PolicyOf | None:
@@ -138,25 +162,41 @@ class JointDrop(RemovalRounds):
         )  # fmt: skip
         return policies_within(share, measured, self.wire, self.request.prompt)
 
+    def _starts(self, trainer: Trainer, context: ScoringContext, plan: StagePlan, round: int) -> list[Narrowed]:
+        """The plans that the search starts from: `plan`, or narrower ones with their refits."""
+        if self.width is None:
+            return [Narrowed(plan)]
+        examples, text = self.width.examples, calibration_batches(trainer)
+        if examples:
+            text = fitting_batches(trainer, lambda size: max(2, ceil(examples / size)))  # one is held back
+        return mixed.starts(context, plan, self.width, self._cost(context), self.share(round), text, round)
+
+    def _cost(self, context: ScoringContext) -> CostModel:
+        return CostModel.of(context.student, self.request.prompt, self.request.response)
+
     def _chosen(
         self,
         context: ScoringContext,
-        start: StagePlan,
+        starts: Sequence[Narrowed],
         round: int,
         merges: Sequence[Move],
         policies: PolicyOf | None,
-    ) -> tuple[StagePlan, KVRetentionPolicy | None]:
-        cost = CostModel.of(context.student, self.request.prompt, self.request.response)
-        target = self.share(round)
-        search = JointSearch(
-            context.evaluator, start, target, cost, guards=self.guards, policy_of=policies, merges=merges,
-            merging=self.merging,
-        )  # fmt: skip
-        state, _ = search.greedy(context.progress)
+    ) -> tuple[int, StagePlan, KVRetentionPolicy | None]:
+        """The index of the best start, and the plan and the policy found from it."""
+        cost, target = self._cost(context), self.share(round)
+        searches = [
+            JointSearch(
+                context.evaluator, start.plan, target, cost, guards=self.guards, policy_of=policies, merges=merges,
+                merging=self.merging,
+            )
+            for start in starts
+        ]  # fmt: skip
+        index, state, _ = mixed.least(searches, context.progress)
+        search = searches[index]
         if self.annealing is None:
             state, energy = search.improved(state, context.progress)
         else:
             state, energy = anneal(search, state, self.annealing, context.progress)
         chosen = search.final(state, round, energy)
         log.info("KL %.4f at %s of the dense model.", energy, cost.shares(chosen.plan, chosen.policy))
-        return chosen.plan, chosen.policy
+        return index, chosen.plan, chosen.policy

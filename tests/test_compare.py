@@ -56,8 +56,26 @@ EVERY = {
     "span": ours("ReplaceSpan", relation="nested", share=0.4),
     "span_distilled": ours("Distilled", start="span"),
     "free": ours("Joint", start="annealed", annealing=BRIEF),
+    "quadratic": ours("Quadratic"),
+    "minitron": ours("Narrow", start="shortgpt", criterion=criterion("ActivationNorm")),
+    "width": ours("Narrow", start="shortgpt", criterion=criterion("LeastSquaresError"), repair_tokens=192),
+    "mixed": ours("Mixed", start="shortgpt", repair_tokens=192, width={"shares": [0.0, 1.0]}, annealing=BRIEF),
+    "width_distilled": ours("Distilled", start="width"),
 }  # fmt: skip
-TRAINED = {"iterabre", "streamline", "merged", "merged_distilled", "span", "span_distilled"}
+TRAINED = {
+    "iterabre",
+    "streamline",
+    "merged",
+    "merged_distilled",
+    "span",
+    "span_distilled",
+    "width",
+    "mixed",
+    "width_distilled",
+}
+
+
+NARROWED = {"minitron", "width", "mixed", "width_distilled"}
 
 
 class EveryOther(Method):
@@ -156,15 +174,15 @@ def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
     assert main(["compare", "--config", str(config)]) == 0
     out = tmp_path / "out"
     table = rows(out)
-    assert [(row["method"], row["decode_removed"]) for row in table if row["method"] != "pop"] == [
-        (name, count) for count in "12" for name in EVERY if name != "pop"
+    assert [(row["method"], row["decode_removed"]) for row in table if row["method"] not in {"pop", *NARROWED}] == [
+        (name, count) for count in "12" for name in EVERY if name not in {"pop", *NARROWED}
     ]
     for row in table:
         assert (int(row["trained_tokens"]) > 0) == (row["method"] in TRAINED)
         assert int(row["trained_tokens"]) <= 300
         assert float(row["kl"]) > -1e-6
         plan_folder = out / "plans" / f"{row['method']}_{row['prefill_removed'] if row['method'] != 'free' else 1}"
-        if row["method"] != "free":
+        if row["method"] not in {"free", *NARROWED}:
             plan = StagePlan.load(plan_folder / "stage_plan.json")
             KVRetentionPolicy.load(plan_folder / "kv_policy.json", plan)
             assert plan.relation == row["relation"]
@@ -175,6 +193,8 @@ def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
     text = (out / "tiny.md").read_text()
     assert "## 1 blocks" in text
     assert "| merged* | nested | 2/2 |" in text
+    channels = StagePlan.load(out / "plans" / "width_2" / "stage_plan.json").widest("decode")["channels"]
+    assert f"| width* | nested | 0/0, {channels} channels |" in text
     assert f"`pdtrim compare --config {config}`" in text
     for picture in ("tiny_prefill_flops.png", "tiny_decode_bytes.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
@@ -197,6 +217,18 @@ def test_a_joint_search_costs_no_more_than_the_row_it_starts_from(write: Callabl
         assert (start["method"], free["method"]) == ("annealed", "free")
         for cost in ("prefill_flops", "decode_bytes", "wire_bytes"):
             assert float(free[cost]) <= float(start[cost]) + 1e-6
+
+
+def test_narrower_blocks_cost_no_more_than_the_row_they_are_measured_against(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    chosen = {name: EVERY[name] for name in ("shortgpt", "minitron", "width", "mixed")}
+    assert main(["compare", "--config", str(write(chosen))]) == 0
+    table = rows(tmp_path / "out")
+    for start in range(0, len(table), len(chosen)):
+        for row in table[start + 1 : start + len(chosen)]:
+            for cost in ("prefill_flops", "decode_bytes"):
+                assert float(row[cost]) <= float(table[start][cost]) + 1e-6
 
 
 def test_a_method_of_the_users_own_is_named_by_its_class_path(write: Callable[..., Path], tmp_path: Path) -> None:

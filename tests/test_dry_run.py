@@ -21,6 +21,7 @@ from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.search import WidthMoves
 from pdtrim_pl.selectors import BudgetSelector, Effort, KVSelector, MassSelector, NoSelector, SelectorLoad
 from pdtrim_pl.sizing.cost import CostTarget
 from pdtrim_pl.sizing.memory import (
@@ -254,6 +255,18 @@ def test_a_dry_run_counts_what_narrower_blocks_are_fitted_on(tiny_llama_dir: Pat
     load = replace(LOAD, batch=0, chunk_tokens=0, searches=False, narrowed_on=40)
     needed = memory_per_process(eight, eight, layout, load).device["activations or search"]
     assert needed == 40 * 4096 * 4096 * 2 + 10 * 8 * 14336**2
+
+
+def test_a_dry_run_counts_the_refitted_layers_that_a_joint_search_offers(tiny_llama_dir: Path, eight: Shape) -> None:
+    module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
+    for moves, offered in ((WidthMoves(), 2), (WidthMoves(shared=False), 4), (WidthMoves(examples=0), 0)):
+        load = load_of(module, data, [JointDrop(CostTarget(decode_bytes=0.9), [0], width=moves)])
+        assert load.widths_offered == offered
+        assert load.narrowed_on == (moves.examples or 256)
+    layout = Layout(student_bytes=2, teacher_bytes=2, compute_bytes=2)
+    load = replace(LOAD, batch=0, chunk_tokens=0, searches=False, widths_offered=2)
+    needed = memory_per_process(eight, eight, layout, load).device["activations or search"]
+    assert needed == 2 * 32 * 14336 * 4096 * 2
 
 
 def test_a_selection_needs_its_prompt_caches_or_the_scores_of_eager_attention(eight: Shape) -> None:

@@ -160,6 +160,7 @@ def load_of(
         merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
         fitted_at_once=max((load.fitted_at_once for load in loads), default=0),
         narrowed_on=max((load.narrowed_on or examples for load in loads if load.narrowed_on is not None), default=0),
+        widths_offered=max((load.widths_offered for load in loads), default=0),
         selection=selections[0] if selections else None,
         searches=bool(searches),
         search_cache_bytes=max(limit.base for limit in limits),

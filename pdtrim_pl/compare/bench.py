@@ -144,6 +144,13 @@ class Bench:
                 trailing_blocks=trailing_blocks,
             )  # fmt: skip
 
+    def refitting_text(self, tokens: int) -> tuple[Sequence[Batch], int]:
+        """The text to make blocks narrower on, and its number of tokens: training text, or for 0 the calibration set.
+
+        The calibration set is not trained on, so it counts 0 tokens.
+        """
+        return self.texts.training_batches(tokens, self.training.batch_size) if tokens else (self.texts.calibration, 0)
+
     def charge(self, fitted: FittedRuns) -> None:
         """Add the cost of fits that were not measured to the search cost."""
         self._meter.add(Spent(fitted.seconds, fitted.block_tokens))

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from pdtrim_pl import __version__
 from pdtrim_pl.compare.outcome import COLUMNS, Outcome
+from pdtrim_pl.plan import PARTS, STAGES, StagePlan
 from pdtrim_pl.plan.json_files import write_whole
 
 WIDEST = 240
@@ -119,10 +120,18 @@ def _text(value: Any) -> str:
 def _shown(outcome: Outcome) -> list[str]:
     row = outcome.row()
     row["method"] += "*" if outcome.trained_tokens else ""
-    row["blocks"] = f"{row['prefill_removed']}/{row['decode_removed']}"
+    row["blocks"] = f"{row['prefill_removed']}/{row['decode_removed']}" + _widths(outcome.plan)
     for name, form in (("search_seconds", ".0f"), ("block_token_evaluations", ".3g"), ("trained_tokens", ",")):
         row[name] = format(row[name], form)
     return [f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in SHOWN]
+
+
+def _widths(plan: StagePlan) -> str:
+    """The widths of a plan as text, such as `, 1126 channels`; nothing if all blocks are whole."""
+    found = [plan.widest(stage) for stage in STAGES]
+    parts = [part for part in PARTS if any(part in widest for widest in found)]
+    sizes = {part: [str(widest.get(part, plan.model.sizes[part])) for widest in found] for part in parts}
+    return "".join(f", {'/'.join(dict.fromkeys(sizes[part]))} {part}" for part in parts)
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -44,7 +44,7 @@ class Taylor(Criterion):
         def harms(batch: Batch, peers: Sequence[Batch]) -> dict[int, float]:
             """Harm of each candidate on one batch, summed over its examples."""
             longest = max(int(peer.response_mask.sum()) for peer in peers)
-            estimates = _estimates(context, plan, batch, len(chunks(longest, CHUNK_TOKENS)))
+            estimates = gate_effects(context, plan, batch, len(chunks(longest, CHUNK_TOKENS)))
             found = {}
             for block in candidates:
                 losing = plan.stages_losing(target, block)
@@ -57,7 +57,7 @@ class Taylor(Criterion):
         return {block: sum(found[block] for found in every) / max(tokens, 1) for block in candidates}
 
 
-def _estimates(
+def gate_effects(
     context: ScoringContext, plan: StagePlan, batch: Batch, min_chunks: int
 ) -> dict[Stage, dict[int, Tensor]]:
     """Per stage and block: gradient . (output - input) for the response loss of each example, [B]."""

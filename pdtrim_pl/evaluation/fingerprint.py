@@ -41,10 +41,15 @@ def search_fingerprint(
     This is a collective: every rank must call it.
     """
     sums = [_total(ranks.own_part(parameter)) for model in (student, teacher) for parameter in model.parameters()]
-    offers = [
+    offers: list[tuple[object, ...]] = [
         (block, *merge, sum(map(_total, weights.parameters())))
         for block, gate in student.gates.items()
         for merge, weights in gate.offers.items()
+    ]
+    offers += [
+        (block, stage, str(width.to_json()), sum(map(_total, weights.parameters())))
+        for block, gate in student.gates.items()
+        for (stage, width), weights in gate.refit_offers.items()
     ]
     weights_by_rank = ranks.agree(sums) if ranks.whole else ranks.gather(sums)
     device = student.model.device.type

@@ -19,7 +19,8 @@ from pdtrim_pl.merging.recording import Recording
 from pdtrim_pl.parallel import Gather
 from pdtrim_pl.plan import STAGES, Move, Stage, StagePlan
 from pdtrim_pl.staged import KVCache, StagedCausalLM
-from pdtrim_pl.staged.gate import Observer, Resume, copy_of
+from pdtrim_pl.staged.copies import copy_of
+from pdtrim_pl.staged.gate import Observer, Resume
 
 
 @dataclass(frozen=True)

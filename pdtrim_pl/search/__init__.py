@@ -6,7 +6,8 @@ from pdtrim_pl.search.greedy import Chooser, Growth, Option, grow
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.joint import JointSearch
 from pdtrim_pl.search.merges import distillation_set, replace_span
-from pdtrim_pl.search.narrow import Narrowing, check_units, narrow
+from pdtrim_pl.search.mixed import WidthMoves
+from pdtrim_pl.search.narrow import Narrowed, Narrowing, check_units, narrow
 from pdtrim_pl.search.rounds import RoundSearch
 from pdtrim_pl.search.space import Space
 
@@ -16,10 +17,12 @@ __all__ = [
     "Growth",
     "Guards",
     "JointSearch",
+    "Narrowed",
     "Narrowing",
     "Option",
     "RoundSearch",
     "Space",
+    "WidthMoves",
     "anneal",
     "check_units",
     "choose_drops",

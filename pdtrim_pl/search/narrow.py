@@ -30,6 +30,7 @@ from pdtrim_pl.models.cuts import Cut
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import STAGES, Part, Stage, StagePlan, Target, Width
 from pdtrim_pl.search.walk import Changes, Walk
+from pdtrim_pl.search.width_levels import kept_units
 from pdtrim_pl.staged.refit import Refit
 
 Group = tuple[Stage, ...]
@@ -199,7 +200,7 @@ class _Layer:
             )
         weights = {group: self._whole_weight(group[0]) for group in self.groups}
         seen = {group: self._seen(group, weights[group], units) for group in self.groups}
-        gone = self._leaving([seen[g].only(_kept(plan, g[0], self.block, part)) for g in self.groups])
+        gone = self._leaving([seen[g].only(kept_units(plan, g[0], self.block, part)) for g in self.groups])
         width = Width(**{part: tuple(unit for unit in range(units) if unit not in gone)})
         after, changes, untied, errors = plan.narrow(self.narrowing.target, self.block, width), {}, set[Stage](), [0.0]
         for group in self.groups:
@@ -231,7 +232,7 @@ class _Layer:
         named, losing = _named(narrowing.target), {stage for group in self.groups for stage in group}
         left, gone = _common(self.plan, narrowing, self.block), set[int]()
         # Units that only the target has leave first: to lose them costs no other stage anything.
-        others = {u for s in losing - set(named) for u in _kept(self.plan, s, self.block, narrowing.part)}
+        others = {u for s in losing - set(named) for u in kept_units(self.plan, s, self.block, narrowing.part)}
         groups = (model.kv_heads or 1) if narrowing.part == "heads" else 1
         size, each = (model.sizes[narrowing.part] or 0) // groups, narrowing.count // groups
         rounds = min(narrowing.criterion.rounds, each)
@@ -253,7 +254,7 @@ class _Layer:
     def _marked(self, plan: StagePlan, stage: Stage, seen: Seen) -> Tensor:
         """The inputs of the layer that a stage keeps under a plan, bool [I]."""
         kept = torch.zeros(len(seen.units), dtype=torch.bool, device=seen.units.device)
-        kept[list(_kept(plan, stage, self.block, self.narrowing.part))] = True
+        kept[list(kept_units(plan, stage, self.block, self.narrowing.part))] = True
         return kept.repeat_interleave(seen.size)
 
     def _weights(self, stage: Stage) -> nn.Module:
@@ -277,10 +278,4 @@ def _named(target: Target) -> tuple[Stage, ...]:
 
 def _common(plan: StagePlan, narrowing: Narrowing, block: int) -> set[int]:
     """The units that a block still has in every stage of the target."""
-    return set.intersection(*({*_kept(plan, stage, block, narrowing.part)} for stage in _named(narrowing.target)))
-
-
-def _kept(plan: StagePlan, stage: Stage, block: int, part: Part) -> tuple[int, ...]:
-    """The units that a block still has in a stage."""
-    kept = plan.width(stage, block).kept(part)
-    return tuple(range(plan.model.sizes[part] or 0)) if kept is None else kept
+    return set.intersection(*({*kept_units(plan, stage, block, narrowing.part)} for stage in _named(narrowing.target)))

@@ -22,6 +22,8 @@ class CallbackLoad:
     """Number of blocks that its local fits train at once."""
     narrowed_on: int | None = None
     """Number of training examples on which it makes blocks narrower; 0 for the calibration set, None if it does not."""
+    widths_offered: int = 0
+    """Number of widths that its search tries at once. Each needs a refitted layer in every block."""
     selection: SelectorLoad | None = None
     """What its KV selector keeps and runs, within the limits of the run's searches; None if it chooses no policy."""
     untrained_student: bool = False

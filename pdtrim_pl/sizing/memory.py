@@ -80,6 +80,8 @@ class Load:
     """Number of blocks that local fits train at once."""
     narrowed_on: int = 0
     """Number of examples on which blocks are made narrower; 0 if none are."""
+    widths_offered: int = 0
+    """Number of widths that a search tries at once."""
     selection: SelectorLoad | None = None
     """What the KV selector keeps and runs; None if no policy is chosen."""
     search_cache_bytes: int = 4 * GIB
@@ -138,7 +140,7 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
         _search(student, layout, load) + _logits(student, load) + _offers(student, layout, load),
         _selection(student, layout, load) + _logits(student, load),
         _fits(student, layout, load) + _offers(student, layout, load),
-        _narrowing(student, layout, load),
+        _narrowing(student, layout, load) + _offers(student, layout, load),
         _activations(student, layout, load, kept=False)
         + _logits(student, load)
         + student.parameters * load.untrained_bytes,
@@ -260,5 +262,7 @@ def _narrowing(shape: Shape, layout: Layout, load: Load) -> int:
 
 
 def _offers(shape: Shape, layout: Layout, load: Load) -> int:
-    """The fitted blocks of all pairs, which are kept until the end of the round."""
-    return 0 if load.merging is None else (shape.blocks - 1) * shape.block * layout.student_bytes
+    """What is kept until the end of a round: the fitted blocks of all pairs, and the refitted layers of all widths."""
+    pairs = 0 if load.merging is None else (shape.blocks - 1) * shape.block
+    layers = load.widths_offered * shape.blocks * shape.inner * shape.hidden
+    return (pairs + layers) * layout.student_bytes

@@ -5,7 +5,6 @@ Shapes: B batch, T new tokens, N cached entries, H hidden, K key/value heads, D 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture, RoPE
-from pdtrim_pl.plan import STAGES, Stage, StagePlan
+from pdtrim_pl.plan import STAGES, Stage, StagePlan, Width
 from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, attention_mask
+from pdtrim_pl.staged.copies import copy_of
 from pdtrim_pl.staged.narrowed import Lost, lost_inputs, narrowed
 from pdtrim_pl.staged.preallocated import PreallocatedCache, PreallocatedKV
 
@@ -166,6 +166,8 @@ class Gate(nn.Module):
         self.offers: dict[tuple[Stage, int, tuple[int, ...]], nn.Module] = {}
         """Fitted weights for merges that a search may choose; the key is stage, block that stays and run. They are not
         parameters of the model."""
+        self.refit_offers: dict[tuple[Stage, Width], nn.Module] = {}
+        """This block with a refitted layer, for widths that a search may choose. All other weights are the model's."""
 
     def __getattr__(self, name: str) -> Any:
         """Look up missing attributes on the block: some models read them there, such as `attention_type`."""
@@ -177,9 +179,12 @@ class Gate(nn.Module):
     def weights(self, stage: Stage, plan: StagePlan) -> nn.Module:
         """The block whose weights `stage` uses under `plan`.
 
-        An offer that fits a merge of the plan comes first, then weights of the stage's own, then the shared weights.
+        An offer that fits a merge or the width of the plan comes first, then weights of the stage's own, then the
+        shared weights.
         """
         offered = self._offered(stage, plan)
+        if offered is None:
+            offered = self._offered_width(stage, plan)
         if offered is not None:
             return offered
         return self.untied[stage] if self.index in plan.untied[stage] else self.block
@@ -188,6 +193,10 @@ class Gate(nn.Module):
         merged = plan.merged[stage]
         fits = (weights for (of, into, run), weights in self.offers.items() if of == stage and merged.get(into) == run)
         return next(fits, None)
+
+    def _offered_width(self, stage: Stage, plan: StagePlan) -> nn.Module | None:
+        width = plan.widths[stage].get(self.index) if self.refit_offers else None
+        return None if width is None else self.refit_offers.get((stage, width))
 
     def untie(self, stage: Stage) -> None:
         """Give `stage` weights of its own. They start as a copy of the shared ones."""
@@ -218,6 +227,7 @@ class Gate(nn.Module):
         """
         chosen = {stage: self._offered(stage, plan) for stage in STAGES}
         self.offers.clear()
+        self.refit_offers.clear()
         targets: dict[int, tuple[nn.Module, nn.Module]] = {}
         for stage in STAGES:
             if self.index in plan.untied[stage]:
@@ -232,7 +242,7 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Move and cast the offers too: they are not submodules."""
         super()._apply(fn, recurse)
-        for weights in {id(weights): weights for weights in self.offers.values()}.values():
+        for weights in {id(w): w for w in (*self.offers.values(), *self.refit_offers.values())}.values():
             weights._apply(fn)
         return self
 
@@ -288,11 +298,3 @@ class Gate(nn.Module):
 def _stages_using(index: int, plan: StagePlan) -> tuple[Stage, ...]:
     """Stages that run the block at `index` or project its keys and values."""
     return tuple(s for s in STAGES if index in plan.blocks(s) or (s == "prefill" and index in plan.kv_only))
-
-
-def copy_of(block: nn.Module) -> nn.Module:
-    """A copy of a block with weights of its own, which take gradients."""
-    # The copy shares the model's configuration object, so that a change of attention implementation reaches it.
-    configs = [vars(module).get("config") for module in block.modules()]
-    shared = {id(config): config for config in configs if config is not None}
-    return copy.deepcopy(block, shared).requires_grad_(True)

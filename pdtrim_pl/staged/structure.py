@@ -14,6 +14,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.adapters import class_path_of
 from pdtrim_pl.models.architectures import Architecture, architecture_of
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, Stage, StagePlan
+from pdtrim_pl.staged.copies import with_layer
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 from pdtrim_pl.staged.fitted_run import FittedRun
 from pdtrim_pl.staged.gate import Gate
@@ -153,10 +154,23 @@ class GatedCausalLM(nn.Module):
                 for stage, merged in run.stands_for.items():
                     gates[index].offers[stage, run.move.into, merged] = weights
 
+    def offer_refits(self, plan: StagePlan, refits: Iterable[Refit]) -> None:
+        """Let plans with the widths of `plan` run with refitted layers.
+
+        These offers end like those of `offer`, but applying a plan does not write them into the model: pass the refits
+        to `apply_plan` for that.
+        """
+        for refit in refits:
+            gate = self.gates[refit.block]
+            block = with_layer(gate.weights(refit.stages[0], self.plan), refit.layer, refit.weight)
+            for stage in refit.stages:
+                gate.refit_offers[stage, plan.width(stage, refit.block)] = block
+
     def withdraw(self) -> None:
         """End all offers."""
         for gate in self.gates.values():
             gate.offers.clear()
+            gate.refit_offers.clear()
 
     def freeze_unused(self) -> None:
         """Enable gradients only for block weights that some stage of the plan uses."""

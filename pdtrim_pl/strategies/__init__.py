@@ -17,6 +17,7 @@ from pdtrim_pl.strategies.checks import (
     check_freezing,
     check_masters,
     check_merges,
+    check_new_widths,
     check_refits,
     check_skipping,
     check_strategy,
@@ -28,8 +29,8 @@ from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
 
 __all__ = [
     "ZERO_STAGES", "PDTrimDeepSpeedStrategy", "PDTrimFSDPStrategy", "Sharding", "check_drops", "check_freezing",
-    "check_masters", "check_merges", "check_refits", "check_skipping", "check_strategy", "directory_stage",
-    "parallel_of",
+    "check_masters", "check_merges", "check_new_widths", "check_refits", "check_skipping",
+    "check_strategy", "directory_stage", "parallel_of",
 ]  # fmt: skip
 
 

@@ -157,6 +157,19 @@ def check_refits(strategy: Strategy, tied: bool) -> None:
         )
 
 
+def check_new_widths(strategy: Strategy) -> None:
+    """Refuse strategies that cannot try refitted layers of narrower blocks during a search.
+
+    Raises:
+        UserError: the strategy shards weights, so that no rank can run a block with one layer of its own.
+    """
+    _refuse_new_weights(
+        strategy,
+        "JointDrop tries narrower blocks with layers of their own: leave its `width` out, narrow with WidthDrop and "
+        "`repair: {tied: true}`, or use `strategy: ddp_find_unused_parameters_true`.",
+    )
+
+
 def _refuse_new_weights(strategy: Strategy, way_out: str) -> None:
     """Refuse a strategy that cannot add weights during a run."""
     if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):

@@ -1,8 +1,8 @@
-"""The joint search over the blocks of both stages, within the costs of another row."""
+"""The joint search over the blocks of both stages and their widths, within the costs of another row."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from typing_extensions import override
@@ -10,7 +10,7 @@ from typing_extensions import override
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.found import Found
 from pdtrim_pl.compare.method import Method, check_only_drops
-from pdtrim_pl.search import Annealing, JointSearch, anneal
+from pdtrim_pl.search import Annealing, JointSearch, WidthMoves, anneal, mixed
 from pdtrim_pl.sizing.cost import CostTarget
 
 
@@ -40,3 +40,47 @@ class Joint(Method):
             state, energy = anneal(search, search.state_of(start.plan), self.annealing, context.progress)
             found = search.final(state, 0, energy)
         return Found(found.plan, found.policy)
+
+
+class Mixed(Method):
+    """Narrower blocks, fewer blocks or a mix of both: the one with the least KL within the costs of another method.
+
+    Args:
+        start: name of the other method. Only the costs of its result count.
+        width: the widths to try. `examples` is not used here.
+        repair_tokens: tokens of training text on which the criterion measures and layers are refitted. They come out of
+            the budget of a training that follows. 0 refits nothing, and the criterion measures on the calibration set.
+        annealing: improves the best mix; null does not.
+    """
+
+    def __init__(
+        self, start: str, width: WidthMoves = WidthMoves(), repair_tokens: int = 20_000,
+        annealing: Annealing | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(start)
+        self.width = replace(width, examples=1 if repair_tokens else 0)
+        self.repair_tokens, self.annealing = repair_tokens, annealing
+
+    @property
+    @override
+    def trains(self) -> bool:
+        return self.repair_tokens > 0
+
+    @override
+    def find(self, bench: Bench, start: Found | None, count: int) -> Found:
+        assert start is not None
+        target = CostTarget(**asdict(bench.costs.shares(start.plan, start.policy)))
+        student = bench.student(Found(bench.full("free", start.plan.boundary)), dtype="float32")
+        text, tokens = bench.refitting_text(self.repair_tokens)
+        context = bench.context(student)
+        with torch.no_grad():
+            starts = mixed.starts(context, student.plan, self.width, bench.costs, target, text)
+            searches = [
+                JointSearch(context.evaluator, found.plan, target, bench.costs, guards=bench.guards) for found in starts
+            ]
+            index, state, energy = mixed.least(searches, context.progress)
+            if self.annealing is not None:
+                state, energy = anneal(searches[index], state, self.annealing, context.progress)
+            plan = searches[index].final(state, 0, energy).plan
+            student.apply_plan(plan, refits=mixed.refits_under(plan, starts[index].refits))
+        return Found(plan, None, bench.changed(student), tokens)
