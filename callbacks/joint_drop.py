@@ -102,8 +102,8 @@ class JointDrop(RemovalRounds):
         load = replace(super().load(), selection=selection)
         if self.width is None:
             return load
-        # Each stage may lose channels or heads of its own.
-        offered = sum(share > 0 for share in self.width.shares) * (1 if self.width.shared else len(STAGES))
+        # Prefill alone, decode alone, and both where they lose the same.
+        offered = sum(share > 0 for share in self.width.shares) * (3 if self.width.shared else 2)
         return replace(load, narrowed_on=self.width.examples, widths_offered=offered if self.width.examples else 0)
 
     @override

@@ -56,7 +56,7 @@ EVERY = {
     "span": ours("ReplaceSpan", relation="nested", share=0.4),
     "span_distilled": ours("Distilled", start="span"),
     "free": ours("Joint", start="annealed", annealing=BRIEF),
-    "quadratic": ours("Quadratic"),
+    "quadratic": ours("Quadratic", tokens=300),
     "minitron": ours("Narrow", start="shortgpt", criterion=criterion("ActivationNorm")),
     "width": ours("Narrow", start="shortgpt", criterion=criterion("LeastSquaresError"), repair_tokens=192),
     "mixed": ours("Mixed", start="shortgpt", repair_tokens=192, width={"shares": [0.0, 1.0]}, annealing=BRIEF),

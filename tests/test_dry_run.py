@@ -259,7 +259,7 @@ def test_a_dry_run_counts_what_narrower_blocks_are_fitted_on(tiny_llama_dir: Pat
 
 def test_a_dry_run_counts_the_refitted_layers_that_a_joint_search_offers(tiny_llama_dir: Path, eight: Shape) -> None:
     module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
-    for moves, offered in ((WidthMoves(), 2), (WidthMoves(shared=False), 4), (WidthMoves(examples=0), 0)):
+    for moves, offered in ((WidthMoves(), 3), (WidthMoves(shared=False), 2), (WidthMoves(examples=0), 0)):
         load = load_of(module, data, [JointDrop(CostTarget(decode_bytes=0.9), [0], width=moves)])
         assert load.widths_offered == offered
         assert load.narrowed_on == (moves.examples or 256)

@@ -1,14 +1,16 @@
 """Depth and width in one joint search: narrower blocks, fewer blocks, or a mix of both, to meet one target of costs.
 
-An export has one width for each stage, so there are few widths to try. For each of them the joint search removes as
-many blocks as the target still needs. The mix of least energy wins.
+An export has one width for each stage, so there are few widths to try. Each stage has its own: decode may become
+narrower while prefill loses blocks. For each pair of widths the joint search removes as many blocks as the target still
+needs. The mix of least energy wins.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from pdtrim_pl.criteria.base import ScoringContext
 from pdtrim_pl.criteria.width import ActivationTimesWeight, WidthCriterion
@@ -22,6 +24,8 @@ from pdtrim_pl.sizing.cost import CostModel, CostTarget
 from pdtrim_pl.staged.refit import Refit
 
 log = logging.getLogger(__name__)
+Choice = tuple[tuple[Target, int], ...]
+"""Targets, and how many channels or heads leave each of them."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,18 @@ class WidthMoves:
 
     part: Part = "channels"
     """MLP channels or query heads."""
-    shares: tuple[float, ...] = (0.0, 0.5, 1.0)
-    """Widths to try, as shares of the channels or heads that must leave if no block leaves: 0 removes blocks only, 1
-    removes no block."""
+    shares: tuple[float, ...] = (0.0, 1.0)
+    """Widths to try for each stage, as shares of the channels or heads that must leave it if no block leaves: 0 removes
+    blocks only, 1 removes no block. All pairs of widths are tried."""
     criterion: WidthCriterion = field(default_factory=ActivationTimesWeight)
     """Measures how much it hurts to remove a channel or head."""
     examples: int = 128
     """Number of training examples to score and to refit layers on; 0 refits nothing and scores on the calibration
     set."""
     shared: bool = True
-    """If both stages must become cheaper, both lose the same channels or heads: as many as the stage that must lose
-    more. So the blocks keep one set of weights. Otherwise each stage loses its own, and gets weights of its own."""
+    """If both stages become narrower, both lose the same channels or heads: as many as the stage that must lose more.
+    So the blocks keep one set of weights. Otherwise each stage loses its own. A stage that becomes narrower alone gets
+    weights of its own where a refit helps."""
 
     def __post_init__(self) -> None:
         if not self.shares or not all(0.0 <= share <= 1.0 for share in self.shares):
@@ -71,17 +76,17 @@ def starts(
         round: round number, for the history.
 
     Returns:
-        One narrower plan for each share that differs, with its refits. The same on every rank.
+        One plan for each pair of widths, with its refits. The same on every rank.
     """
     needed = {stage: units_to_meet(cost, plan, stage, moves.part, target) for stage in STAGES}
-    found: dict[tuple[tuple[Target, int], ...], Narrowed] = {}
-    for share in moves.shares:
-        counts = _counts(plan, moves, needed, share)
-        if counts not in found:
-            found[counts] = _narrowed(context, plan, moves, counts, text, round)
-    for result in found.values():
+    choices = _choices(plan, moves, needed)
+    alone = {
+        one: _narrowed(context, plan, moves, *one, text, round)
+        for one in dict.fromkeys(one for choice in choices for one in choice)
+    }
+    for result in alone.values():
         context.student.offer_refits(result.plan, result.refits)
-    return list(found.values())
+    return [_together(plan, [alone[one] for one in choice]) for choice in choices]
 
 
 def least(
@@ -119,28 +124,35 @@ def refits_under(plan: StagePlan, refits: Sequence[Refit]) -> list[Refit]:
     return needed
 
 
-def _counts(
-    plan: StagePlan, moves: WidthMoves, needed: dict[Stage, int], share: float
-) -> tuple[tuple[Target, int], ...]:
-    """How many units leave each target."""
+def _choices(plan: StagePlan, moves: WidthMoves, needed: Mapping[Stage, int]) -> list[Choice]:
+    """How many units leave which targets, without repetition."""
     each = (plan.model.kv_heads or 1) if moves.part == "heads" else 1
-    counts = {stage: round(share * count / each) * each for stage, count in needed.items()}
-    if moves.shared and all(counts.values()):
-        return (("both", max(counts.values())),)
-    return tuple((stage, count) for stage, count in counts.items() if count)
+    found: dict[Choice, None] = {}
+    for shares in product(moves.shares, repeat=len(STAGES)):
+        pairs = zip(STAGES, shares, strict=True)
+        counts = {stage: round(share * needed[stage] / each) * each for stage, share in pairs}
+        if not moves.shared or not all(counts.values()):
+            found[tuple((stage, count) for stage, count in counts.items() if count)] = None
+        elif len(set(shares)) == 1:
+            found[("both", max(counts.values())),] = None
+    return list(found)
 
 
 def _narrowed(
-    context: ScoringContext, plan: StagePlan, moves: WidthMoves, counts: Sequence[tuple[Target, int]],
-    text: Sequence[Batch], round: int,
+    context: ScoringContext, plan: StagePlan, moves: WidthMoves, target: Target, count: int, text: Sequence[Batch],
+    round: int,
 ) -> Narrowed:  # fmt: skip
+    narrowing = Narrowing(target, moves.part, count, moves.criterion, repair=moves.examples > 0, round=round)
+    found = narrow(context, plan, narrowing, text)
+    return replace(found, refits=[_of_first_rank(context, refit) for refit in found.refits])
+
+
+def _together(plan: StagePlan, alone: Sequence[Narrowed]) -> Narrowed:
+    """The results of narrowing each stage alone in one plan. The stages do not affect each other's choice."""
     result = Narrowed(plan)
-    for target, count in counts:
-        narrowing = Narrowing(target, moves.part, count, moves.criterion, repair=moves.examples > 0, round=round)
-        # Stages that lose units of their own do not affect each other: each is narrowed from the same plan.
-        alone = narrow(context, plan, narrowing, text)
-        result.refits += [_of_first_rank(context, refit) for refit in alone.refits]
-        result.plan = alone.plan if result.plan is plan else _joined(result.plan, alone.plan)
+    for one in alone:
+        result.plan = one.plan if result.plan is plan else _joined(result.plan, one.plan)
+        result.refits += one.refits
     return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
@@ -16,16 +18,24 @@ class Quadratic(Method):
 
     Args:
         relation: how the blocks of the two stages relate.
+        tokens: tokens of training text to fit the model on. Nothing is trained on them. With 0, it is fitted on the
+            calibration set, which has too few examples for the curvature of many blocks.
     """
 
-    def __init__(self, relation: Relation = "unified") -> None:
+    def __init__(self, relation: Relation = "unified", tokens: int = 60_000) -> None:
         super().__init__()
-        self.relation = relation
+        self.relation, self.tokens = relation, tokens
+
+    @property
+    @override
+    def trains(self) -> bool:
+        return self.tokens > 0
 
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         plan, guards = bench.full(self.relation), bench.guards
-        context = bench.context(bench.student(Found(plan)))
+        text, _ = bench.refitting_text(self.tokens)
+        context = replace(bench.context(bench.student(Found(plan))), batches=text)
         candidates = plan.drop_candidates("both", guards.protect_first, guards.protect_last)
         blocks, change = QuadraticModel.fitted(context, plan, "both", candidates).least(count)
         for block in blocks:
