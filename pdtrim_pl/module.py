@@ -24,7 +24,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.metrics import QualityMeans
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.spread import shared_step
-from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, distillation_loss, weighted_sum
+from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, training_loss
 from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
@@ -65,7 +65,7 @@ class PDTrimModule(ResumableModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         structure: Structure = Structure(),
         loading: Loading = Loading(),
-        chunk_tokens: int = 128,
+        chunk_tokens: int = 256,
         architecture: Architecture | None = None,
     ) -> None:
         super().__init__()
@@ -165,9 +165,8 @@ class PDTrimModule(ResumableModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        values = distillation_loss(self.losses, self.distilled(batch), chunk_tokens=self.chunk_tokens)
-        loss = weighted_sum(self.losses, values)
-        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(batch[0]))
+        loss, values = training_loss(self.losses, self.distilled(batch), chunk_tokens=self.chunk_tokens)
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch[0]))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
         self.note_loss(loss.detach())
         return loss
@@ -175,8 +174,10 @@ class PDTrimModule(ResumableModule):
     def distilled(self, batch: Batch) -> Distilled:
         """Run student and teacher on one batch, and collect the input of the losses."""
         batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens)
-        watched = any(term.watches_blocks for term in self.losses)
-        return run_pair(self.student, self.teacher, batch, watch_blocks=watched, min_chunks=min_chunks)
+        return run_pair(
+            self.student, self.teacher, batch, watch_blocks=any(term.watches_blocks for term in self.losses),
+            keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks,
+        )  # fmt: skip
 
     # Evaluation
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -16,13 +18,13 @@ from pdtrim_pl.losses import (
     KVMatch,
     LossTerm,
     ReverseKL,
+    TokenLoss,
     check_terms,
-    distillation_loss,
     token_weights,
-    weighted_sum,
+    training_loss,
 )
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import KVRetentionPolicy, Retention, StagePlan
+from pdtrim_pl.plan import Boundary, Codec, KVRetentionPolicy, Retention, StagePlan, Width
 from pdtrim_pl.staged import StagedCausalLM
 
 EVERY: tuple[LossTerm, ...] = (
@@ -61,7 +63,8 @@ def module_with(losses: list[LossTerm], plan_change: bool = True, seed: int = 0)
 @pytest.mark.parametrize("term", EVERY, ids=lambda term: type(term).__name__)
 def test_every_loss_is_zero_for_identical_models_except_cross_entropy(term: LossTerm) -> None:
     module = module_with([term], plan_change=False)
-    value = distillation_loss([term], module.distilled(batch()))[term.name]
+    _, values = training_loss([term], module.distilled(batch()))
+    value = values[term.name]
     if term.name == "ce":
         assert value > 1
     else:
@@ -71,7 +74,7 @@ def test_every_loss_is_zero_for_identical_models_except_cross_entropy(term: Loss
 @pytest.mark.parametrize("term", EVERY, ids=lambda term: type(term).__name__)
 def test_every_loss_is_positive_for_a_trimmed_student_and_reaches_its_weights(term: LossTerm) -> None:
     module = module_with([term])
-    value = distillation_loss([term], module.distilled(batch()))[term.name]
+    value, _ = training_loss([term], module.distilled(batch()))
     value.backward()
     gradient = module.student.gates[0].block.get_submodule("self_attn.k_proj").weight.grad
     assert value > 0
@@ -89,10 +92,10 @@ def test_chunked_losses_equal_dense_ones_in_value_and_gradient(chunk: int) -> No
         if size is None:
             ours = module.student.logits(distilled.student).float()
             theirs = module.teacher.logits(distilled.teacher).float()
-            parts = {t.name: (t.per_token(ours, theirs, distilled.targets) * distilled.weights).sum() for t in terms}
+            parts = [t.weight * (t.per_token(ours, theirs, distilled.targets) * distilled.weights).sum() for t in terms]
+            loss = torch.stack(parts).sum()
         else:
-            parts = distillation_loss(terms, distilled, chunk_tokens=size)
-        loss = weighted_sum(terms, parts)
+            loss, _ = training_loss(terms, distilled, chunk_tokens=size)
         loss.backward()
         values.append(loss.detach())
         gradients.append({n: p.grad for n, p in module.student.named_parameters() if p.grad is not None})
@@ -123,9 +126,9 @@ def test_token_weights_give_every_row_the_same_say() -> None:
 def test_a_batch_split_over_ranks_gives_the_mean_of_its_parts() -> None:
     terms: list[LossTerm] = [KL()]
     module, whole = module_with(terms), batch()
-    full = distillation_loss(terms, module.distilled(whole))["kl"]
+    full = training_loss(terms, module.distilled(whole))[0]
     parts = [Batch(*(tensor[row : row + 1] for tensor in whole)) for row in range(3)]
-    split = torch.stack([distillation_loss(terms, module.distilled(part))["kl"] for part in parts]).mean()
+    split = torch.stack([training_loss(terms, module.distilled(part))[0] for part in parts]).mean()
     torch.testing.assert_close(full, split)
 
 
@@ -148,3 +151,91 @@ def test_the_plan_of_the_losses_test_really_trims() -> None:
     assert plan.prefill == (0, 1, 3)
     assert plan.decode == (0, 3)
     assert isinstance(plan, StagePlan)
+
+
+def gradients_of(module: PDTrimModule, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    module.student.zero_grad()
+    (3.0 * loss).backward()
+    return {name: p.grad.clone() for name, p in module.student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_gradients_made_with_the_values_equal_those_of_a_recomputation(
+    family: str, dtype: torch.dtype, frozen_head: bool
+) -> None:
+    terms: list[LossTerm] = [KL(temperature=2.0), CrossEntropy(0.1)]
+    module = PDTrimModule("tiny", losses=terms)
+    module.student = StagedCausalLM(tiny_model(family, seed=1)).to(dtype)
+    module.teacher = StagedCausalLM(tiny_model(family)).to(dtype).requires_grad_(False)
+    if frozen_head:
+        module.student.freeze_embeddings()
+    both = []
+    for min_chunks in (0, 1):
+        distilled = replace(module.distilled(batch()), min_chunks=min_chunks)
+        loss, values = training_loss(terms, distilled, chunk_tokens=5)
+        both.append((loss.detach(), values, gradients_of(module, loss)))
+    (ours, our_values, our_gradients), (theirs, their_values, their_gradients) = both
+    close = {"atol": 5e-2, "rtol": 5e-2} if dtype == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-4}
+    torch.testing.assert_close(ours, theirs, **close)
+    for name, value in our_values.items():
+        torch.testing.assert_close(value, their_values[name], **close)
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient, their_gradients[name], **close)
+
+
+def test_under_autocast_the_head_gets_its_gradient_even_if_it_ran_without_before() -> None:
+    terms: list[LossTerm] = [KL()]
+    found = []
+    for min_chunks in (0, 1):
+        module = module_with(terms)
+        with torch.autocast("cpu", torch.bfloat16):
+            distilled = replace(module.distilled(batch()), min_chunks=min_chunks)
+            with torch.no_grad():
+                module.student.logits(distilled.student)
+            loss, _ = training_loss(terms, distilled, chunk_tokens=4)
+        found.append(gradients_of(module, loss)["model.lm_head.weight"])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found, atol=2e-2, rtol=5e-2)
+
+
+def test_the_kl_of_a_chunk_and_its_gradient_are_those_of_its_definition() -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (4 * torch.randn(6, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.zeros(6, dtype=torch.long)
+    for term in (KL(), KL(temperature=3.0)):
+        ours, theirs = (
+            term.with_gradient(student, teacher, targets),
+            TokenLoss.with_gradient(term, student, teacher, targets),
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("boundary", ["prefill", "decode"])
+def test_one_pass_over_prompt_and_response_equals_the_two_of_the_contract(boundary: Boundary) -> None:
+    model = StagedCausalLM(tiny_model("llama")).double()
+    plan = StagePlan.full(model.plan.model, "unified", boundary).drop("both", 1)
+    model.apply_plan(plan)
+    mask = batch().response_mask
+    whole, split = model(*batch().request, keep_cache=False), model(*batch().request)
+    assert not whole.cache.blocks
+    torch.testing.assert_close(whole.hidden[mask], split.hidden[mask])
+    torch.testing.assert_close(whole.cache.lengths, batch().prompt_mask.sum(1) + batch().response_mask[:, 1:].sum(1))
+
+
+def test_stages_that_differ_are_never_run_in_one_pass() -> None:
+    whole = StagePlan.full(StagedCausalLM(tiny_model("llama", blocks=4)).plan.model, "free")
+    assert whole.stages_are_alike
+    narrow = Width(channels=tuple(range(8)))
+    for plan in (
+        whole.drop("decode", 1), whole.drop("prefill", 1), whole.narrow("decode", 1, narrow),
+        replace(whole, untied={"decode": (1,)}), whole.merge("decode", (1, 2), 1),
+    ):  # fmt: skip
+        assert not plan.stages_are_alike
+    assert whole.narrow("both", 1, narrow).drop("both", 2).stages_are_alike
+    policy = KVRetentionPolicy("prefill", StagedCausalLM(tiny_model("llama")).kv_shape)
+    assert policy.sends_everything
+    assert not replace(policy, rules={0: Retention("first_last", 1, 3)}).sends_everything
+    assert not replace(policy, rules={0: Retention(codec=Codec("int4", "int4"))}).sends_everything

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import Stage
@@ -35,7 +36,7 @@ class Distilled:
     student_head: Head
     teacher_head: Head
     student_cache: KVCache
-    """The cache of the prompt as the student sent it."""
+    """The cache of the prompt as the student sent it; it has no blocks if no loss `reads_caches`."""
     teacher_cache: KVCache
     """The cache of the teacher with the same entries."""
     student_blocks: Mapping[Stage, Mapping[int, Tensor]]
@@ -45,7 +46,10 @@ class Distilled:
     token_masks: Mapping[Stage, Tensor]
     """True for real tokens of each stage, [B, T]."""
     min_chunks: int = 0
-    """Minimum number of calls of the heads. With sharded heads all ranks must make the same number."""
+    """Minimum number of calls of the heads. With sharded heads all ranks must make the same number. 0 if weights are
+    whole."""
+    student_head_weights: tuple[nn.Parameter, ...] = ()
+    """The parameters that `student_head` uses."""
 
 
 class LossTerm(ABC):
@@ -71,6 +75,11 @@ class LossTerm(ABC):
         """Whether this loss needs the outputs of blocks."""
         return False
 
+    @property
+    def reads_caches(self) -> bool:
+        """Whether this loss needs the caches of the prompt."""
+        return False
+
 
 class TokenLoss(LossTerm):
     """A loss on the logits of each token. A subclass implements `per_token`."""
@@ -79,9 +88,24 @@ class TokenLoss(LossTerm):
     def per_token(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
         """Losses [n] from fp32 logits of student and teacher, [n, V] each, and target ids [n]."""
 
+    def with_gradient(self, student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [n], and their gradients with respect to the student's logits, [n, V].
+
+        Arguments as of `per_token`, without gradients. A subclass may compute both in fewer passes over the logits.
+        """
+        with torch.enable_grad():
+            student = student.detach().requires_grad_()
+            losses = self.per_token(student, teacher, targets)
+            (gradient,) = torch.autograd.grad(losses.sum(), student)
+        return losses.detach(), gradient
+
 
 class StateLoss(LossTerm):
     """A loss on hidden states or caches. A subclass implements `of`."""
+
+    @property
+    def reads_caches(self) -> bool:
+        return True
 
     @abstractmethod
     def of(self, batch: Distilled) -> Tensor:

@@ -7,7 +7,7 @@ gives the same value. Losses on states (`hidden`, `kv`) are means over the batch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
 
 import torch
@@ -16,33 +16,49 @@ from torch.utils.checkpoint import checkpoint
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses.base import Distilled, LossTerm, StateLoss, TokenLoss
+from pdtrim_pl.losses.fused import fused
 
 
-def distillation_loss(terms: Sequence[LossTerm], batch: Distilled, *, chunk_tokens: int = 128) -> dict[str, Tensor]:
-    """The value of every loss, without its weight, by name. Logits are computed and freed chunk by chunk.
+def training_loss(
+    terms: Sequence[LossTerm], batch: Distilled, *, chunk_tokens: int = 128
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The training loss, and the value of every loss without its weight, by name and without gradients.
 
-    Backward computes the logits of each chunk again, so at most `chunk_tokens` x V logits of a model are in memory at
-    once. Value and gradient equal those of the dense computation.
+    Logits are computed and freed chunk by chunk: at most `chunk_tokens` x V logits of a model are in memory at once.
+    Value and gradient of a chunk are made together, so that its logits are computed once. Where weights are sharded, or
+    gradients would underflow in fp16, backward computes the logits again instead. Value and gradient equal those of the
+    dense computation.
 
     Args:
         terms: the losses.
         batch: results of student and teacher on one batch.
         chunk_tokens: number of tokens in a chunk.
     """
+    state_values = {term.name: term.of(batch) for term in terms if isinstance(term, StateLoss)}
     token_terms = [term for term in terms if isinstance(term, TokenLoss)]
-    values = {term.name: term.of(batch) for term in terms if isinstance(term, StateLoss)}
+    parts: list[Tensor] = [term.weight * state_values[term.name] for term in terms if term.name in state_values]
+    values = {name: value.detach() for name, value in state_values.items()}
     if token_terms:
-        total = batch.student.new_zeros(len(token_terms), dtype=torch.float32)
-        for part in chunks(len(batch.targets), chunk_tokens, batch.min_chunks):
-            args = (batch.student[part], batch.teacher[part], batch.targets[part], batch.weights[part])
-            total = total + checkpoint(_chunk, token_terms, batch, *args, use_reentrant=False)
-        values |= {term.name: value for term, value in zip(token_terms, total, strict=True)}
-    return values
+        together = fused if batch.min_chunks == 0 and not _in_fp16(batch.student) else _recomputed
+        total, each = together(token_terms, batch, chunk_tokens)
+        parts.append(total)
+        values |= {term.name: value for term, value in zip(token_terms, each, strict=True)}
+    return torch.stack(parts).sum(), values
 
 
-def weighted_sum(terms: Sequence[LossTerm], values: Mapping[str, Tensor]) -> Tensor:
-    """The training loss: the sum of all values, each times its weight."""
-    return torch.stack([term.weight * values[term.name] for term in terms]).sum()
+def _recomputed(terms: Sequence[TokenLoss], batch: Distilled, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    """The weighted sum of losses on tokens, and the value of each. Backward computes the logits of each chunk again."""
+    each = batch.student.new_zeros(len(terms), dtype=torch.float32)
+    for part in chunks(len(batch.targets), chunk_tokens, batch.min_chunks):
+        args = (batch.student[part], batch.teacher[part], batch.targets[part], batch.weights[part])
+        each = each + checkpoint(_chunk, terms, batch, *args, use_reentrant=False)
+    return (each * each.new_tensor([term.weight for term in terms])).sum(), each.detach()
+
+
+def _in_fp16(hidden: Tensor) -> bool:
+    device = hidden.device.type
+    used = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return used == torch.float16
 
 
 def check_terms(terms: Sequence[LossTerm]) -> None:

@@ -7,13 +7,14 @@ import torch
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.losses.base import Distilled
 from pdtrim_pl.losses.chunked import token_weights
-from pdtrim_pl.staged import Request, StagedCausalLM
+from pdtrim_pl.staged import KVCache, Request, StagedCausalLM
 from pdtrim_pl.staged.observed import BlockOutputs, run_observed
 
 
 def run_pair(
-    student: StagedCausalLM, teacher: StagedCausalLM, batch: Batch, *, watch_blocks: bool, min_chunks: int = 0
-) -> Distilled:
+    student: StagedCausalLM, teacher: StagedCausalLM, batch: Batch, *, watch_blocks: bool, keep_caches: bool = True,
+    min_chunks: int = 0,
+) -> Distilled:  # fmt: skip
     """Run both models on a batch, the teacher without gradients.
 
     Args:
@@ -21,19 +22,22 @@ def run_pair(
         teacher: the teacher. It runs under its own plan. Its cache is cut to the positions of the student's policy.
         batch: requests with known responses.
         watch_blocks: whether to keep the outputs of blocks.
+        keep_caches: whether to keep the caches.
         min_chunks: see `Distilled`.
     """
     ours, theirs = BlockOutputs(), BlockOutputs()
     with torch.no_grad():
-        reference = run_observed(teacher, batch, theirs if watch_blocks else None)
-    out = run_observed(student, batch, ours if watch_blocks else None)
+        reference = run_observed(teacher, batch, theirs if watch_blocks else None, keep_cache=keep_caches)
+    out = run_observed(student, batch, ours if watch_blocks else None, keep_cache=keep_caches)
     mask = batch.response_mask
     positions = None if student.policy is None else student.policy.uncoded()
+    unused = KVCache({}, out.cache.lengths)
     return Distilled(
         student=out.hidden[mask], teacher=reference.hidden[mask], targets=batch.response_ids[mask],
         weights=token_weights(mask), student_head=student.compared_logits,
-        teacher_head=teacher.compared_logits,
-        student_cache=out.cache, teacher_cache=reference.cache.retained(positions),
+        teacher_head=teacher.compared_logits, student_head_weights=student.head_weights,
+        student_cache=out.cache if keep_caches else unused,
+        teacher_cache=reference.cache.retained(positions) if keep_caches else unused,
         student_blocks=ours.outputs, teacher_blocks=theirs.outputs,
         token_masks=Request.of(*batch.request, student.plan.boundary).valid, min_chunks=min_chunks,
     )  # fmt: skip

@@ -44,6 +44,10 @@ class HiddenMatch(StateLoss):
     def watches_blocks(self) -> bool:
         return True
 
+    @property
+    def reads_caches(self) -> bool:
+        return False
+
     def of(self, batch: Distilled) -> Tensor:
         terms = []
         seen = {block for stage in STAGES for block in batch.student_blocks[stage]}

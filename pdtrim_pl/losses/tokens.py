@@ -46,6 +46,18 @@ class KL(_Tempered):
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         return _kl(teacher, student)
 
+    def with_gradient(self, student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenLoss.with_gradient`."""
+        if self.temperature != 1:
+            student, teacher = student / self.temperature, teacher / self.temperature
+        ours, theirs = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+        wanted = theirs.exp()
+        losses = theirs.sub_(ours).mul_(wanted).sum(-1)
+        gradient = ours.exp_().sub_(wanted)
+        if self.temperature != 1:
+            losses, gradient = losses * self.temperature**2, gradient.mul_(self.temperature)
+        return losses, gradient
+
 
 class ReverseKL(_Tempered):
     """Reverse divergence KL(student || teacher), which is mode seeking."""

@@ -68,6 +68,11 @@ class KVRetentionPolicy:
     def __reduce__(self) -> tuple[Any, ...]:
         return KVRetentionPolicy, (self.boundary, self.kv, dict(self.rules))  # a read-only mapping cannot be pickled
 
+    @property
+    def sends_everything(self) -> bool:
+        """Whether every position of every block is sent as it is."""
+        return all(rule.is_whole for rule in self.rules.values())
+
     def rule(self, block: int) -> Retention:
         """The rule of one block, by original index."""
         return self.rules.get(block, KEEP_ALL)

@@ -88,6 +88,12 @@ class PlannedStages:
         kept = set(self.prefill)
         return tuple(block for block in self.decode if block not in kept)
 
+    @property
+    def stages_are_alike(self) -> bool:
+        """Whether both stages run the same blocks with the same weights, merges and widths."""
+        alike = self.prefill == self.decode and not any(self.untied.values())
+        return alike and all(kept["prefill"] == kept["decode"] for kept in (self.merged, self.widths))
+
     def width(self, stage: Stage, block: int) -> Width:
         """The width of a block in a stage. A block without an entry in `widths` keeps everything."""
         return self.widths[stage].get(block, Width())

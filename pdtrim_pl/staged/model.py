@@ -14,7 +14,7 @@ from torch import Tensor
 from pdtrim_pl.compat import attention_of
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.context import usable_context
-from pdtrim_pl.plan import KVRetentionPolicy, Stage, StagePlan
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Stage, StagePlan
 from pdtrim_pl.staged.cache import KVCache, Slots
 from pdtrim_pl.staged.gate import KVListener, Observer, Resume, StagePass
 from pdtrim_pl.staged.preallocated import PreallocatedCache
@@ -110,6 +110,7 @@ class StagedCausalLM(GatedCausalLM):
         self, prompt_ids: Tensor, response_ids: Tensor, prompt_mask: Tensor | None = None,
         response_mask: Tensor | None = None, *, plan: StagePlan | None = None,
         policy: KVRetentionPolicy | None = None, observers: dict[Stage, Observer] | None = None,
+        keep_cache: bool = True,
     ) -> StagedOutput:  # fmt: skip
         """The teacher-forced pass: prefill the prompt, apply the policy, decode every response token in parallel.
 
@@ -121,9 +122,12 @@ class StagedCausalLM(GatedCausalLM):
             plan: run under this plan and under `policy`, instead of `self.plan` and `self.policy`.
             policy: the policy to run under, if `plan` is given; None sends everything.
             observers: per stage, called after every block that ran.
+            keep_cache: whether to return the cache. If it is not needed, and both stages are one model that gets
+                everything, one pass over prompt and response computes the same for less.
 
         Returns:
-            Hidden states [B, R, H] that predict each response token, and the cache that prefill sent.
+            Hidden states [B, R, H] that predict each response token, and the cache that prefill sent; an empty cache if
+            it is not kept.
 
         Raises:
             UserError: prompt and response exceed the model's context.
@@ -131,6 +135,8 @@ class StagedCausalLM(GatedCausalLM):
         if plan is None:
             plan, policy = self.plan, self.policy
         self.check_length(prompt_ids, prompt_mask, response_ids.shape[1], response_mask)
+        if not keep_cache and not observers and plan.stages_are_alike and (policy is None or policy.sends_everything):
+            return self._at_once(prompt_ids, response_ids, prompt_mask, response_mask, plan)
         watch = observers or {}
         request = Request.of(prompt_ids, response_ids, prompt_mask, response_mask, plan.boundary)
         handled, valid = request.tokens["prefill"], request.valid["prefill"]
@@ -138,6 +144,18 @@ class StagedCausalLM(GatedCausalLM):
         sent = encoded.cache.retained(policy)
         hidden = self.respond(request, encoded.hidden, sent, plan=plan, observer=watch.get("decode"))
         return StagedOutput(hidden, sent)
+
+    def _at_once(
+        self, prompt_ids: Tensor, response_ids: Tensor, prompt_mask: Tensor | None, response_mask: Tensor | None,
+        plan: StagePlan,
+    ) -> StagedOutput:  # fmt: skip
+        """The teacher-forced pass of a model that is the same in both stages, as one causal pass."""
+        request = Request.of(prompt_ids, response_ids, prompt_mask, response_mask, "prefill")
+        tokens, valid = (torch.cat([part[stage] for stage in STAGES], 1) for part in (request.tokens, request.valid))
+        positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
+        current = self._pass("prefill", Slots(positions, valid), None, plan, None, None, keep=False)
+        hidden = self._run(tokens, current)[:, prompt_ids.shape[1] - 1 :]
+        return StagedOutput(hidden, KVCache({}, valid.sum(dim=1)))
 
     def respond(
         self, request: Request, encoded: Tensor, sent: KVCache, *, plan: StagePlan | None = None,

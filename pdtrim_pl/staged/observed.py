@@ -29,8 +29,13 @@ class BlockOutputs:
         return observe
 
 
-def run_observed(model: StagedCausalLM, batch: Batch, watch: BlockOutputs | None) -> StagedOutput:
-    """Run the teacher-forced pass over a batch under the model's plan and policy, and fill `watch` if it is given."""
+def run_observed(
+    model: StagedCausalLM, batch: Batch, watch: BlockOutputs | None, *, keep_cache: bool = True
+) -> StagedOutput:
+    """Run the teacher-forced pass over a batch under the model's plan and policy, and fill `watch` if it is given.
+
+    See `StagedCausalLM.forward` for `keep_cache`.
+    """
     observers = {stage: watch.of(stage) for stage in STAGES} if watch is not None else None
-    out: StagedOutput = model(*batch.request, observers=observers)
+    out: StagedOutput = model(*batch.request, observers=observers, keep_cache=keep_cache)
     return out

@@ -80,6 +80,12 @@ class GatedCausalLM(nn.Module):
         return {stage: tuple(i for i, gate in self.gates.items() if stage in gate.untied) for stage in STAGES}
 
     @property
+    def head_weights(self) -> tuple[nn.Parameter, ...]:
+        """The parameters of the head, which may be those of the embeddings too."""
+        head = self.model.get_output_embeddings()
+        return () if head is None else tuple(head.parameters())
+
+    @property
     def kv_shape(self) -> KVShape:
         """Shape of one block's KV per position, in the model's own element type."""
         return kv_shape_of(self.model)

@@ -1,0 +1,245 @@
+"""One training step of distillation against the plain recipe: two models, full logits, `F.kl_div`.
+
+    python benchmarks/distill.py [--tokens 256 2048] [--batch_size 2] [--steps 8] [--precision bf16-mixed] [--json]
+
+Both sides train the same model (SmolLM2-135M, or random Llama weights with --tiny) on the same tokens with AdamW: ours in
+a Lightning trainer with its module, the plain one in a loop. Half of the tokens are prompt. Steps alternate in one
+process; the ratio is the median over steps of the plain step's time to ours. Memory: the peak of the resident set beyond
+the one before the second step, each side in a process of its own; on a GPU, the peak of allocated memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from pdtrim_pl.data import Batch
+from pdtrim_pl.models.pretrained import load_causal_lm
+from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.staged import StagedCausalLM
+
+MODEL, RATE = "smollm2-135m", 1e-5
+TINY = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+                   num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True)  # fmt: skip
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Plain:
+    """The plain recipe."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = device_of(options)
+        self.student = model_of(options).to(self.device).train()
+        self.teacher = model_of(options).to(self.device).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=RATE)
+        half = options.precision == "bf16-mixed"
+        self.precision = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
+
+    def step(self, batch: Batch) -> float:
+        ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1).to(self.device)
+        first = batch.prompt_ids.shape[1] - 1
+        with self.precision:
+            with torch.no_grad():
+                theirs = self.teacher(ids, use_cache=False).logits
+            ours = self.student(ids, use_cache=False).logits
+            logs = (F.log_softmax(logits[:, first:-1].float(), dim=-1) for logits in (ours, theirs))
+            loss = F.kl_div(*logs, log_target=True, reduction="none").sum(-1).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+class Turns(Callback):
+    """Times our steps. After each of them it runs and times a plain step on the same batch."""
+
+    def __init__(self, plain: Plain | None) -> None:
+        self.plain = plain
+        self.seconds: list[tuple[float, float]] = []
+        self.losses: list[tuple[float, float]] = []
+        self.began = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        wait(pl_module.device)
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        ours = float(trainer.callback_metrics["train/loss"])
+        between = time.perf_counter()
+        theirs = self.plain.step(batch) if self.plain is not None else 0.0
+        self.seconds.append((between - self.began, time.perf_counter() - between))
+        self.losses.append((ours, theirs))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 2048], help="prompt and response of an example")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="steps of each side; the first is not counted")
+    parser.add_argument("--precision", choices=("bf16-mixed", "32-true"), default="bf16-mixed")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--chunk_tokens", type=int, default=256)
+    parser.add_argument("--tiny", action="store_true", help="random weights of a tiny model")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(peak(options)))
+        return 0
+    rows = [row_of(options, tokens) for tokens in options.tokens]
+    device = device_of(options)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    found = {"device": name, "threads": torch.get_num_threads(), "precision": options.precision, "rows": rows}
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print(f"{name}, {torch.get_num_threads()} thread(s), {options.precision}")
+        for row in rows:
+            print("  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    return 0
+
+
+def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
+    """The figures for one length."""
+    seed_everything(0, verbose=False)
+    turns = Turns(Plain(options))
+    train(options, tokens, turns)
+    counted = turns.seconds[1:]
+    ratios = sorted(plain / ours for ours, plain in counted)
+    memory = {side: measured_alone(options, tokens, side) for side in ("ours", "plain")}
+    trained = options.batch_size * tokens
+    return {
+        "tokens": tokens,
+        "tokens_per_second": trained / median(ours for ours, _ in counted),
+        "plain_tokens_per_second": trained / median(plain for _, plain in counted),
+        "tokens_per_second_ratio": median(ratios),
+        "least_ratio": ratios[0],
+        "largest_ratio": ratios[-1],
+        "memory_mib": memory["ours"],
+        "plain_memory_mib": memory["plain"],
+        "memory_ratio": memory["ours"] / memory["plain"],
+        "largest_loss_difference": max(abs(ours - theirs) for ours, theirs in turns.losses),
+    }
+
+
+def train(options: argparse.Namespace, tokens: int, *callbacks: Callback) -> None:
+    """Our side: the package's module in a trainer."""
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=RATE)
+
+    module = PDTrimModule(MODEL, optimizer=optimizer, chunk_tokens=options.chunk_tokens)
+    module.student = StagedCausalLM(model_of(options)).train()
+    module.teacher = StagedCausalLM(model_of(options)).eval().requires_grad_(False)
+    trainer = Trainer(
+        accelerator=options.accelerator, devices=1, precision=options.precision, max_steps=options.steps, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(list(batches(options, tokens)), batch_size=None))
+
+
+def peak(options: argparse.Namespace) -> float:
+    """Peak memory of one side beyond what it holds before its second step, in MiB."""
+    device, (tokens,) = device_of(options), options.tokens
+    seed_everything(0, verbose=False)
+    if options.only == "plain":
+        plain, steps = Plain(options), batches(options, tokens)
+        plain.step(next(steps))  # allocates the moments of the optimizer
+        before = start_of_peak(device)
+        for batch in steps:
+            plain.step(batch)
+        return peak_since(device, before)
+    meter = _Peak()
+    train(options, tokens, meter)
+    return meter.found
+
+
+class _Peak(Callback):
+    """Measures the peak from the second step on."""
+
+    def __init__(self) -> None:
+        self.before = self.found = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.before = start_of_peak(pl_module.device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.found = peak_since(pl_module.device, self.before)
+
+
+def measured_alone(options: argparse.Namespace, tokens: int, side: str) -> float:
+    """Peak memory of one side, measured in a process of its own, in MiB."""
+    command = [sys.executable, __file__, "--only", side, "--tokens", str(tokens), "--steps", "3"]
+    command += ["--batch_size", str(options.batch_size), "--precision", options.precision]
+    command += ["--accelerator", options.accelerator, "--chunk_tokens", str(options.chunk_tokens)]
+    command += ["--tiny"] if options.tiny else []
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(json.loads(out.splitlines()[-1]))
+
+
+def start_of_peak(device: torch.device) -> float:
+    """Begin to record the peak; return the memory in use now, in MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    CLEAR.write_text("5", encoding="ascii")  # the kernel starts VmHWM again
+    return _status("VmRSS")
+
+
+def peak_since(device: torch.device, before: float) -> float:
+    """The peak since `start_of_peak` beyond `before`, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20 - before
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
+
+
+def batches(options: argparse.Namespace, tokens: int) -> Iterator[Batch]:
+    """Random tokens, the same for both sides."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(options.steps):
+        ids = torch.randint(3, 500, (options.batch_size, tokens), generator=draw)
+        prompt, response = ids.split([tokens // 2, tokens - tokens // 2], dim=1)
+        yield Batch(prompt, torch.ones_like(prompt, dtype=bool), response, torch.ones_like(response, dtype=bool))
+
+
+def model_of(options: argparse.Namespace) -> PreTrainedModel:
+    if options.tiny:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(TINY)
+    return load_causal_lm(MODEL, dtype=torch.float32)
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    return torch.device("cuda" if options.accelerator == "gpu" else "cpu")
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done its work, so that a step's time is its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
