@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,9 @@ class Tasks:
 
     def __init__(self, settings: TaskSettings) -> None:
         with needs_harness():
+            from lm_eval import simple_evaluate
             from lm_eval.tasks import TaskManager
-        self.settings = settings
+        self.settings, self._evaluate = settings, simple_evaluate
         path = settings.include_path
         own = None if path is None else TaskManager(include_path=str(path), include_defaults=False)
         # The harness reads thousands of files to know its own tasks. A folder that has all of ours spares that.
@@ -75,12 +77,18 @@ class Tasks:
     def _unknown(self, manager: Any) -> list[str]:
         return [name for name in self.settings.names if not manager.match_tasks([name])]
 
+    def fingerprint(self) -> dict[str, str]:
+        """Task -> hash of its settings and of the documents that are used."""
+        loaded: Mapping[str, Any] = self.manager.load(self.names)["tasks"]
+        return {
+            name: sha256(repr((task.dump_config(), list(task.eval_docs)[: self.settings.limit])).encode()).hexdigest()
+            for name, task in loaded.items()
+        }
+
     def run(self, model: InProcessLM) -> dict[str, Any]:
         """The results of the harness, with the answer to every document."""
-        from lm_eval import simple_evaluate
-
         settings = self.settings
-        results: dict[str, Any] = simple_evaluate(
+        results: dict[str, Any] = self._evaluate(
             model, tasks=self.names, num_fewshot=settings.num_fewshot, limit=settings.limit,
             task_manager=self.manager, log_samples=True, bootstrap_iters=1000,
         )  # fmt: skip
