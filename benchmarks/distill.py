@@ -2,10 +2,10 @@
 
     python benchmarks/distill.py [--tokens 256 2048] [--batch_size 2] [--steps 8] [--precision bf16-mixed] [--json]
 
-Both sides train the same model (SmolLM2-135M, or random Llama weights with --tiny) on the same tokens with AdamW: ours in
-a Lightning trainer with its module, the plain one in a loop. Half of the tokens are prompt. Steps alternate in one
-process; the ratio is the median over steps of the plain step's time to ours. Memory: the peak of the resident set beyond
-the one before the second step, each side in a process of its own; on a GPU, the peak of allocated memory.
+Both sides train the same model (SmolLM2-135M, or random Llama weights with --tiny) on the same tokens with AdamW: ours
+in a Lightning trainer with its module, the plain one in a loop. Half of the tokens are prompt. Steps alternate in one
+process. The ratio is the median over steps of the plain step's time to ours. Memory is the peak of the resident set
+beyond the one before the second step, each side in a process of its own; on a GPU, the peak of allocated memory.
 """
 
 from __future__ import annotations

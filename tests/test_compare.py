@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -161,16 +162,33 @@ def without_clock(folder: Path) -> list[dict[str, str]]:
     return [{column: row[column] for column in COLUMNS if column != "search_seconds"} for row in rows(folder)]
 
 
-def choices(path: Path) -> Path:
+TASK = """
+task: words
+custom_dataset: !function pdtrim_pl.harness.local_data.rows_of_file
+dataset_kwargs: {file: words.jsonl}
+output_type: multiple_choice
+test_split: test
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+def tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Measures with one task, whose rows are in `words.jsonl`."""
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra `eval`)")
+    (folder / "words.yaml").write_text(TASK)
     questions = [{"context": f"Say {word}", "choices": [word, "none"], "label": 0} for word in ("one", "two", "three")]
-    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
-    return path
+    (folder / "words.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    monkeypatch.setenv("PDTRIM_DATA", str(folder))
+    return {"tasks": ["words"], "include_path": str(folder)}
 
 
 def test_every_method_leaves_a_row_a_plan_and_a_policy_at_every_count(
-    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = write(EVERY, measures={"choices": {"words": str(choices(tmp_path / "words.jsonl"))}, "recall": 2})
+    config = write(EVERY, measures={**tasks(tmp_path, monkeypatch), "recall": 2})
     assert main(["compare", "--config", str(config)]) == 0
     out = tmp_path / "out"
     table = rows(out)
@@ -321,16 +339,26 @@ def test_a_changed_setting_redoes_only_the_rows_it_touches(write: Callable[..., 
 
 
 def test_other_questions_in_the_same_file_redo_every_row(
-    write: Callable[..., Path], found: Counter[str], tmp_path: Path
+    write: Callable[..., Path], found: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = choices(tmp_path / "words.jsonl")
-    config = write({"shortgpt": EVERY["shortgpt"]}, measures={"choices": {"words": str(file)}}, rows={"counts": [1]})
+    measures = tasks(tmp_path, monkeypatch)
+    file = tmp_path / "words.jsonl"
+    config = write({"shortgpt": EVERY["shortgpt"]}, measures=measures, rows={"counts": [1]})
     for runs in (1, 1):
         parse_and_run(config)
         assert found == {"Drop": runs}
     file.write_text(file.read_text().replace("two", "four"))
     parse_and_run(config)
     assert found == {"Drop": 2}
+
+
+def test_tasks_without_the_harness_are_refused_in_one_sentence(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    config = write({"shortgpt": EVERY["shortgpt"]}, measures={"tasks": ["piqa"]})
+    assert main(["compare", "--config", str(config)]) == 1
+    assert "`pip install 'pdtrim_pl[eval]'`" in capsys.readouterr().err
 
 
 def test_chosen_rows_bring_what_they_start_from(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -373,7 +401,7 @@ def test_every_shipped_comparison_builds(path: Path, quick: list[str]) -> None:
     if quick:
         assert settings["data"]["init_args"]["source"]["path"] == "pydoc", "a quick comparison needs no other file"
         assert settings["measures"]["held_out"] is None
-        assert not settings["measures"]["choices"]
+        assert not settings["measures"]["tasks"]
 
 
 @pytest.mark.parametrize(

@@ -294,12 +294,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`rows.counts` is \[0\]"):
         Rows(counts=(0,))
-    with pytest.raises(ValueError, match=r"`measures.choice_rows` is 0"):
-        Measures(choice_rows=0)
+    with pytest.raises(ValueError, match=r"`measures.limit` is 0"):
+        Measures(limit=0)
     with pytest.raises(ValueError, match=r"`measures.recall` is -1: give a number of examples, or 0"):
         Measures(recall=-1)
-    with pytest.raises(ValueError, match=r"`measures.choices` names a set recall, which is a column already"):
-        Measures(choices={"recall": Path("any.jsonl")})
+    with pytest.raises(ValueError, match=r"`measures.tasks` names a task recall, which is a column already"):
+        Measures(tasks=("recall",))
     with pytest.raises(ValueError, match=r"`warmup` in \[0, 1\)"):
         Training(warmup=1.0)
 

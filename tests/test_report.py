@@ -212,6 +212,18 @@ def test_bits_and_their_price_stand_beside_the_bytes_they_save(tmp_path: Path) -
     assert "KL to the teacher 0.0000 nats, recall of a repeated prompt 0.910 (teacher 0.970)." in page
 
 
+def test_a_policy_that_loses_recall_is_warned_of(tmp_path: Path) -> None:
+    plan = a_plan()
+    summary = replace(a_summary(), recall=(0.97, 0.5, 0.6), recall_everything_sent=0.9)
+    warning = "Warning: the KV policy loses 33 % of the recall (0.600 of 0.900 with everything sent)"
+    assert any(note.startswith(warning) for note in summary.notes())
+    text = write(tmp_path / "report.html", a_record(plan), summary)
+    assert f'<p class="warning">{warning}' in text
+    kept = replace(summary, recall_everything_sent=0.61)
+    assert kept.warning is None
+    assert "Warning" not in write(tmp_path / "report.html", a_record(plan), kept)
+
+
 SECRET = "s3cr3t-value"
 HIDDEN = (
     f"token: {SECRET}", f"hf_token: {SECRET}", f"apiKey: {SECRET}", f"password: '{SECRET}'",

@@ -33,8 +33,9 @@ commands:
   export     write the prefill/decode pair of a checkpoint
   policy     choose how the KV of an exported pair crosses, for a number of bytes; no training
   bench      times and bytes of an exported pair, compared with its dense model
+  report     show in an export's report what `eval --save` and `bench --save` measured
   generate   stream text from an exported pair: a prefill and a decode process
-  eval       tasks of lm-evaluation-harness on an exported pair
+  eval       tasks of lm-evaluation-harness and measures of generation on an exported pair, beside its dense model
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
 
@@ -71,7 +72,17 @@ def _main(args: list[str]) -> int:
     if command == "--version":
         print(f"pdtrim_pl {__version__}")
         return 0
-    if command not in (*TRAINER_COMMANDS, "export", "policy", "bench", "generate", "eval", "compare", "submit"):
+    if command not in (
+        *TRAINER_COMMANDS,
+        "export",
+        "policy",
+        "bench",
+        "report",
+        "generate",
+        "eval",
+        "compare",
+        "submit",
+    ):
         print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     _log_to_stderr()
@@ -103,8 +114,12 @@ def _run(command: str, args: list[str]) -> int:
         return _policy(args[1:])
     if command == "bench":
         return _bench(args[1:])
+    if command == "report":
+        return _report(args[1:])
     if command == "eval":
-        return _eval(args[1:])
+        from pdtrim_pl.cli.evaluate import run as evaluate
+
+        return evaluate(args[1:])
     if command == "compare":
         from pdtrim_pl.cli.compare import run as compare
 
@@ -207,37 +222,32 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--links", type=list[float], default=[1.0, 10.0, 100.0], help="Gbit/s between the nodes")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--save", action="store_true", help="keep the figures in the export and show them in its report"
+    )
     options = parser.parse_args(args)
     from pdtrim_pl.serving.bench import Load, bench, lines
 
     load = Load(options.prompts, options.batch_sizes, options.new_tokens, options.repeats, options.links)
     with redirect_stdout(sys.stderr):  # libraries write to standard output when they are imported
         found = bench(options.export, model=options.model, device=options.device, load=load)
+        if options.save:
+            from pdtrim_pl.export.measurements import BENCH_FILE, save_measurement
+
+            save_measurement(options.export, BENCH_FILE, found)
     print(json.dumps(found) if options.json else lines(found))
     return 0
 
 
-def _eval(args: list[str]) -> int:
+def _report(args: list[str]) -> int:
     from pdtrim_pl.cli.parsing import OneLineErrors
 
-    parser = OneLineErrors(prog="pdtrim eval", description="Run tasks of lm-evaluation-harness on an exported pair.")
+    parser = OneLineErrors(prog="pdtrim report", description="Show in an export's report what was measured on it.")
     parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
-    parser.add_argument("--tasks", type=str, required=True, help="names, with commas; `lm_eval ls tasks` lists them")
-    parser.add_argument(
-        "--mode", choices=["disaggregated", "unified", "dense"], default="disaggregated",
-        help="both halves as they serve, the decode checkpoint alone, or the unpruned model",
-    )  # fmt: skip
-    parser.add_argument("--model", type=str | None, help="where the unpruned model is now, for --mode dense")
-    parser.add_argument("--num_fewshot", type=int | None, help="examples in a prompt, if not what the task says")
-    parser.add_argument("--limit", type=int | None, help="most documents of a task, for a try")
-    parser.add_argument("--batch_size", type=str, default="1", help="a number, or auto")
-    parser.add_argument("--device", type=str | None, help="cuda if there is a GPU, else cpu")
-    parser.add_argument("--include_path", type=Path | None, help="folder with further task files")
-    parser.add_argument("--output", type=Path | None, help="file for the results as JSON")
     options = parser.parse_args(args)
-    from pdtrim_pl.harness.evaluate import evaluate_pair
+    from pdtrim_pl.export.measurements import refresh_report
 
-    print(evaluate_pair(**options.as_dict()))
+    print(refresh_report(options.export))
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from pdtrim_pl.compare.bench import Bench
@@ -37,7 +36,7 @@ class Results:
 
     outcomes: tuple[Outcome, ...]
     accuracy: tuple[Mapping[str, Any], ...] = ()
-    """Rows of the accuracy table, the dense model first; empty if no set is measured."""
+    """Rows of the accuracy table, the dense model first; empty if no task is measured."""
 
     def with_(self, outcome: Outcome) -> Results:
         """These results with one more row."""
@@ -97,7 +96,7 @@ class Comparison:
         bench = Bench(self.model, texts, self.training, self.rows.guards, request, ledger.rows)
         _check_counts(self.rows, bench)
         judge = Judge(bench, self.measures, self.data.tokenizer)
-        run = _Run(self.methods, bench, judge, ledger, settings, self._shared(texts, settings))
+        run = _Run(self.methods, bench, judge, ledger, settings, self._shared(texts, judge, settings))
         accuracy = run.dense_accuracy()
         results = Results((), (accuracy_row(DENSE, bench.full("nested"), accuracy),) if accuracy else ())
         for count in self.rows.counts:
@@ -106,12 +105,12 @@ class Comparison:
                 on_row(results)
         return results
 
-    def _shared(self, texts: Texts, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _shared(self, texts: Texts, judge: Judge, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The facts that every row depends on."""
         return {
             "rows": ROWS,
             "texts": texts.fingerprint(),
-            "choices": {name: sha256(path.read_bytes()).hexdigest() for name, path in self.measures.choices.items()},
+            "tasks": judge.fingerprint(),
             # Without an adapter the entry is left out, so that rows from before adapters existed stay valid.
             "model": {name: value for name, value in settings["model"].items() if (name, value) != NO_ADAPTER},
             "measures": settings["measures"],
@@ -131,7 +130,7 @@ class _Run:
         self.outcomes: dict[tuple[str, int], Outcome] = {}
 
     def dense_accuracy(self) -> dict[str, float]:
-        """Accuracy of the unpruned model, by set."""
+        """Accuracy of the unpruned model, by task."""
         key = key_of(self.shared)
         accuracy = self.ledger.dense_accuracy(key)
         if accuracy is None:

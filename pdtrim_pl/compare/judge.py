@@ -1,4 +1,4 @@
-"""Measure every row: quality on held-out text, accuracy on multiple choice, recall, and costs."""
+"""Measure every row: quality on held-out text, tasks of lm-evaluation-harness, recall, and costs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.outcome import Judged
 from pdtrim_pl.compare.settings import RECALL, Measures
-from pdtrim_pl.evaluation.multiple_choice import TokenQuestion, encode_questions, measure_accuracy, read_questions
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.quality import quality_against
 from pdtrim_pl.evaluation.recall import measure_recall, repeated_requests
 from pdtrim_pl.evaluation.teacher import TeacherReference
-from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.harness.in_process import InProcessPair
+from pdtrim_pl.harness.scores import main_score, scores_of
+from pdtrim_pl.harness.tasks import Tasks
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.decoding import stop_ids_of
 
 
 class Judge:
@@ -25,18 +28,21 @@ class Judge:
         bench: model, teacher and texts.
         measures: what to measure.
         tokenizer: tokenizer of the model.
+
+    Raises:
+        UserError: a task is unknown or has no data, or tasks are asked for without the harness.
     """
 
     def __init__(self, bench: Bench, measures: Measures, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.bench = bench
+        self.bench, self.tokenizer = bench, tokenizer
+        self.tasks = Tasks(measures.of_tasks) if measures.tasks else None
         self.reference = TeacherReference(bench.teacher, bench.texts.held_out, device=bench.device)
-        longest = min(usable_context(bench.teacher.model.config.to_dict()), measures.choice_tokens)
-        self.questions: dict[str, list[TokenQuestion]] = {
-            name: encode_questions(read_questions(path, measures.choice_rows), tokenizer, longest)
-            for name, path in measures.choices.items()
-        }
         again = repeated_requests(bench.texts.held_out, bench.texts.collate, measures.recall)
         self.again = [batch.on(bench.device) for batch in again]
+
+    def fingerprint(self) -> dict[str, str]:
+        """Task -> hash of its settings and documents."""
+        return {} if self.tasks is None else self.tasks.fingerprint()
 
     @torch.no_grad()
     def judge(self, student: StagedCausalLM) -> Judged:
@@ -47,13 +53,21 @@ class Judge:
         return Judged(*values, **asdict(costs))
 
     def accuracy(self, model: StagedCausalLM) -> dict[str, float]:
-        """Share of right answers by multiple-choice set, with choices ranked by log-likelihood per character.
+        """Share of right answers by task, see `main_score`; and recall under `RECALL`, if it is measured.
 
-        Includes recall under `RECALL`, if it is measured.
+        Raises:
+            UserError: a task has no share of right answers.
         """
-        device = self.bench.device
-        shares = {
-            name: measure_accuracy(model, questions, device=device).normalised
-            for name, questions in self.questions.items()
-        }
+        shares = {} if self.tasks is None else self._shares(self.tasks, model)
         return {**shares, RECALL: measure_recall(model, self.again)} if self.again else shares
+
+    def _shares(self, tasks: Tasks, model: StagedCausalLM) -> dict[str, float]:
+        from pdtrim_pl.harness.model import InProcessLM
+
+        stop_ids = stop_ids_of(model.model, self.tokenizer)
+        lm = InProcessLM(InProcessPair.of(model), self.tokenizer, stop_ids, batch_size=tasks.settings.batch_size)
+        scores = scores_of(tasks.run(lm))
+        found = {name: main_score(scores, name) for name in dict.fromkeys(score.task for score in scores)}
+        if wrong := [name for name, score in found.items() if not score.higher_is_better]:
+            raise UserError(f"`measures.tasks`: {', '.join(wrong)} has no share of right answers. Leave it out.")
+        return {name: score.value for name, score in found.items()}

@@ -43,7 +43,7 @@ class Outcome:
     """Search cost of the method and of the method that it started from."""
     judged: Judged
     accuracy: Mapping[str, float]
-    """Multiple-choice set -> share of right answers; `RECALL` -> recall."""
+    """Task -> share of right answers; `RECALL` -> recall."""
 
     def row(self) -> dict[str, Any]:
         """The values of the row, in the order of `COLUMNS`."""
@@ -60,7 +60,7 @@ class Outcome:
         return {column: facts[column] for column in COLUMNS}
 
     def accuracy_row(self) -> dict[str, Any]:
-        """The row of the accuracy table: one column for each set, their mean, and recall."""
+        """The row of the accuracy table: one column for each task, their mean, and recall."""
         return accuracy_row(self.method, self.plan, self.accuracy)
 
     def to_json(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pdtrim_pl.data.sources import TextSource
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.harness.tasks import TaskSettings
 from pdtrim_pl.losses import KL, LossTerm, check_terms
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
@@ -74,12 +75,14 @@ class Measures:
     held_out: TextSource | None = None
     """Source of the held-out text, instead of the `test` part of `data.source`. `data.parts.test` is then the number of
     its examples."""
-    choices: dict[str, Path] = field(default_factory=dict)
-    """Name -> multiple-choice set: JSONL files of `{"context", "choices", "label"}`."""
-    choice_rows: int = 200
-    """Number of rows of each set that are used, from the start."""
-    choice_tokens: int = 1024
-    """Maximum tokens of context and choice, at most the model's own context. Longer contexts keep their end."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (the extra `eval`), each a column of the accuracy table."""
+    include_path: Path | None = None
+    """Folder with further task files, such as `configs/tasks`."""
+    limit: int = 200
+    """Number of documents of each task that are used, from the start."""
+    batch_size: int = 8
+    """Requests of a task that run together."""
     recall: int = 0
     """Number of held-out examples on which recall is measured: the whole example is both prompt and response. With 0,
     recall is not measured."""
@@ -89,14 +92,19 @@ class Measures:
     """Response tokens of this request; by default the mean of the held-out examples."""
 
     def __post_init__(self) -> None:
-        for name in ("choice_rows", "choice_tokens", "prompt", "response"):
+        for name in ("limit", "batch_size", "prompt", "response"):
             value: int | None = vars(self)[name]
             if value is not None and value < 1:
                 raise UserError(f"`measures.{name}` is {value}: give at least 1.")
         if self.recall < 0:
             raise UserError(f"`measures.recall` is {self.recall}: give a number of examples, or 0.")
-        if RECALL in self.choices:
-            raise UserError(f"`measures.choices` names a set {RECALL}, which is a column already. Rename it.")
+        if RECALL in self.tasks:
+            raise UserError(f"`measures.tasks` names a task {RECALL}, which is a column already. Rename it.")
+
+    @property
+    def of_tasks(self) -> TaskSettings:
+        """The settings of the tasks."""
+        return TaskSettings(self.tasks, self.include_path, limit=self.limit, batch_size=str(self.batch_size))
 
 
 @dataclass(frozen=True)

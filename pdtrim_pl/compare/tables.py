@@ -38,7 +38,7 @@ def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def write_accuracy_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the accuracy table: shares of right answers by multiple-choice set."""
+    """Write the accuracy table: shares of right answers by task."""
     _write_rows(path, list(rows[0]), rows)
 
 
@@ -55,7 +55,12 @@ def to_markdown(outcomes: Sequence[Outcome], accuracy: Sequence[Mapping[str, Any
         lines += ["", f"## {count} blocks", "", *_markdown(list(SHOWN.values()), [_shown(o) for o in chosen])]
     if accuracy:
         rows = [[_text(value) for value in row.values()] for row in accuracy]
-        lines += ["", "## Accuracy", "", "Shares of questions whose right choice is the likeliest for each character."]
+        lines += [
+            "",
+            "## Accuracy",
+            "",
+            "Figures of lm-evaluation-harness: `acc_norm` of a task that has it, else exact matches or `acc`.",
+        ]
         lines += ["", *_markdown([name.replace("_", " ") for name in accuracy[0]], rows)]
     return "\n".join(lines) + "\n"
 
@@ -80,13 +85,17 @@ def facts_of(settings: Mapping[str, Any], command: str, device: torch.device) ->
     measures = settings["measures"]
     texts = [settings["data"]["init_args"]["source"]["path"]]
     texts += [measures["held_out"]["path"]] if measures["held_out"] else []
-    texts += [str(path) for path in measures["choices"].values()]
     versions = {"pdtrim_pl": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     versions |= {"lightning": lightning.__version__, "python": python_version()}
     return {
         "command": f"`{command}`",
         "model": f"{settings['model']['name']} ({settings['model']['dtype']})",
         "data": ", ".join(f"`{path}`" for path in texts),
+        **(
+            {"tasks": f"{', '.join(measures['tasks'])}, {measures['limit']} documents each"}
+            if measures["tasks"]
+            else {}
+        ),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "machine": machine(device),
         "date": datetime.now(UTC).date().isoformat(),

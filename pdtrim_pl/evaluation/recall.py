@@ -18,6 +18,26 @@ from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
+RECALL_MARGIN = 0.03
+"""Share of its recall that a policy may lose before a report warns."""
+
+
+def lost_recall(sent: float, everything: float, margin: float = RECALL_MARGIN) -> str | None:
+    """A sentence if a policy loses more recall than the margin; else None.
+
+    Args:
+        sent: recall under the policy.
+        everything: recall of the same models when everything is sent.
+        margin: share of `everything` that may be lost.
+    """
+    if everything <= 0 or 1 - sent / everything <= margin:
+        return None
+    return (
+        f"the KV policy loses {100 * (1 - sent / everything):.0f} % of the recall ({sent:.3f} of {everything:.3f} with "
+        f"everything sent), more than the margin of {100 * margin:g} %. Send more: `pdtrim policy` with a lower "
+        "`--reduction`."
+    )
+
 
 def repeated_requests(
     batches: Iterable[Batch], collate: Collator, most: int, response: int | None = None, context: int | None = None

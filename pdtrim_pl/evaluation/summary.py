@@ -16,7 +16,7 @@ from rich.table import Table
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.quality import Quality, quality_against
-from pdtrim_pl.evaluation.recall import measure_recall, requests_within
+from pdtrim_pl.evaluation.recall import lost_recall, measure_recall, requests_within
 from pdtrim_pl.evaluation.teacher import TeacherReference
 from pdtrim_pl.evaluation.timing import Timing
 from pdtrim_pl.plan import KVRetentionPolicy, KVShape
@@ -58,6 +58,16 @@ class Summary:
     """Path of the export."""
     recall: tuple[float, float, float] | None = None
     """Recall of teacher, dropped and distilled model, each under its own policy; None if it was not measured."""
+    recall_everything_sent: float | None = None
+    """Recall of the distilled model if everything is sent; None if it was not measured."""
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence if the policy loses more recall than `RECALL_MARGIN`; else None."""
+        if self.recall is None or self.recall_everything_sent is None:
+            return None
+        lost = lost_recall(self.recall[2], self.recall_everything_sent)
+        return None if lost is None else f"Warning: {lost}"
 
     @property
     def kv_reduction(self) -> float | None:
@@ -108,6 +118,8 @@ class Summary:
         ]
         if self.recall is not None:
             notes.append("Recall: share of a text's tokens that are predicted when the whole text was the prompt.")
+        if self.warning is not None:
+            notes.append(self.warning)
         if self.timing is not None:
             t = self.timing
             notes.append(
@@ -202,6 +214,7 @@ def summarise(
             measure_recall(base or teacher, again, plan=bare, policy=student.policy),
             measure_recall(student, again),
         )
+        everything = measure_recall(student, again, plan=plan) if student.policy is not None else recall[2]
     return Summary(
         total_blocks=plan.model.num_blocks,
         prefill_blocks=len(plan.prefill),
@@ -215,6 +228,7 @@ def summarise(
         kv_sent_bytes=policy.sent_bytes(plan, kv_prompt_tokens),
         export=None if export is None else str(export),
         recall=recall,
+        recall_everything_sent=everything,
     )
 
 

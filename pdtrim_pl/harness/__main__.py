@@ -3,7 +3,7 @@
 import sys
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.harness.evaluate import needs_harness
+from pdtrim_pl.harness.tasks import needs_harness
 
 if __name__ == "__main__":
     try:

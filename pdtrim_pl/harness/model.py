@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,76 +11,61 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.harness.in_process import InProcessPair
-from pdtrim_pl.models.adapters import adapter_at
+from pdtrim_pl.harness.device import present_device
+from pdtrim_pl.harness.in_process import MODES, InProcessPair, Mode, load_mode
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.models.loading import TORCH_DTYPES
-from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
+from pdtrim_pl.models.pretrained import load_tokenizer
 from pdtrim_pl.serving.exported import ExportedPair
 from pdtrim_pl.serving.generate import stop_ids_of
 from pdtrim_pl.serving.sampling import Sampling
 
-Mode = Literal["disaggregated", "unified", "dense"]
-MODES: tuple[Mode, ...] = ("disaggregated", "unified", "dense")
 PASSED_ON = frozenset(
     {"max_length", "add_bos_token", "prefix_token_id", "chat_template_args", "enable_thinking", "think_end_token"}
 )
 """Settings of the harness's `hf` model that mean the same here."""
+BATCHES = frozenset({"batch_size", "max_batch_size"})
+"""Settings of how requests run together."""
 NEUTRAL = {"top_p": 1.0, "num_beams": 1, "repetition_penalty": 1.0}
 """Settings of generation that change nothing at these values, and that the pair does not know at others."""
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
 """Context and continuation as text, and their token ids."""
 
 
-@register_model("pdtrim")
-class PairLM(HFLM):
-    """An exported pair for the harness: contexts are prompts, continuations are responses.
+class InProcessLM(HFLM):
+    """A model under the contract of one request: contexts are prompts, continuations are responses.
 
     It tokenises, batches and stops as the harness's own `hf` model does.
 
     Args:
-        export: directory of the pair.
-        mode: `disaggregated`: contexts through prefill, the policy on the cache, continuations through decode.
-            `unified`: the decode checkpoint alone. `dense`: the unpruned model.
-        model: name, path or Hub id of the unpruned model, if it is not where the stage plan says; for `dense`.
-        device: default `cuda` if there is a GPU, else `cpu`.
-        dtype: `float32`, `bfloat16` or `float16`; by default that of the checkpoint.
+        answering: both halves of a pair; or a whole model, which then is the harness's `hf` model.
+        tokenizer: the tokenizer of both halves.
+        stop_ids: tokens that end a response.
         batch_size: a number, or `auto`.
         max_batch_size: where `auto` starts.
         settings: those of `PASSED_ON`, see the `hf` model.
 
     Raises:
-        UserError: an unknown setting, or an export that cannot be loaded.
+        UserError: an unknown setting.
     """
 
     def __init__(
-        self, export: str, mode: Mode = "disaggregated", model: str | None = None, device: str | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None, batch_size: int | str = 1,
-        max_batch_size: int = 64, **settings: Any,
+        self, answering: InProcessPair | PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int], *, batch_size: int | str = 1, max_batch_size: int = 64, **settings: Any,
     ) -> None:  # fmt: skip
-        if mode not in MODES:
-            raise UserError(f"`mode` is {mode!r}: choose one of {', '.join(MODES)}.")
-        if unknown := sorted(settings.keys() - PASSED_ON):
-            known = ", ".join(sorted(PASSED_ON))
-            raise UserError(f"The model `pdtrim` has no setting {', '.join(unknown)}. Beside its own it has {known}.")
-        exported = ExportedPair.read(Path(export))
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
-            # Without a GPU the command `lm_eval` asks for one too, and its own model then takes the CPU.
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = None if dtype is None else TORCH_DTYPES[dtype]
-        self.pair = InProcessPair.load(exported.path, device, kind) if mode == "disaggregated" else None
-        shown = _whole_model(exported, mode, model, kind) if self.pair is None else self.pair.decode.model
+        _check_settings(settings)
+        self.answering = answering
+        self.pair = answering if isinstance(answering, InProcessPair) else None
+        shown = answering.decode.model if isinstance(answering, InProcessPair) else answering
         settings.setdefault("max_length", usable_context(shown.config.to_dict()))
-        tokenizer = load_tokenizer(str(exported.path / "prefill"))
-        nn.Module.to(shown, torch.device(device))
         super().__init__(shown, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **settings)
-        self.stop_ids = stop_ids_of(exported.path, self.tokenizer)
+        self.stop_ids = tuple(stop_ids)
 
     @override
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -150,6 +135,43 @@ class PairLM(HFLM):
         return torch.cat([context, tokens[:, prompt:].masked_fill(after_end, self.tokenizer.pad_token_id)], dim=1)
 
 
+@register_model("pdtrim")
+class PairLM(InProcessLM):
+    """An exported pair for the harness.
+
+    Args:
+        export: directory of the pair.
+        mode: `disaggregated`: contexts through prefill, the policy on the cache, continuations through decode.
+            `unified`: the decode checkpoint alone. `dense`: the unpruned model.
+        model: name, path or Hub id of the unpruned model, if it is not where the stage plan says; for `dense`.
+        device: default `cuda` if there is a GPU, else `cpu`.
+        dtype: `float32`, `bfloat16` or `float16`; by default that of the checkpoint.
+        settings: see `InProcessLM`.
+
+    Raises:
+        UserError: an unknown setting, or an export that cannot be loaded.
+    """
+
+    def __init__(
+        self, export: str, mode: Mode = "disaggregated", model: str | None = None, device: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        if mode not in MODES:
+            raise UserError(f"`mode` is {mode!r}: choose one of {', '.join(MODES)}.")
+        _check_settings({name: value for name, value in settings.items() if name not in BATCHES})
+        exported = ExportedPair.read(Path(export))
+        kind = None if dtype is None else TORCH_DTYPES[dtype]
+        answering = load_mode(exported, mode, model=model, device=present_device(device), dtype=kind)
+        tokenizer = load_tokenizer(str(exported.path / "prefill"))
+        super().__init__(answering, tokenizer, stop_ids_of(exported.path, tokenizer), **settings)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    if unknown := sorted(settings.keys() - PASSED_ON):
+        known = ", ".join(sorted(PASSED_ON))
+        raise UserError(f"The model `pdtrim` has no setting {', '.join(unknown)}. Beside its own it has {known}.")
+
+
 def _inputs(request: Encoded) -> tuple[Any, ...]:
     """What the logits of a continuation depend on. The last token is no input."""
     _, context, continuation = request
@@ -161,16 +183,6 @@ def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
     ids = torch.tensor(continuation, device=logits.device)
     likelihood = logits.log_softmax(dim=-1).gather(1, ids[:, None]).sum()
     return float(likelihood), bool((logits.argmax(dim=-1) == ids).all())
-
-
-def _whole_model(exported: ExportedPair, mode: Mode, model: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The decode checkpoint, or the unpruned model."""
-    named = exported.plan.model
-    adapter = None if named.architecture is None else adapter_at(named.architecture)
-    name = str(exported.path / "decode") if mode == "unified" else model or named.name_or_path
-    if mode == "dense" and dtype is None:
-        dtype = TORCH_DTYPES[exported.policy.kv.dtype]  # that of the pair, so that both round alike
-    return load_causal_lm(name, dtype=dtype, architecture=adapter)
 
 
 def _sampling(generation: dict[str, Any]) -> Sampling:

@@ -23,7 +23,7 @@ from pdtrim_pl.evaluation.step_times import compare_steps
 from pdtrim_pl.evaluation.timing import Timing, measure_timing
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
 from pdtrim_pl.models.pretrained import load_causal_lm
-from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Stage, StagePlan
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, PairManifest, Stage, StagePlan
 from pdtrim_pl.serving.runtime import DisaggregatedRuntime
 from pdtrim_pl.sizing.cost import CostModel
 from pdtrim_pl.staged import StagedCausalLM
@@ -92,6 +92,7 @@ def bench(export: Path, *, model: str | None = None, device: str = "cpu", load: 
     (reduction,) = policy.reduction(plan, [prompt])
     full, sent = reduction["full_bytes"], reduction["sent_bytes"]
     return {
+        "pair": PairManifest.load(export).id,
         **{name: first[name] for name in ("prefill_speedup", "prefill_bound", "decode_speedup", "decode_bound")},
         "wire_reduction": reduction["ratio"],
         "runtime_overhead": max((cell["runtime_overhead"] for cell in cells), key=lambda figure: figure["value"]),

@@ -35,12 +35,16 @@ class Sampling:
     """Sample among this many most likely tokens; None for all."""
     seed: int = 0
     """Equal seeds give equal tokens, on every device."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together reach this probability; 1 for all."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise UserError(f"`temperature` is {self.temperature}: give 0 for greedy or a positive number.")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"`top_k` is {self.top_k}: give at least 1, or leave it out.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"`top_p` is {self.top_p}: give a number above 0 and at most 1.")
         if self.seed < 0:
             raise UserError(f"`seed` is {self.seed}: give an integer of at least 0.")
 
@@ -67,4 +71,9 @@ class Sampling:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             lowest = scores.topk(self.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < lowest, float("-inf"))
+        if self.top_p < 1.0:
+            ordered, order = scores.softmax(dim=-1).sort(dim=-1, descending=True)
+            before = ordered.cumsum(dim=-1) - ordered  # the token that reaches `top_p` stays
+            out = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
+            scores = scores.masked_fill(out, float("-inf"))
         return (scores + noise.to(logits.device)).argmax(dim=-1)  # Gumbel-max: a draw from softmax(scores)

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,20 @@ class Traffic:
     """Lengths, first tokens and, if asked for, logits."""
     seconds: float
     """Of the sender: time that the transfer took after prefill was done. Of the receiver: from first to last byte."""
+
+
+class Wire(Protocol):
+    """What a handover needs of a connection."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where a tensor must lie to be sent."""
+
+    def send(self, tensor: Tensor) -> int:
+        """Send a tensor and return its bytes."""
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Receive a tensor of known shape, on `device`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +145,7 @@ class HandoverSender:
         policy: says which entries of a block cross, and how they are encoded.
     """
 
-    def __init__(self, link: Link, plan: StagePlan, policy: KVRetentionPolicy) -> None:
+    def __init__(self, link: Wire, plan: StagePlan, policy: KVRetentionPolicy) -> None:
         self.link, self.plan, self.policy = link, plan, policy
         self._keep = keeper()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="send")
@@ -188,7 +202,7 @@ class HandoverSender:
 
 
 def receive_handover(
-    link: Link, plan: StagePlan, policy: KVRetentionPolicy, device: torch.device
+    link: Wire, plan: StagePlan, policy: KVRetentionPolicy, device: torch.device
 ) -> tuple[Handover, Traffic]:
     """Receive what a `HandoverSender` sent, onto `device`. Rows come left-justified, without the prompt's padding."""
     (rows,) = link.receive((1,), torch.int64).tolist()

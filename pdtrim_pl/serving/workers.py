@@ -20,7 +20,7 @@ GRACE_SECONDS = 5.0
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def interrupts_held_back() -> Iterator[None]:
     """Block SIGINT, which Ctrl-C sends to every process of a terminal. Workers that start here inherit the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -58,7 +58,7 @@ class WorkerPair:
             )
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_work, args=(spec, theirs), name=f"pdtrim {stage}", daemon=True)
-            with _interrupts_held_back():
+            with interrupts_held_back():
                 process.start()
             theirs.close()  # else it would stay open after the worker has died
             self._processes[stage], self._connections[stage] = process, ours

@@ -28,6 +28,12 @@ class PreallocatedSlots:
         self._valid[:, start : self._filled] = new.valid
         return Slots(self._positions[:, : self._filled], self._valid[:, : self._filled])
 
+    def left_justified(self, rows: Tensor) -> tuple[Tensor, Slots]:
+        """Places [B, N] of the valid entries of some rows, in order, and their slots. Rows may have fewer than N."""
+        valid, positions = self._valid[rows, : self._filled], self._positions[rows, : self._filled]
+        order = torch.argsort(~valid, dim=1, stable=True)[:, : int(valid.sum(dim=1).max())]
+        return order, Slots(positions.gather(1, order), valid.gather(1, order))
+
 
 class PreallocatedKV(OneBlockCache):
     """Keys and values of one block with room for new tokens; the cache object of a Hugging Face attention module."""
@@ -52,6 +58,11 @@ class PreallocatedKV(OneBlockCache):
         self.keys, self.values = self._all_keys[:, :, : self._filled], self._all_values[:, :, : self._filled]
         return self.keys, self.values
 
+    def entries(self, rows: Tensor, order: Tensor, slots: Slots) -> BlockKV:
+        """A copy of the entries of some rows at places `order` [B, N]."""
+        keys, values = self._all_keys[rows, :, : self._filled], self._all_values[rows, :, : self._filled]
+        return BlockKV(keys, values, slots).at(order, slots)
+
 
 class PreallocatedCache:
     """A copy of the cache that prefill sent, with room for the tokens that decode adds.
@@ -67,6 +78,16 @@ class PreallocatedCache:
         """Original block index -> its entries."""
         self.lengths = sent.lengths
         """True position of each row's next token, [B]."""
+
+    def rows(self, rows: Tensor) -> KVCache:
+        """A copy of what some rows hold, left-justified, without places that none of them uses.
+
+        Args:
+            rows: their indices, [B].
+        """
+        found = {id(kv.slots): kv.slots.left_justified(rows) for kv in self.blocks.values()}
+        blocks = {index: kv.entries(rows, *found[id(kv.slots)]) for index, kv in self.blocks.items()}
+        return KVCache(blocks, self.lengths[rows])
 
     def next_slots(self) -> Slots:
         """Slots of the next token of every row, [B, 1]."""

@@ -1,0 +1,292 @@
+"""The engine from the caller's side: it queues requests, feeds both workers, and starts a dead one again."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.plan import STAGES, Stage
+from pdtrim_pl.serving.engine import messages as say
+from pdtrim_pl.serving.engine.crew import Crew
+from pdtrim_pl.serving.engine.frames import check_host
+from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Listener, Overloaded, Reason, Running, Token
+from pdtrim_pl.serving.engine.watch import Watch
+from pdtrim_pl.serving.exported import ExportedPair
+
+PREFETCHED = 2
+"""Prompts beyond the running batch that are encoded ahead."""
+RESTARTS = 3
+"""How often in a row a worker may die before it is ready."""
+
+
+class Engine:
+    """Serves an exported pair to many requests at once. It is a context manager; calls may come from any thread.
+
+    The workers are spawned: in a script, use it below `if __name__ == "__main__":`.
+
+    Args:
+        export: directory of the pair.
+        devices: of the prefill and of the decode worker.
+        max_batch: most requests that decode runs at once.
+        max_waiting: most requests in the queue; one more is refused.
+        host: where decode listens for prefill.
+        secret: shared by both workers; needed where `host` is no loopback address, else made up.
+        start_timeout: seconds for the workers to load and to connect.
+
+    Raises:
+        UserError: the directory is not an export, or a worker cannot load its checkpoint.
+    """
+
+    def __init__(
+        self, export: Path, *, devices: tuple[str, str] = ("cpu", "cpu"), max_batch: int = 8, max_waiting: int = 64,
+        host: str = "127.0.0.1", secret: str | None = None, start_timeout: float = 600.0,
+    ) -> None:  # fmt: skip
+        check_host(host, secret)
+        if max_batch < 1 or max_waiting < 1:
+            raise UserError("`max_batch` and `max_waiting` need 1 at least.")
+        self.pair = ExportedPair.read(Path(export))
+        self.watch = Watch()
+        """Counts and times of all requests."""
+        key = secrets.token_bytes(32) if secret is None else secret.encode()
+        self._crew = Crew(
+            [
+                say.WorkerSpec(stage, self.pair.path, device, host, key, max_batch)
+                for stage, device in zip(STAGES, devices, strict=True)
+            ]
+        )
+        self._max_waiting, self._most = max_waiting, max_batch + PREFETCHED
+        self._start_timeout = start_timeout
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._new: deque[Running] = deque()
+        self._cancelled: set[int] = set()
+        self._running: dict[int, Running] = {}
+        self._deaths = dict.fromkeys(STAGES, 0)
+        self._connected = threading.Event()
+        self._address: say.Address | None = None
+        self._ready: set[Stage] = set()
+        self._fault: Exception | None = None
+        self._closing = False
+        self._wake, self._waker = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def __enter__(self) -> Self:
+        for stage in STAGES:
+            self._crew.start(stage)
+        self._thread.start()
+        self._connected.wait(self._start_timeout)
+        if self._fault is not None or not self._connected.is_set():
+            self.close()
+            raise self._fault or RuntimeError(f"The workers did not start within {self._start_timeout:g} s.")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End both workers and all requests. May be called again."""
+        self._closing = True
+        self._poke()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._crew.kill()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether both workers are there and connected."""
+        return self._connected.is_set() and self._fault is None and not self._closing
+
+    def submit(self, ask: Ask, tell: Listener) -> int:
+        """Queue a request; returns its number, for `cancel`.
+
+        Args:
+            ask: what is asked.
+            tell: hears every token, and at last `Done`.
+
+        Raises:
+            UserError: the model cannot hold it.
+            Overloaded: the queue is full.
+            RuntimeError: the engine does not run.
+        """
+        self.pair.check_prompt(len(ask.prompt_ids), ask.max_new_tokens)
+        if outside := [token for token in ask.prompt_ids if not 0 <= token < self.pair.vocabulary]:
+            raise UserError(f"`prompt` has token {outside[0]}, outside the vocabulary 0..{self.pair.vocabulary - 1}.")
+        if self._fault is not None or self._closing or not self._thread.is_alive():
+            raise self._fault or RuntimeError("The engine does not run: use it in a `with` block.")
+        with self._lock:
+            waiting = len(self._new) + sum(each.state == "waiting" for each in self._running.values())
+            if waiting >= self._max_waiting:
+                self.watch.refused()
+                raise Overloaded(f"{waiting} requests wait, as many as `max_waiting` allows: try again later.")
+            running = Running(next(self._numbers), ask, tell)
+            self._new.append(running)
+        self._poke()
+        return running.number
+
+    def cancel(self, number: int) -> None:
+        """End a request, if it has not ended. Its listener hears `Done`."""
+        with self._lock:
+            self._cancelled.add(number)
+        self._poke()
+
+    def events(self, ask: Ask) -> Iterator[Event]:
+        """The events of one request. Closing the iterator cancels it; errors as for `submit`."""
+        heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        number = self.submit(ask, heard.put)
+        try:
+            while True:
+                event = heard.get()
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            self.cancel(number)
+
+    # The engine's own thread
+
+    def _run(self) -> None:
+        try:
+            while not self._closing and self._fault is None:
+                self._turn()
+        except Exception as error:  # every waiting caller must hear of it
+            self._fault = error
+        if self._fault is not None:
+            self._connected.set()
+        message = str(self._fault or "The engine was closed.")
+        with self._lock:
+            left = [*self._running.values(), *self._new]
+            self._new.clear()
+        for running in left:
+            self._end(running, "error" if self._fault else "cancelled", message)
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        nearest = min((each.ends_at for each in self._running.values()), default=float("inf"))
+        timeout = None if nearest == float("inf") else max(nearest - now, 0.0)
+        for ready in wait([self._wake, *self._crew.pipes.values()], timeout):
+            if ready == self._wake:
+                os.read(self._wake, 4096)
+                continue
+            self._hear(next(stage for stage, pipe in self._crew.pipes.items() if pipe is ready))
+        self._take_up()
+        for running in [each for each in self._running.values() if each.ends_at <= time.monotonic()]:
+            self._stop(running, "deadline", f"The time of {running.ask.deadline:g} s is over.")
+        self._dispatch()
+
+    def _take_up(self) -> None:
+        with self._lock:
+            while self._new:
+                running = self._new.popleft()
+                self._running[running.number] = running
+            cancelled, self._cancelled = self._cancelled, set()
+            found = [self._running[number] for number in cancelled if number in self._running]
+        for running in found:
+            self._stop(running, "cancelled")
+
+    def _dispatch(self) -> None:
+        """Give prefill the next prompt, if it is free and decode has room. Prompts go one at a time, in order."""
+        states = [each.state for each in self._running.values()]
+        self.watch.queued(states.count("waiting"), states.count("decode"))
+        if not self._connected.is_set() or "prefill" in states or states.count("decode") >= self._most:
+            return
+        running = next((each for each in self._running.values() if each.state == "waiting"), None)
+        if running is None:
+            return
+        ask, running.state = running.ask, "prefill"
+        handled = len(ask.prompt_ids) - (self.pair.plan.boundary == "decode")
+        self._crew.tell(
+            "decode", say.Expect(running.number, handled, ask.max_new_tokens, ask.stop_ids, ask.sampling)
+        )  # fmt: skip
+        self._crew.tell("prefill", say.Encode(running.number, ask.prompt_ids, ask.sampling))
+
+    def _hear(self, stage: Stage) -> None:
+        """Read one report of a worker; or start it again, if it has died."""
+        report = self._crew.hear(stage)
+        if report is None:
+            self._died(stage)
+            return
+        if isinstance(report, say.Tokens):
+            for number, token in report.tokens:
+                if (running := self._running.get(number)) is not None:
+                    self._token(running, token, ended=number in report.ended)
+        elif isinstance(report, say.Encoded):
+            self.watch.encoded(report.kv_bytes, report.header_bytes, report.seconds)
+            if (running := self._running.get(report.request)) is not None:
+                running.state = "decode"
+        elif isinstance(report, say.Lost):
+            self.watch.lost()
+            if report.request is not None and (running := self._running.get(report.request)) is not None:
+                self._stop(running, "error", f"The {stage} worker lost the request: {report.message}")
+        elif isinstance(report, say.Failed):
+            self._died(stage, report)
+        elif isinstance(report, say.Ready):
+            self._meet(stage, report)
+        else:
+            self._deaths = dict.fromkeys(STAGES, 0)
+            self._connected.set()
+
+    def _meet(self, stage: Stage, report: say.Ready) -> None:
+        """Let prefill connect as soon as both workers are there."""
+        self._address = report.address or self._address
+        self._ready.add(stage)
+        if self._ready == set(STAGES):
+            assert self._address is not None
+            self._crew.tell("prefill", say.Connect(self._address))
+
+    def _token(self, running: Running, token: int, *, ended: bool) -> None:
+        now = time.monotonic()
+        running.state = "decode"  # its first token may come before prefill's own report
+        if running.first is None:
+            running.first = now
+            self.watch.first_token(now - running.began)
+        running.tokens += 1
+        running.tell(Token(token))
+        if ended:
+            self._end(running, "stop" if token in running.ask.stop_ids else "length")
+
+    def _stop(self, running: Running, reason: Reason, message: str = "") -> None:
+        """End a request before its response has ended."""
+        if running.state != "waiting":
+            self._crew.tell("decode", say.Forget(running.number))
+        self._end(running, reason, message)
+
+    def _end(self, running: Running, reason: Reason, message: str = "") -> None:
+        with self._lock:
+            self._running.pop(running.number, None)
+        self.watch.ended(running, reason)
+        running.tell(Done(reason, message))
+
+    def _died(self, stage: Stage, report: say.Failed | None = None) -> None:
+        """Tell whose requests died with a worker, and start it again. The others go on."""
+        code = self._crew.bury(stage)
+        cause = report.message if report is not None else f"it died without a word (exit code {code})"
+        self._connected.clear()
+        self._ready.discard(stage)
+        hit = ("prefill",) if stage == "prefill" else ("prefill", "decode")
+        for running in [each for each in self._running.values() if each.state in hit]:
+            if stage == "prefill":
+                self._crew.tell("decode", say.Forget(running.number))
+            self._end(running, "error", f"The {stage} worker failed: {cause}")
+        self._deaths[stage] += 1
+        self.watch.restarted()
+        if (report is not None and report.setting) or self._deaths[stage] >= RESTARTS:
+            kind: Callable[[str], Exception] = UserError if report is not None and report.setting else RuntimeError
+            self._fault = kind(f"The {stage} worker failed: {cause}")
+            return
+        self._crew.start(stage)
+
+    def _poke(self) -> None:
+        os.write(self._waker, b"x")
