@@ -433,6 +433,20 @@ def test_only_the_calibration_part_says_its_prompts_again(tiny_tokenizer_dir: Pa
     assert torch.equal(batch.prompt_ids[:2], batch.response_ids[:2])
 
 
+@pytest.mark.parametrize(("count", "share", "changed"), [(8, 0.25, [0, 4]), (7, 0.5, [0, 1, 3, 5]), (3, 0.01, [0])])
+def test_training_prompts_are_repeated_at_equal_distances(
+    tiny_tokenizer_dir: Path, count: int, share: float, changed: list[int]
+) -> None:
+    parts = Parts(validation=2, calibration=2, max_train=count, repeated_training_prompts=share)
+    data = PromptResponseDataModule(str(tiny_tokenizer_dir), lengths=Lengths(24, 12, 12), parts=parts)
+    data.setup()
+    again = [torch.equal(example.prompt, example.response) for example in data.part("train")]
+    assert [index for index, same in enumerate(again) if same] == changed
+    assert not any(torch.equal(example.prompt, example.response) for example in data.part("calibration"))
+
+
 def test_a_share_said_again_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`parts.repeated_training_prompts`=-0.1 must be a share of the training"):
+        Parts(repeated_training_prompts=-0.1)
     with pytest.raises(ValueError, match=r"`parts.repeated_prompts`=1.5 must be a share of the calibration examples"):
         Parts(repeated_prompts=1.5)

@@ -133,9 +133,13 @@ class PromptResponseDataModule(LightningDataModule):
             token = self.tokenizer.convert_ids_to_tokens(examples.largest_id)
             check_ids(examples.largest_id, str(token), self._vocab_size)
         self._parts = cut_parts(examples, self.parts, self.seed)
-        if self.parts.repeated_prompts:
-            changed = RepeatedPrompts(self._parts["calibration"], self.parts.repeated_prompts, self.lengths.max_length)
-            self._parts["calibration"] = Subset(changed, range(len(changed)))
+        shares = {"calibration": self.parts.repeated_prompts, "train": self.parts.repeated_training_prompts}
+        for name, share in shares.items():
+            if share and len(self._parts[name]):
+                # Local fits read the first training examples: they must be repeated as rarely as all others.
+                spread = name == "train"
+                changed = RepeatedPrompts(self._parts[name], share, self.lengths.max_length, spread=spread)
+                self._parts[name] = Subset(changed, range(len(changed)))
 
     def part(self, name: str) -> Subset[Example]:
         """The examples of a part: `train`, `validation`, `calibration` or `test`.

@@ -69,23 +69,25 @@ class TokenExamples(Dataset[Example]):
 
 
 class RepeatedPrompts(Dataset[Example]):
-    """A data part whose first examples have their own prompt as the response.
+    """A data part in which some examples have their own prompt as the response.
 
     Args:
         part: the examples.
         share: share of the examples that are changed, rounded; at least one example is changed.
         max_length: maximum number of tokens, prompt and response together; a longer response is cut.
+        spread: change examples at equal distances, instead of the first ones.
     """
 
-    def __init__(self, part: Subset[Example], share: float, max_length: int) -> None:
+    def __init__(self, part: Subset[Example], share: float, max_length: int, *, spread: bool = False) -> None:
         self.part, self.max_length = part, max_length
-        self.changed = max(1, round(share * len(part)))
+        changed, length = max(1, round(share * len(part))), len(part)
+        self.changed = frozenset(index * length // changed for index in range(changed)) if spread else range(changed)
 
     def __len__(self) -> int:
         return len(self.part)
 
     def __getitem__(self, index: int) -> Example:
         example = self.part[index]
-        if index >= self.changed:
+        if index not in self.changed:
             return example
         return Example(example.prompt, example.prompt[: self.max_length - len(example.prompt)])

@@ -48,6 +48,8 @@ class Parts:
     repeated_prompts: float = 0.0
     """Share of the calibration examples whose response is replaced by their own prompt. Most tokens of ordinary text
     depend on the few tokens before them. Only repeated prompts show the search whether a plan can still recall."""
+    repeated_training_prompts: float = 0.0
+    """The same share of the training examples, so that a student learns again to recall."""
 
     def __post_init__(self) -> None:
         for name in ("validation", "calibration", "test"):
@@ -56,10 +58,10 @@ class Parts:
                 raise UserError(
                     f"`parts.{name}`={value} must be a count of examples (an integer) or a share (a float in [0, 1))."
                 )
-        if not 0 <= self.repeated_prompts <= 1:
-            raise UserError(
-                f"`parts.repeated_prompts`={self.repeated_prompts} must be a share of the calibration examples, 0 to 1."
-            )
+        for name, of in (("repeated_prompts", "calibration"), ("repeated_training_prompts", "training")):
+            share: float = self.__dict__[name]
+            if not 0 <= share <= 1:
+                raise UserError(f"`parts.{name}`={share} must be a share of the {of} examples, 0 to 1.")
         for field in fields(self):
             if field.name.startswith("max_") and (limit := self.__dict__[field.name]) is not None and limit < 1:
                 raise UserError(f"`parts.{field.name}`={limit} must be at least 1, or null for no limit.")

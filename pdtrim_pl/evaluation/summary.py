@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from pdtrim_pl.evaluation.quality import Quality, quality_against
 from pdtrim_pl.evaluation.recall import lost_recall, measure_recall, requests_within
 from pdtrim_pl.evaluation.teacher import TeacherReference
 from pdtrim_pl.evaluation.timing import Timing
-from pdtrim_pl.plan import KVRetentionPolicy, KVShape
+from pdtrim_pl.plan import PARTS, STAGES, KVRetentionPolicy, KVShape
 from pdtrim_pl.staged import StagedCausalLM
 
 COLUMNS = ("", "teacher", "after drops", "distilled", "gain")
@@ -60,6 +60,8 @@ class Summary:
     """Recall of teacher, dropped and distilled model, each under its own policy; None if it was not measured."""
     recall_everything_sent: float | None = None
     """Recall of the distilled model if everything is sent; None if it was not measured."""
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Such as `channels in prefill` -> how many a block had and has, for stages whose blocks became narrower."""
 
     @property
     def warning(self) -> str | None:
@@ -135,6 +137,9 @@ class Summary:
         return [
             Row(f"blocks in {stage}", str(self.total_blocks), str(left), str(left), _fewer(self.total_blocks, left))
             for stage, left in stages
+        ] + [
+            Row(label, str(whole), str(left), str(left), _fewer(whole, left))
+            for label, (whole, left) in self.widths.items()
         ]
 
     def _quality_rows(self) -> list[Row]:
@@ -229,6 +234,12 @@ def summarise(
         export=None if export is None else str(export),
         recall=recall,
         recall_everything_sent=everything,
+        widths={
+            f"{part} in {stage}": (plan.model.sizes[part] or left, left)
+            for part in PARTS
+            for stage in STAGES
+            if (left := plan.widest(stage).get(part)) is not None
+        },
     )
 
 
