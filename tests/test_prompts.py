@@ -16,7 +16,8 @@ from pdtrim_pl.data import Example, Lengths, TextSource
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.prompts import chat_text, leading_ids, plain_ids, split_ids
 from pdtrim_pl.data.sources import load_rows
-from pdtrim_pl.serving.generate import encode_prompt
+from pdtrim_pl.serving.generate import decoded, encode_prompt
+from pdtrim_pl.serving.text import text_pieces
 
 LLAMA2_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
@@ -196,3 +197,10 @@ def test_an_answer_that_a_template_opens_otherwise_follows_the_served_prompt(tmp
     (example,) = examples_of(tokenizer, tmp_path, [{"messages": chat}])
     assert example.prompt.tolist() == encode_prompt(tokenizer, "is it", chat=True)
     assert text_of(tokenizer, torch.cat(example).tolist()).endswith("<s>assistant\n<think>\nParis</s>")
+
+
+@every_tokenizer
+def test_text_that_is_streamed_is_the_text_of_all_tokens(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    ids = plain_ids(tokenizer, ["The sky is blue, and so is the sea. Nobody knows why it went on going. " * 6])[0]
+    assert "".join(text_pieces(ids, lambda ids: decoded(tokenizer, ids))) == decoded(tokenizer, ids)

@@ -40,9 +40,10 @@ from pdtrim_pl.plan import (
     handled_positions,
     write_manifest,
 )
-from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of, text_pieces
+from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of
 from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
+from pdtrim_pl.serving.text import CONTEXT, WINDOW, TextStream, text_pieces
 from pdtrim_pl.serving.transport import Handover, HandoverSender, Link, Traffic, receive_handover, wire_dtype
 from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
 from pdtrim_pl.staged.decoding import generate
@@ -420,6 +421,48 @@ def test_streamed_pieces_join_to_the_whole_text(source: str | bytes) -> None:
 @given(st.text().filter(lambda text: "\ufffd" not in text))
 def test_no_piece_holds_part_of_a_character(text: str) -> None:
     assert all("\ufffd" not in piece for piece in text_pieces(text.encode(), utf8))
+
+
+@given(st.text(max_size=200), st.lists(st.text(min_size=1, max_size=3), max_size=3))
+def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
+    text = text.replace("\ufffd", "")
+    ends = [at for each in stop if (at := text.find(each)) >= 0]
+    expected = text[: min(ends)] if ends else text
+    if any("\ufffd" in each for each in stop):
+        return
+    assert "".join(text_pieces(text.encode(), utf8, stop)) == expected
+
+
+def test_a_long_response_costs_no_more_for_each_token_than_a_short_one() -> None:
+    decoded = 0
+
+    def counting(ids: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return utf8(ids)
+
+    text = "Grüße aus dem Süden. " * 200
+    assert "".join(text_pieces(text.encode(), counting)) == text
+    assert decoded <= len(text.encode()) * (WINDOW + CONTEXT)
+
+
+def test_nothing_is_read_after_a_stop_string_and_none_may_be_empty() -> None:
+    ids = iter(b"one two three")
+    assert "".join(text_pieces(ids, utf8, ["two"])) == "one "
+    assert bytes(ids) == b" three"
+    with pytest.raises(ValueError, match="`stop` has an empty text"):
+        TextStream(utf8, [""])
+
+
+def test_draws_of_top_p_are_of_the_likeliest_tokens_that_reach_it() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    pick = Sampling(1.0, top_p=0.75, seed=1).picker()
+    drawn = torch.cat([pick(logits) for _ in range(4000)])
+    expected = torch.tensor([0.5, 0.3, 0.0, 0.0]) / 0.8
+    torch.testing.assert_close(drawn.bincount(minlength=4) / len(drawn), expected, atol=0.03, rtol=0.0)
+    assert bool((torch.cat([Sampling(1.0, top_p=1e-9).picker()(logits) for _ in range(9)]) == 0).all())
+    with pytest.raises(ValueError, match="`top_p` is 0"):
+        Sampling(top_p=0.0)
 
 
 def test_draws_follow_the_softmax_of_the_top_k_and_their_seed() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -64,8 +64,8 @@ def _parser() -> OneLineErrors:
         help="both halves as they serve, the decode checkpoint alone, or the unpruned model",
     )  # fmt: skip
     parser.add_argument(
-        "--against", choices=["dense", "unified", "disaggregated", None], default=None,
-        help="answer the same documents in this mode too, and print both with their paired differences",
+        "--against", type=Literal["dense"] | None, default=None,
+        help="dense: the unpruned model answers the same documents; prints both with their paired differences",
     )  # fmt: skip
     parser.add_argument("--model", type=str | None, help="where the unpruned model is now")
     parser.add_argument("--num_fewshot", type=int | None, help="examples in a prompt, if not what the task says")

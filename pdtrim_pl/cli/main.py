@@ -35,6 +35,7 @@ commands:
   bench      times and bytes of an exported pair, compared with its dense model
   report     show in an export's report what `eval --save` and `bench --save` measured
   generate   stream text from an exported pair: a prefill and a decode process
+  serve      an exported pair behind OpenAI's HTTP interface
   eval       tasks of lm-evaluation-harness and measures of generation on an exported pair, beside its dense model
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
@@ -44,6 +45,9 @@ first node (`--host_memory GiB`).
 `pdtrim COMMAND --help` shows a command's options. Complete configurations are in configs/.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = (
+    *TRAINER_COMMANDS, "export", "policy", "bench", "report", "generate", "serve", "eval", "compare", "submit",
+)  # fmt: skip
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -72,17 +76,7 @@ def _main(args: list[str]) -> int:
     if command == "--version":
         print(f"pdtrim_pl {__version__}")
         return 0
-    if command not in (
-        *TRAINER_COMMANDS,
-        "export",
-        "policy",
-        "bench",
-        "report",
-        "generate",
-        "eval",
-        "compare",
-        "submit",
-    ):
+    if command not in COMMANDS:
         print(f"pdtrim: error: unknown command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     _log_to_stderr()
@@ -106,8 +100,10 @@ def _unread() -> int:
 
 
 def _run(command: str, args: list[str]) -> int:
-    if command == "generate":
-        return _generate(args[1:])
+    if command in ("generate", "serve"):
+        from pdtrim_pl.cli import serving
+
+        return serving.generate(args[1:]) if command == "generate" else serving.serve(args[1:])
     if command == "export":
         return _export(args[1:])
     if command == "policy":
@@ -135,33 +131,6 @@ def _run(command: str, args: list[str]) -> int:
     from pdtrim_pl.cli.lightning_cli import run_cli
 
     return run_cli(args)
-
-
-def _generate(args: list[str]) -> int:
-    from pdtrim_pl.cli.parsing import OneLineErrors
-
-    parser = OneLineErrors(prog="pdtrim generate", description="Stream text from an exported prefill/decode pair.")
-    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
-    parser.add_argument("--prompt", type=str, required=True, help="raw text, unless --chat")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_k", type=int | None, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--verify", action="store_true", help="compare the weights' hashes with pair.json first")
-    options = parser.parse_args(args)
-    from pdtrim_pl.serving.generate import generate_text
-
-    try:
-        generate_text(**options.as_dict(), out=sys.stdout, err=sys.stderr)
-    except BrokenPipeError:  # the reader of our output has left, as in `| head`
-        if not output_is_closed():
-            raise
-    except RuntimeError as error:  # a worker died; the message says which and of what
-        print(f"pdtrim: error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _export(args: list[str]) -> int:

@@ -27,7 +27,7 @@ def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tup
     Raises:
         UserError: the chat cannot be used. The message is the end of a sentence that starts with the column's name.
     """
-    messages = [_message(turn) for turn in chat]
+    messages = [message_of(turn) for turn in chat]
     last = max((number for number, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
     if last == 0:
         raise UserError("has no assistant message after a first message of another role")
@@ -41,7 +41,12 @@ def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tup
     return prompt, response.rstrip()
 
 
-def _message(turn: Any) -> dict[str, Any]:
+def message_of(turn: Any) -> dict[str, Any]:
+    """A message in OpenAI's or ShareGPT's format as `{role, content}`, its content one text; other keys stay.
+
+    Raises:
+        UserError: it is none. The message is the end of a sentence that starts with the column's name.
+    """
     if not isinstance(turn, Mapping):
         raise UserError(f"holds a {type(turn).__name__} where a message belongs")
     if turn.get("role") is None and turn.get("from") is not None:

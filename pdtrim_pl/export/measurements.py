@@ -22,6 +22,7 @@ from pdtrim_pl.plan.json_files import read_json, write_whole
 EVALUATION_FILE = "evaluation.json"
 BENCH_FILE = "bench.json"
 REPORT_FILE = "report.html"
+FIGURE_COLUMNS = ("task", "figure", "documents", "pair", "dense", "difference", "of dense kept")
 START, END = "<!-- measured on the finished pair -->", "<!-- end of what was measured -->"
 
 
@@ -68,10 +69,10 @@ class Measurements:
     def section(self) -> str:
         """The part of the report about them, in HTML; empty if there is nothing to show."""
         recall = None if self.evaluation is None else self.evaluation.get("recall")
-        rows = [] if self.evaluation is None else [_row(figure) for figure in self.evaluation["figures"]]
+        rows = [] if self.evaluation is None else [figure_row(figure) for figure in self.evaluation["figures"]]
         return rendered(
-            "measured.html", evaluation=self.evaluation, bench=self.bench, stale=self.stale, rows=rows,
-            warnings=self.warnings(),
+            "measured.html", columns=FIGURE_COLUMNS, rows=rows, evaluation=self.evaluation, bench=self.bench,
+            stale=self.stale, warnings=self.warnings(),
             picture=None if recall is None else b64encode(recall_sweep(recall)).decode("ascii"),
         )  # fmt: skip
 
@@ -118,13 +119,18 @@ def refresh_report(export: Path) -> Path:
     return path
 
 
-def _row(figure: Mapping[str, Any]) -> list[str]:
+def figure_row(figure: Mapping[str, Any]) -> list[str]:
+    """A figure as a row of a table: `FIGURE_COLUMNS`. Errors follow their values."""
+
     def shown(value: str, sign: str = "") -> str:
-        error = figure["stderr" if value == "value" else f"{value}_stderr"]
-        return f"{figure[value]:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+        return f"{figure[value]:{sign}.4f}{_error(figure['stderr' if value == 'value' else f'{value}_stderr'])}"
 
     kept, error = figure["kept"], figure["kept_stderr"]
-    share = "" if kept is None else f"{100 * kept:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
+    share = "" if kept is None else f"{100 * kept:.1f}{_error(None if error is None else 100 * error, 1)} %"
     metric = figure["metric"] if figure["higher_is_better"] else f"{figure['metric']} (lower is better)"
     count = "" if figure["documents"] is None else str(figure["documents"])
     return [figure["task"], metric, count, shown("value"), shown("dense"), shown("difference", "+"), share]
+
+
+def _error(stderr: float | None, digits: int = 4) -> str:
+    return "" if stderr is None else f" ± {stderr:.{digits}f}"

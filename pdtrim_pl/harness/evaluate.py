@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.harness.device import present_device
@@ -49,7 +49,7 @@ class Evaluation:
     def table(self) -> str:
         """The figures beside those of the dense model; without it the table of the harness."""
         if self.figures:
-            return table(list(self.figures))
+            return table(self.figures)
         from lm_eval.utils import make_table
 
         (results,) = self.results.values()
@@ -59,16 +59,17 @@ class Evaluation:
 
 def evaluate_pair(
     export: Path, tasks: TaskSettings, measures: MeasureSettings, *,
-    mode: Mode = "disaggregated", against: Mode | None = None, model: str | None = None, device: str | None = None,
+    mode: Mode = "disaggregated", against: Literal["dense"] | None = None, model: str | None = None,
+    device: str | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Evaluate a pair, and another mode of it on the same documents.
+    """Evaluate a pair, and the dense model on the same documents.
 
     Args:
         export: directory of the pair.
         tasks: tasks of the harness; none needs no harness.
         measures: measures of generation; they need `against`.
         mode: what answers: see `PairLM`.
-        against: what it is compared with, usually `dense`.
+        against: `dense` answers the same documents, for comparison.
         model: see `PairLM`.
         device: default `cuda` if there is a GPU, else `cpu`.
 
@@ -84,7 +85,7 @@ def evaluate_pair(
     wanted = Tasks(tasks) if tasks.names else None
     exported = ExportedPair.read(Path(export))
     run = _Run(exported, wanted, measures, model, device)
-    modes = [mode] if against is None else [against, mode]
+    modes: list[Mode] = [mode] if against is None else [against, mode]
     scores = {each: run.scores(each, reference=each == against) for each in modes}
     settings = {"tasks": asdict(tasks), "measures": asdict(measures)}
     facts = {

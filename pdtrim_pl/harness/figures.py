@@ -9,11 +9,12 @@ than two independent errors together.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.export.measurements import FIGURE_COLUMNS, figure_row
 
 Form = Literal["mean", "perplexity", "bits"]
 """What is made of the ratio: itself, exp(-ratio), or -ratio / ln 2."""
@@ -47,9 +48,9 @@ class Documents:
         return above / below
 
     def _of(self, ratio: float) -> float:
-        return {"mean": lambda: ratio, "perplexity": lambda: math.exp(-ratio), "bits": lambda: -ratio / math.log(2)}[
-            self.form
-        ]()
+        if self.form == "mean":
+            return ratio
+        return math.exp(-ratio) if self.form == "perplexity" else -ratio / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -130,39 +131,15 @@ def compared(pair: Scored, dense: Scored) -> Figure:
     )  # fmt: skip
 
 
-def table(figures: list[Figure]) -> str:
+def table(figures: Sequence[Figure]) -> str:
     """The figures in Markdown, generation first."""
-    names = ("task", "figure", "n", "pair", "dense", "pair - dense", "kept")
-    rows = [
-        (
-            figure.task, f"{figure.metric}{'' if figure.higher_is_better else ' (lower is better)'}",
-            "" if figure.documents is None else str(figure.documents), _shown(figure.value, figure.stderr),
-            _shown(figure.dense, figure.dense_stderr), _shown(figure.difference, figure.difference_stderr, "+"),
-            "" if figure.kept is None else f"{_percent(figure.kept, figure.kept_stderr)}",
-        )
-        for figure in sorted(figures, key=lambda figure: KINDS.index(figure.kind))
-    ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    lines = [
-        names,
-        tuple(
-            ("-" if at < 2 else "-" * (width - 1) + ":").ljust(width, "-")[:width] for at, width in enumerate(widths)
-        ),
-        *rows,
-    ]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(w) if at < 2 else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in lines
-    )
+    ordered = sorted(figures, key=lambda figure: KINDS.index(figure.kind))
+    rows = [list(FIGURE_COLUMNS), *(figure_row(figure.to_json()) for figure in ordered)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, [f"{'-' * (width - 1)}{'-' if at < 2 else ':'}" for at, width in enumerate(widths)])
+    return "\n".join(f"| {' | '.join(_aligned(row, widths))} |" for row in rows)
 
 
-def _shown(value: float, stderr: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-
-
-def _percent(share: float, stderr: float | None) -> str:
-    return f"{100 * share:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}") + " %"
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Two columns of words to the left, numbers to the right."""
+    return [cell.ljust(w) if at < 2 else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=True))]

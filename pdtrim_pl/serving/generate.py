@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -11,19 +11,18 @@ from pdtrim_pl.data.prompts import chat_text, joined_stop_ids, plain_ids, prompt
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan.json_files import read_json
 from pdtrim_pl.serving.exported import ExportedPair
+from pdtrim_pl.serving.text import text_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pdtrim_pl.serving.requests import RequestStats
 
-UNFINISHED = "\ufffd"
-"""What tokenizers write for the first bytes of a character while its last bytes are missing."""
-
 
 def generate_text(
     export: Path, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, temperature: float = 0.0,
-    top_k: int | None = None, seed: int = 0, device: str = "auto", verify: bool = False, out: TextIO, err: TextIO,
+    top_k: int | None = None, top_p: float = 1.0, seed: int = 0, stop: Sequence[str] = (), device: str = "auto",
+    verify: bool = False, out: TextIO, err: TextIO,
 ) -> None:  # fmt: skip
     """Generate from an exported pair in two processes. Writes the text to `out` and figures to `err`.
 
@@ -34,7 +33,9 @@ def generate_text(
         chat: put the prompt into the tokenizer's chat template.
         temperature: 0 for greedy.
         top_k: sample among this many most likely tokens; None for all.
+        top_p: sample among the most likely tokens that together reach this probability.
         seed: of the sampling.
+        stop: texts that end the response; they are not written.
         device: see `pdtrim_pl.serving.runtime.devices_of`.
         verify: compare the hashes of the weights with `pair.json` first; reads all of them once more.
         out: receives the text and a final newline.
@@ -52,7 +53,7 @@ def generate_text(
 
         adapter_at(pair.plan.model.architecture)  # importing it may make its family known to transformers
     prompt = _as_typed(prompt)
-    tokenizer = _load_tokenizer(pair.path)
+    tokenizer = load_export_tokenizer(pair.path)
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     pair.check_prompt(len(ids), max_new_tokens)
 
@@ -60,18 +61,19 @@ def generate_text(
     from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
     from pdtrim_pl.serving.sampling import Sampling
 
-    Sampling(temperature, top_k, seed)  # refuses a wrong setting before the workers start
+    Sampling(temperature, top_k, seed, top_p)  # refuses a wrong setting before the workers start
     devices = devices_of(device)
     for each in devices:
         warn_of_slow_bf16(each, pair.policy.kv.dtype)  # that of both checkpoints
     with DisaggregatedRuntime(pair.path, devices=devices) as runtime:
         stream = runtime.stream(
             ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids_of(pair.path, tokenizer),
-            temperature=temperature, top_k=top_k, seed=seed,
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         )  # fmt: skip
-        for piece in text_pieces(stream, lambda ids: _decoded(tokenizer, ids)):
+        for piece in text_pieces(stream, lambda ids: decoded(tokenizer, ids), stop):
             out.write(piece)
             out.flush()
+        stream.close()  # a stop string ends the request early
         out.write("\n")
         out.flush()
         assert runtime.stats is not None
@@ -103,28 +105,6 @@ def stop_ids_of(export: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     return joined_stop_ids(told, tokenizer.eos_token_id)
 
 
-def text_pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of token ids, piece by piece. The joined pieces are exactly `decode` of all ids.
-
-    The bytes of an unfinished character wait until the character is complete.
-
-    Args:
-        ids: token ids.
-        decode: from all ids so far to their text. It needs all: the text of a token depends on those before it.
-    """
-    seen: list[int] = []
-    text, printed = "", ""
-    for token in ids:
-        seen.append(token)
-        text = decode(seen)
-        finished = text.rstrip(UNFINISHED)
-        if len(finished) > len(printed):
-            yield finished[len(printed) :]
-            printed = finished
-    if len(text) > len(printed):
-        yield text[len(printed) :]
-
-
 def figures(stats: RequestStats) -> str:
     """A request's figures, one per line."""
     sent = f"{stats.kv_bytes:,} of {stats.full_bytes:,} bytes unpruned"
@@ -154,13 +134,19 @@ def _as_typed(prompt: str) -> str:
         raise UserError(f"`prompt` is not UTF-8 ({error}): convert it first, for instance with `iconv`.") from error
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of token ids, without special tokens."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
     return text
 
 
-def _load_tokenizer(export: Path) -> PreTrainedTokenizerBase:
+def load_export_tokenizer(export: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an export.
+
+    Raises:
+        UserError: it has none.
+    """
     folder = export / "prefill"
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(

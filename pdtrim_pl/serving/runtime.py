@@ -78,7 +78,7 @@ class DisaggregatedRuntime:
 
     def stream(
         self, prompt_ids: list[int] | Tensor, *, max_new_tokens: int, stop_ids: Collection[int] = (),
-        temperature: float = 0.0, top_k: int | None = None, seed: int = 0,
+        temperature: float = 0.0, top_k: int | None = None, seed: int = 0, top_p: float = 1.0,
     ) -> Generator[int, None, None]:  # fmt: skip
         """Generate from one prompt. Yields each token id when it is generated, the stop token too.
 
@@ -91,9 +91,10 @@ class DisaggregatedRuntime:
             temperature: 0 for greedy; above 0 tokens are sampled.
             top_k: sample among this many most likely tokens; None for all.
             seed: of the sampling; equal seeds give equal tokens.
+            top_p: sample among the most likely tokens that together reach this probability.
         """
         prompts = self._prompts(torch.as_tensor(prompt_ids)[None], None)
-        for ids in self._generate(prompts, max_new_tokens, stop_ids, Sampling(temperature, top_k, seed)):
+        for ids in self._generate(prompts, max_new_tokens, stop_ids, Sampling(temperature, top_k, seed, top_p)):
             yield ids[0]
 
     def generate(

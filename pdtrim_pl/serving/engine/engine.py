@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
@@ -77,18 +77,22 @@ class Engine:
         self._address: say.Address | None = None
         self._ready: set[Stage] = set()
         self._fault: Exception | None = None
-        self._closing = False
-        self._wake, self._waker = os.pipe()
+        self._closing = self._over = False
+        self._ends: tuple[int, ...] = os.pipe()
+        """Whoever writes to the second one wakes the engine's thread."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
         for stage in STAGES:
             self._crew.start(stage)
         self._thread.start()
-        self._connected.wait(self._start_timeout)
-        if self._fault is not None or not self._connected.is_set():
+        try:
+            self._connected.wait(self._start_timeout)
+            if self._fault is not None or not self._connected.is_set():
+                raise self._fault or RuntimeError(f"The workers did not start within {self._start_timeout:g} s.")
+        except BaseException:
             self.close()
-            raise self._fault or RuntimeError(f"The workers did not start within {self._start_timeout:g} s.")
+            raise
         return self
 
     def __exit__(
@@ -99,10 +103,14 @@ class Engine:
     def close(self) -> None:
         """End both workers and all requests. May be called again."""
         self._closing = True
-        self._poke()
         if self._thread.is_alive():
+            self._poke()
             self._thread.join()
         self._crew.kill()
+        with self._lock:
+            ends, self._ends = self._ends, ()
+        for end in ends:
+            os.close(end)
 
     @property
     def healthy(self) -> bool:
@@ -124,9 +132,9 @@ class Engine:
         self.pair.check_prompt(len(ask.prompt_ids), ask.max_new_tokens)
         if outside := [token for token in ask.prompt_ids if not 0 <= token < self.pair.vocabulary]:
             raise UserError(f"`prompt` has token {outside[0]}, outside the vocabulary 0..{self.pair.vocabulary - 1}.")
-        if self._fault is not None or self._closing or not self._thread.is_alive():
-            raise self._fault or RuntimeError("The engine does not run: use it in a `with` block.")
         with self._lock:
+            if self._over or not self._thread.is_alive():
+                raise self._fault or RuntimeError("The engine does not run: use it in a `with` block.")
             waiting = len(self._new) + sum(each.state == "waiting" for each in self._running.values())
             if waiting >= self._max_waiting:
                 self.watch.refused()
@@ -147,11 +155,9 @@ class Engine:
         heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
         number = self.submit(ask, heard.put)
         try:
-            while True:
-                event = heard.get()
+            while not isinstance(event := heard.get(), Done):
                 yield event
-                if isinstance(event, Done):
-                    return
+            yield event
         finally:
             self.cancel(number)
 
@@ -167,18 +173,18 @@ class Engine:
             self._connected.set()
         message = str(self._fault or "The engine was closed.")
         with self._lock:
+            self._over = True
             left = [*self._running.values(), *self._new]
             self._new.clear()
         for running in left:
             self._end(running, "error" if self._fault else "cancelled", message)
 
     def _turn(self) -> None:
-        now = time.monotonic()
         nearest = min((each.ends_at for each in self._running.values()), default=float("inf"))
-        timeout = None if nearest == float("inf") else max(nearest - now, 0.0)
-        for ready in wait([self._wake, *self._crew.pipes.values()], timeout):
-            if ready == self._wake:
-                os.read(self._wake, 4096)
+        timeout = None if nearest == float("inf") else max(nearest - time.monotonic(), 0.0)
+        for ready in wait([self._ends[0], *self._crew.pipes.values()], timeout):
+            if ready == self._ends[0]:
+                os.read(self._ends[0], 4096)
                 continue
             self._hear(next(stage for stage, pipe in self._crew.pipes.items() if pipe is ready))
         self._take_up()
@@ -198,7 +204,7 @@ class Engine:
 
     def _dispatch(self) -> None:
         """Give prefill the next prompt, if it is free and decode has room. Prompts go one at a time, in order."""
-        states = [each.state for each in self._running.values()]
+        states = [running.state for running in self._running.values()]
         self.watch.queued(states.count("waiting"), states.count("decode"))
         if not self._connected.is_set() or "prefill" in states or states.count("decode") >= self._most:
             return
@@ -207,9 +213,8 @@ class Engine:
             return
         ask, running.state = running.ask, "prefill"
         handled = len(ask.prompt_ids) - (self.pair.plan.boundary == "decode")
-        self._crew.tell(
-            "decode", say.Expect(running.number, handled, ask.max_new_tokens, ask.stop_ids, ask.sampling)
-        )  # fmt: skip
+        expect = say.Expect(running.number, handled, ask.max_new_tokens, ask.stop_ids, ask.sampling)
+        self._crew.tell("decode", expect)
         self._crew.tell("prefill", say.Encode(running.number, ask.prompt_ids, ask.sampling))
 
     def _hear(self, stage: Stage) -> None:
@@ -282,11 +287,13 @@ class Engine:
             self._end(running, "error", f"The {stage} worker failed: {cause}")
         self._deaths[stage] += 1
         self.watch.restarted()
-        if (report is not None and report.setting) or self._deaths[stage] >= RESTARTS:
-            kind: Callable[[str], Exception] = UserError if report is not None and report.setting else RuntimeError
-            self._fault = kind(f"The {stage} worker failed: {cause}")
+        setting = report is not None and report.setting
+        if setting or self._deaths[stage] >= RESTARTS:
+            self._fault = (UserError if setting else RuntimeError)(f"The {stage} worker failed: {cause}")
             return
         self._crew.start(stage)
 
     def _poke(self) -> None:
-        os.write(self._waker, b"x")
+        with self._lock:
+            if self._ends:
+                os.write(self._ends[1], b"x")

@@ -1,0 +1,94 @@
+"""`pdtrim generate` and `pdtrim serve`: their options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from pdtrim_pl.cli.failures import output_is_closed
+from pdtrim_pl.cli.parsing import OneLineErrors
+from pdtrim_pl.errors import UserError
+
+
+def generate(args: Sequence[str]) -> int:
+    """Stream the text of one prompt, or answer a file of prompts."""
+    parser = OneLineErrors(prog="pdtrim generate", description="Stream text from an exported prefill/decode pair.")
+    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
+    parser.add_argument("--prompt", type=str | None, help="raw text, unless --chat")
+    parser.add_argument("--prompts", type=Path | None, help="JSON rows with `prompt` or `messages`, answered together")
+    parser.add_argument("--output", type=Path | None, help="file for the answers to --prompts, a line of JSON each")
+    parser.add_argument("--max_batch", type=int, default=8, help="requests of --prompts that decode together")
+    parser.add_argument("--deadline", type=float | None, help="seconds for a request of --prompts")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_k", type=int | None, default=None)
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="sample among the likeliest that reach this probability"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", type=list[str], default=[], help="texts that end the response: '[\"###\"]'")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--verify", action="store_true", help="compare the weights' hashes with pair.json first")
+    options = parser.parse_args(list(args))
+    if (options.prompt is None) == (options.prompts is None):
+        raise UserError("Give either `--prompt` or `--prompts`.")
+    try:
+        if options.prompt is None:
+            _generate_file(options)
+        else:
+            from pdtrim_pl.serving.generate import generate_text
+
+            rest = {name: value for name, value in options.as_dict().items()
+                    if name not in ("prompts", "output", "max_batch", "deadline")}  # fmt: skip
+            generate_text(**rest, out=sys.stdout, err=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has left, as in `| head`
+        if not output_is_closed():
+            raise
+    except RuntimeError as error:  # a worker died; the message says which and of what
+        print(f"pdtrim: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _generate_file(options: Namespace) -> None:
+    from pdtrim_pl.serving.engine.file import FileSettings, generate_file
+    from pdtrim_pl.serving.exported import ExportedPair
+    from pdtrim_pl.serving.sampling import Sampling
+
+    if options.verify:
+        ExportedPair.read(options.export, verify=True)
+    settings = FileSettings(
+        options.max_new_tokens, Sampling(options.temperature, options.top_k, options.seed, options.top_p),
+        options.stop, options.chat, options.deadline, options.max_batch,
+    )  # fmt: skip
+    if options.output is None:
+        generate_file(options.export, options.prompts, settings, device=options.device, out=sys.stdout)
+        return
+    with options.output.open("w", encoding="utf-8") as out:
+        generate_file(options.export, options.prompts, settings, device=options.device, out=out)
+
+
+def serve(args: Sequence[str]) -> int:
+    """Serve until the process is told to end."""
+    parser = OneLineErrors(prog="pdtrim serve", description="An exported pair behind OpenAI's HTTP interface.")
+    parser.add_argument("--export", type=Path, required=True, help="directory written by fit or `pdtrim export`")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="beyond this machine only with PDTRIM_SECRET")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--name", type=str | None, help="of the model, as callers see it")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--max_batch", type=int, default=8, help="requests that decode together")
+    parser.add_argument("--max_waiting", type=int, default=64, help="requests in the queue; one more gets status 503")
+    parser.add_argument("--deadline", type=float | None, help="seconds for a request")
+    options = parser.parse_args(list(args))
+    from pdtrim_pl.serving.web.serve import serve as run
+
+    try:
+        run(**options.as_dict())
+    except RuntimeError as error:
+        print(f"pdtrim: error: {error}", file=sys.stderr)
+        return 1
+    return 0
