@@ -68,4 +68,4 @@ def serve(
             engine, tokenizer, name or engine.pair.plan.model.name_or_path, stop_ids_of(export, tokenizer), deadline,
             secret,
         )  # fmt: skip
-        uvicorn.run(application(served), host=host, port=port)
+        uvicorn.run(application(served), host=host, port=port, timeout_graceful_shutdown=10)
