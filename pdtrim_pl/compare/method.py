@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from typing_extensions import override
+
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.found import Found
 from pdtrim_pl.errors import UserError
@@ -40,6 +42,24 @@ class Method(ABC):
                 `continues`; None if there is neither.
             count: number of blocks to remove, including those that `start` has removed.
         """
+
+
+class ReadsTrainingText(Method):
+    """A method that reads some training text without gradient steps.
+
+    Args:
+        start: see `Method`.
+        tokens: tokens of training text that it reads; with 0 it reads the calibration set.
+    """
+
+    def __init__(self, start: str | None, tokens: int) -> None:
+        super().__init__(start)
+        self.tokens = tokens
+
+    @property
+    @override
+    def trains(self) -> bool:
+        return self.tokens > 0
 
 
 def check_only_drops(start: Found, name: str | None) -> None:

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.found import Found
-from pdtrim_pl.compare.method import Method, check_only_drops
+from pdtrim_pl.compare.method import Method, ReadsTrainingText, check_only_drops
 from pdtrim_pl.search import Annealing, JointSearch, WidthMoves, anneal, mixed
 from pdtrim_pl.sizing.cost import CostTarget
 
@@ -42,7 +42,7 @@ class Joint(Method):
         return Found(found.plan, found.policy)
 
 
-class Mixed(Method):
+class Mixed(ReadsTrainingText):
     """Narrower blocks, fewer blocks or a mix of both: the one with the least KL within the costs of another method.
 
     Args:
@@ -57,21 +57,16 @@ class Mixed(Method):
         self, start: str, width: WidthMoves = WidthMoves(), repair_tokens: int = 20_000,
         annealing: Annealing | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(start)
+        super().__init__(start, repair_tokens)
         self.width = replace(width, examples=1 if repair_tokens else 0)
-        self.repair_tokens, self.annealing = repair_tokens, annealing
-
-    @property
-    @override
-    def trains(self) -> bool:
-        return self.repair_tokens > 0
+        self.annealing = annealing
 
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
         target = CostTarget(**asdict(bench.costs.shares(start.plan, start.policy)))
         student = bench.student(Found(bench.full("free", start.plan.boundary)), dtype="float32")
-        text, tokens = bench.refitting_text(self.repair_tokens)
+        text, tokens = bench.refitting_text(self.tokens)
         context = bench.context(student)
         with torch.no_grad():
             starts = mixed.starts(context, student.plan, self.width, bench.costs, target, text)

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.found import Found
-from pdtrim_pl.compare.method import Method
+from pdtrim_pl.compare.method import ReadsTrainingText
 from pdtrim_pl.criteria import WidthCriterion
 from pdtrim_pl.plan import STAGES, Part, Relation
 from pdtrim_pl.search import Narrowing, narrow
@@ -16,7 +16,7 @@ from pdtrim_pl.search.width_levels import units_to_meet
 from pdtrim_pl.sizing.cost import CostTarget
 
 
-class Narrow(Method):
+class Narrow(ReadsTrainingText):
     """Removes the same number of channels or query heads from every block of both stages, and no block.
 
     It removes as many as are needed for the costs of another method's result.
@@ -35,13 +35,8 @@ class Narrow(Method):
         self, start: str, criterion: WidthCriterion, part: Part = "channels", repair_tokens: int = 0,
         relation: Relation = "nested",
     ) -> None:  # fmt: skip
-        super().__init__(start)
-        self.criterion, self.part, self.repair_tokens, self.relation = criterion, part, repair_tokens, relation
-
-    @property
-    @override
-    def trains(self) -> bool:
-        return self.repair_tokens > 0
+        super().__init__(start, repair_tokens)
+        self.criterion, self.part, self.relation = criterion, part, relation
 
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
@@ -49,8 +44,8 @@ class Narrow(Method):
         target = CostTarget(**asdict(bench.costs.shares(start.plan, start.policy)))
         student = bench.student(Found(bench.full(self.relation, start.plan.boundary)), dtype="float32")
         units = max(units_to_meet(bench.costs, student.plan, stage, self.part, target) for stage in STAGES)
-        text, tokens = bench.refitting_text(self.repair_tokens)
-        narrowing = Narrowing("both", self.part, units, self.criterion, repair=self.repair_tokens > 0)
+        text, tokens = bench.refitting_text(self.tokens)
+        narrowing = Narrowing("both", self.part, units, self.criterion, repair=self.tokens > 0)
         found = narrow(bench.context(student), student.plan, narrowing, text)
         student.apply_plan(found.plan, refits=found.refits)
         return Found(found.plan, None, bench.changed(student), tokens)

@@ -8,12 +8,12 @@ from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.found import Found
-from pdtrim_pl.compare.method import Method
+from pdtrim_pl.compare.method import ReadsTrainingText
 from pdtrim_pl.plan import Relation
 from pdtrim_pl.search.quadratic import QuadraticModel
 
 
-class Quadratic(Method):
+class Quadratic(ReadsTrainingText):
     """Drops the set of blocks with the least loss in a quadratic model, from both stages, without training.
 
     Args:
@@ -23,13 +23,8 @@ class Quadratic(Method):
     """
 
     def __init__(self, relation: Relation = "unified", tokens: int = 60_000) -> None:
-        super().__init__()
-        self.relation, self.tokens = relation, tokens
-
-    @property
-    @override
-    def trains(self) -> bool:
-        return self.tokens > 0
+        super().__init__(None, tokens)
+        self.relation = relation
 
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
