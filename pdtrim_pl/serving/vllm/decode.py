@@ -192,7 +192,8 @@ class DecodeWorker:
             keys, values = (stream.decoded()[0].transpose(0, 1) for stream in streams)  # [T, K, D]
             slots = slots_of(torch.arange(count), table, self.block_size).to(cache.device)
             self.layout.write(cache, slots, keys, values)
-            self.loaded_bytes += len(transfer.blocks[block])
+            if load.request not in self._first:  # else it was preempted, and nothing crosses again
+                self.loaded_bytes += len(transfer.blocks[block])
         self._set_cuts(load.blocks[0], load.positions, load.request)
 
     def _set_cuts(self, first: int, positions: int, request: str | None) -> None:
