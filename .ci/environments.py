@@ -89,7 +89,7 @@ def test_vllm() -> int:
         subprocess.run([python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"], check=True)
         pip(python, "--no-deps", "-e", ".")
         (directory / ".installed").touch()
-    command = [python, "-m", "pytest", "-q", "--confcutdir=tests/vllm", "tests/vllm"]
+    command = [python, "-m", "pytest", "-q", "--confcutdir=tests/with_vllm", "tests/with_vllm"]
     environment = {**os.environ, "PDTRIM_PYTHON": str(ROOT / ".venv" / "bin" / "python")}
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 

@@ -1,4 +1,4 @@
-"""Everything of vLLM that is not its public connector interface. tests/vllm/test_engine.py checks each name.
+"""Everything of vLLM that is not its public connector interface. tests/with_vllm runs it.
 
 Written for vLLM 0.32. The CPU backend was run; the GPU part follows the source of its FlashAttention backend.
 """

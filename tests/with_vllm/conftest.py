@@ -52,7 +52,7 @@ def free_port() -> int:
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("pair")
     environment = {**os.environ, **SERVER}
-    make = [OURS, str(ROOT / "tests" / "vllm" / "make_pair.py"), str(folder), request.param]
+    make = [OURS, str(ROOT / "tests" / "with_vllm" / "make_pair.py"), str(folder), request.param]
     subprocess.run(make, env=environment, check=True, timeout=300)
     kv, urls, engines = f"127.0.0.1:{free_port()}", {}, []
     try:

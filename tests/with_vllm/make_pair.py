@@ -1,6 +1,6 @@
 """Exports untrained pairs of the embedded model, and writes what our own runtime generates from them.
 
-    python tests/vllm/make_pair.py DIR BOUNDARY
+    python tests/with_vllm/make_pair.py DIR BOUNDARY
 
 It runs in the project's own environment; the tests run in vLLM's.
 """
