@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: quickstart test lint lock test-newest test-oldest clean help
+.PHONY: quickstart test lint lock test-newest test-oldest test-vllm clean help
 
 quickstart: $(STAMP)  ## trim the embedded 30-block model end to end, export to runs/quickstart/export
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pdtrim_pl fit --config configs/quickstart.yaml
@@ -29,8 +29,11 @@ test-newest:  ## the main tests on the newest release of every dependency, in an
 test-oldest:  ## the same on the lower bounds of pyproject.toml
 	$(PYTHON) .ci/environments.py oldest
 
+test-vllm: $(STAMP)  ## a pair in two vLLM engines on CPU, in an environment of their own (3.5 GB)
+	$(PYTHON) .ci/environments.py vllm
+
 clean:  ## remove the environment, runs and caches
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest runs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-vllm runs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list

