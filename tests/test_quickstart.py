@@ -71,8 +71,8 @@ def test_the_quickstart_exports_a_pair_that_talks_and_can_be_run_again(tmp_path:
 
     export = tmp_path / "runs" / "quickstart" / "export"
     plan, policy = load_plan_and_policy(export)
-    assert (len(plan.prefill), len(plan.decode)) == (27, 30)
-    assert plan.widest("decode") == plan.widest("prefill") == {"channels": 1195}
+    assert (len(plan.prefill), len(plan.decode)) == (30, 29)
+    assert plan.widest("decode") == plan.widest("prefill") == {"channels": 1263}
     assert policy.reduction(plan, [256])[0]["ratio"] >= 2.5
     for name in ("stage_plan.json", "kv_policy.json"):
         validate_file(export / name)

@@ -206,5 +206,5 @@ def _check_decode(config: VllmConfig) -> None:
     if transfer is not None and transfer.kv_load_failure_policy == "recompute":
         raise UserError(
             "`kv_load_failure_policy` is recompute: the decode engine would encode the prompt with its own blocks. Use "
-            "fail; the router then sends the request to the prefill engine again."
+            "fail, and send a request that failed to the prefill engine again."
         )

@@ -55,7 +55,7 @@ class ServedPair:
         """Positions that the engine's peer gets or gives, for a prompt of this engine.
 
         The decode engine computes the last token of its own prompt. Under `boundary: prefill` that token is the first
-        one of the response, which the router appends.
+        one of the response, which the second request appends to the prompt.
         """
         whole = self.stage == "prefill" and self.plan.boundary == "prefill"
         return prompt_tokens if whole else prompt_tokens - 1
