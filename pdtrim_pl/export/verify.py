@@ -23,7 +23,7 @@ from pdtrim_pl.export.load import load_plan_and_policy, load_stage
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.models.loading import warn_of_slow_bf16
 from pdtrim_pl.plan import PLAN_FILE, Stage, StagePlan
-from pdtrim_pl.staged import KVCache, StagedCausalLM
+from pdtrim_pl.staged import BlockKV, KVCache, StagedCausalLM
 
 TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -78,16 +78,35 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
     config = staged.model.config
     probe = Probe.of(config.vocab_size, usable_context(config.to_dict()))
     with torch.no_grad():
-        expected = _student_logits(staged, probe, dtype)
-        logits = _pair_logits(export, staged, probe, dtype)
-    difference = float((logits - expected).abs().max())
+        logits, encoded, sent = _of_pair(export, staged, probe, dtype)
+        expected, own = _of_student(staged, probe, dtype, sent)
+    for index, block in own.blocks.items():
+        for name, ours, theirs in _keys_and_values(encoded.blocks[index], block):
+            _check(export, f"student's {name} of block {index}", ours, theirs, dtype)
+    return _check(export, "student's logits", logits, expected, dtype)
+
+
+def _check(export: Path, what: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference.
+
+    Raises:
+        UserError: it is larger than `TOLERANCE` allows.
+    """
+    difference = float((found.float() - expected.float()).abs().max())
     allowed = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
     if not difference <= allowed:
         raise UserError(
-            f"The exported pair in {export} does not compute the student's logits: they differ by {difference:.3g}, "
-            f"and {allowed:.3g} is allowed."
+            f"The exported pair in {export} does not compute the {what}: they differ by {difference:.3g}, and "
+            f"{allowed:.3g} is allowed."
         )
     return difference
+
+
+def _keys_and_values(ours: BlockKV, theirs: BlockKV) -> tuple[tuple[str, Tensor, Tensor], ...]:
+    """Keys and values at the real tokens of the prompts, [tokens, K, D]."""
+    valid = theirs.slots.valid
+    pairs = (("keys", ours.keys, theirs.keys), ("values", ours.values, theirs.values))
+    return tuple((name, one.transpose(1, 2)[valid], other.transpose(1, 2)[valid]) for name, one, other in pairs)
 
 
 def rounded_copy(staged: StagedCausalLM, dtype: torch.dtype, state_of: StateOf | None = None) -> StagedCausalLM:
@@ -145,29 +164,53 @@ def fill_buffers(model: PreTrainedModel, buffers: Mapping[str, Tensor]) -> None:
             model.get_submodule(owner).register_buffer(leaf, buffers[name], persistent=False)
 
 
-def _student_logits(staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) -> Tensor:
+def _of_student(
+    staged: StagedCausalLM, probe: Probe, dtype: torch.dtype, sent: KVCache
+) -> tuple[Tensor, KVCache]:  # fmt: skip
+    """Teacher-forced logits [B, R, V] of the student, and its cache of the prompt before the policy.
+
+    Its decode stage gets what the pair's prefill sent. A codec that rounds to few bits turns the last bits of a sum into
+    whole steps, so two caches that went through it can differ by far more than what computed them.
+    """
     student = rounded_copy(staged, dtype)
-    out = student(probe.prompt_ids, probe.response_ids, probe.prompt_mask)
-    return student.logits(out.hidden).float()
+    first, cache = _prefilled(student, probe)
+    return _decoded(student, probe, first, sent), cache
 
 
-def _pair_logits(export: Path, staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) -> Tensor:
-    """Teacher-forced logits [B, R, V] of the two checkpoints; only one is in memory at a time."""
-    first, cache = _prefill_part(export, staged, probe, dtype)
-    decode = _worker(export, "decode", staged, dtype)
+def _of_pair(
+    export: Path, staged: StagedCausalLM, probe: Probe, dtype: torch.dtype
+) -> tuple[Tensor, KVCache, KVCache]:  # fmt: skip
+    """Teacher-forced logits [B, R, V] of the two checkpoints, and the cache before and after the policy.
+
+    Only one checkpoint is in memory at a time.
+    """
+    first, cache, sent = _prefill_part(export, staged, probe, dtype)
+    return _decoded(_worker(export, "decode", staged, dtype), probe, first, sent), cache, sent
+
+
+def _prefill_part(
+    export: Path, staged: StagedCausalLM, probe: Probe, dtype: torch.dtype
+) -> tuple[Tensor, KVCache, KVCache]:  # fmt: skip
+    prefill = _worker(export, "prefill", staged, dtype)
+    first, cache = _prefilled(prefill, probe)
+    return first, cache, cache.retained(prefill.policy)
+
+
+def _prefilled(model: StagedCausalLM, probe: Probe) -> tuple[Tensor, KVCache]:
+    """Logits after the last position that prefill handles, [B, 1, V], and the cache of all that it handles."""
+    handled = probe.prompt_ids.shape[1] - (model.plan.boundary == "decode")
+    out = model.prefill(probe.prompt_ids[:, :handled], probe.prompt_mask[:, :handled])
+    return model.logits(out.hidden[:, -1:]), out.cache
+
+
+def _decoded(model: StagedCausalLM, probe: Probe, first: Tensor, sent: KVCache) -> Tensor:
+    """Logits that predict the response, [B, R, V]; the first are prefill's under `boundary: prefill`."""
     fed, parts = probe.response_ids[:, :-1], [first]
-    if staged.plan.boundary == "decode":
+    if model.plan.boundary == "decode":
         fed, parts = torch.cat([probe.prompt_ids[:, -1:], fed], dim=1), []
     if fed.shape[1]:
-        parts.append(decode.logits(decode.decode(fed, cache).hidden))
+        parts.append(model.logits(model.decode(fed, sent).hidden))
     return torch.cat(parts, dim=1).float()
-
-
-def _prefill_part(export: Path, staged: StagedCausalLM, probe: Probe, dtype: torch.dtype) -> tuple[Tensor, KVCache]:
-    prefill = _worker(export, "prefill", staged, dtype)
-    handled = probe.prompt_ids.shape[1] - (staged.plan.boundary == "decode")
-    out = prefill.prefill(probe.prompt_ids[:, :handled], probe.prompt_mask[:, :handled])
-    return prefill.logits(out.hidden[:, -1:]), out.cache.retained(prefill.policy)
 
 
 def _worker(export: Path, stage: Stage, staged: StagedCausalLM, dtype: torch.dtype) -> StagedCausalLM:
