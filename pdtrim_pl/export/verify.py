@@ -169,8 +169,8 @@ def _of_student(
 ) -> tuple[Tensor, KVCache]:  # fmt: skip
     """Teacher-forced logits [B, R, V] of the student, and its cache of the prompt before the policy.
 
-    Its decode stage gets what the pair's prefill sent. A codec that rounds to few bits turns the last bits of a sum into
-    whole steps, so two caches that went through it can differ by far more than what computed them.
+    Its decode stage gets what the pair's prefill sent. A codec that rounds to few bits turns the last bits of a sum
+    into whole steps, so two caches that went through it can differ by far more than what computed them.
     """
     student = rounded_copy(staged, dtype)
     first, cache = _prefilled(student, probe)

@@ -89,7 +89,8 @@ class DecodeScheduler:
             return False
         if "transfer_id" not in params:
             log.error(
-                "Request %s names no transfer: the decode engine cannot encode a prompt. Send it to the prefill engine first.",
+                "Request %s names no transfer: the decode engine cannot encode a prompt. Send it to the prefill engine "
+                "first.",
                 request.request_id,
             )
             return False
