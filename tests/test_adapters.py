@@ -90,9 +90,9 @@ def test_rows_that_were_made_before_there_were_adapters_keep_their_keys(tiny_lla
     subject, texts = Subject(str(tiny_llama_dir), "float32", "cpu"), read_texts(_data(tiny_llama_dir), None)
     comparison = Comparison(subject, _data(tiny_llama_dir), {"last": Drop(criterion=LastN())})
     before = {"name": str(tiny_llama_dir), "dtype": "float32", "accelerator": "cpu"}
-    known = comparison._shared(texts, {"model": before, "measures": {}})
-    assert comparison._shared(texts, {"model": {**before, "architecture": None}, "measures": {}}) == known
-    assert comparison._shared(texts, {"model": {**before, **ARCEE}, "measures": {}}) != known
+    known = comparison._shared(texts, {}, {"model": before, "measures": {}})
+    assert comparison._shared(texts, {}, {"model": {**before, "architecture": None}, "measures": {}}) == known
+    assert comparison._shared(texts, {}, {"model": {**before, **ARCEE}, "measures": {}}) != known
 
 
 def _data(model: Path) -> PromptResponseDataModule:

@@ -96,7 +96,7 @@ class Comparison:
         bench = Bench(self.model, texts, self.training, self.rows.guards, request, ledger.rows)
         _check_counts(self.rows, bench)
         judge = Judge(bench, self.measures, self.data.tokenizer)
-        run = _Run(self.methods, bench, judge, ledger, settings, self._shared(texts, judge, settings))
+        run = _Run(self.methods, bench, judge, ledger, settings, self._shared(texts, judge.fingerprint(), settings))
         accuracy = run.dense_accuracy()
         results = Results((), (accuracy_row(DENSE, bench.full("nested"), accuracy),) if accuracy else ())
         for count in self.rows.counts:
@@ -105,12 +105,12 @@ class Comparison:
                 on_row(results)
         return results
 
-    def _shared(self, texts: Texts, judge: Judge, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _shared(self, texts: Texts, tasks: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Any]:
         """The facts that every row depends on."""
         return {
             "rows": ROWS,
             "texts": texts.fingerprint(),
-            "tasks": judge.fingerprint(),
+            "tasks": dict(tasks),
             # Without an adapter the entry is left out, so that rows from before adapters existed stay valid.
             "model": {name: value for name, value in settings["model"].items() if (name, value) != NO_ADAPTER},
             "measures": settings["measures"],
