@@ -30,13 +30,14 @@ from pdtrim_pl.export import (
     load_stage,
     stage_config,
     stage_tensors,
+    verify,
     verify_pair,
     write_checkpoint,
 )
 from pdtrim_pl.export.checkpoints import cast
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
-from pdtrim_pl.plan import STAGES, Boundary, KVRetentionPolicy, Retention, Stage, StagePlan, write_manifest
-from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.plan import STAGES, Boundary, Codec, KVRetentionPolicy, Retention, Stage, StagePlan, write_manifest
+from pdtrim_pl.staged import KVCache, StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 
 BLOCKS = 4
@@ -370,6 +371,56 @@ def test_a_failed_export_leaves_the_earlier_one_and_no_traces(
         export_pair(student_of("llama", seed=1), tmp_path / "new", tokenizer=None, extras=extras)
     assert files_of(tmp_path) == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+def noisy_keys(monkeypatch: pytest.MonkeyPatch, size: float) -> list[KVCache]:
+    """Let the keys that the pair's prefill computes differ a little from the student's; returns both caches."""
+    original, seen = verify._prefilled, list[KVCache]()
+
+    def prefilled(model: StagedCausalLM, probe: verify.Probe) -> tuple[Tensor, KVCache]:
+        first, cache = original(model, probe)
+        if not seen:  # the pair comes first
+            generator = torch.Generator().manual_seed(0)
+            blocks = {
+                index: replace(
+                    kv, keys=kv.keys + size * kv.keys.abs().max() * torch.randn(kv.keys.shape, generator=generator)
+                )
+                for index, kv in cache.blocks.items()
+            }
+            cache = replace(cache, blocks=blocks)
+        seen.append(cache)
+        return first, cache
+
+    monkeypatch.setattr(verify, "_prefilled", prefilled)
+    return seen
+
+
+def test_a_codec_does_not_magnify_what_the_order_of_additions_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = student_of("llama")
+    for gate in student.gates.values():  # sharp attention: a step of the codec matters
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
+            gate.block.get_submodule(name).get_parameter("weight").data *= 30
+    rule = Retention(codec=Codec("int2", "int2"))
+    student.apply_policy(KVRetentionPolicy("prefill", student.kv_shape, dict.fromkeys(range(BLOCKS), rule)))
+    export = export_pair(student, tmp_path / "export", tokenizer=None)
+    caches = noisy_keys(monkeypatch, 2e-5)
+    verify_pair(export, student)
+    vocabulary = student.model.config.vocab_size
+    probe, first = verify.Probe.of(vocabulary, 512), torch.zeros(2, 1, vocabulary)
+    with torch.no_grad():
+        pair, own = (verify._decoded(student, probe, first, cache.retained(student.policy)) for cache in caches)
+    allowed = verify.TOLERANCE[torch.float32] * max(1.0, float(own.abs().max()))
+    assert float((pair - own).abs().max()) > allowed, "so it would be refused if each decoded its own cache"
+
+
+def test_keys_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = student_of("llama")
+    export = export_pair(student, tmp_path / "export", tokenizer=None)
+    noisy_keys(monkeypatch, 1e-2)
+    with pytest.raises(ValueError, match="does not compute the student's keys of block 0: they differ by"):
+        verify_pair(export, student)
 
 
 def test_logits_that_differ_are_refused(tmp_path: Path) -> None:
