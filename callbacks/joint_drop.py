@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,8 +14,8 @@ from callbacks.kv_retention import KVRetention, wire_shape
 from callbacks.removal_rounds import (
     RemovalRounds,
     calibration_batches,
-    fitting_batches,
     journal_file,
+    refitting_batches,
     scoring_context,
 )
 from pdtrim_pl.criteria import ScoringContext
@@ -142,9 +141,10 @@ class JointDrop(RemovalRounds):
         with evaluating(module) as (student, teacher):
             context = scoring_context(trainer, module, student, teacher, self.memory)
             merges = self.merges(trainer, context, module.plan, *STAGES)
-            starts = self._starts(trainer, context, module.plan, round)
+            cost = CostModel.of(student, self.request.prompt, self.request.response)
+            starts = self._starts(trainer, context, module.plan, round, cost)
             policies = self._policies(trainer, module, context, round)
-            index, plan, policy = self._chosen(context, starts, round, merges, policies)
+            index, plan, policy = self._chosen(context, starts, round, merges, policies, cost)
         sent = None if policy is None else policy.to_json(plan)
         index, structure, sent = context.ranks.agree((index, plan.to_json(), sent))
         plan = StagePlan.from_json(structure)
@@ -162,17 +162,14 @@ class JointDrop(RemovalRounds):
         )  # fmt: skip
         return policies_within(share, measured, self.wire, self.request.prompt)
 
-    def _starts(self, trainer: Trainer, context: ScoringContext, plan: StagePlan, round: int) -> list[Narrowed]:
+    def _starts(
+        self, trainer: Trainer, context: ScoringContext, plan: StagePlan, round: int, cost: CostModel
+    ) -> list[Narrowed]:
         """The plans that the search starts from: `plan`, or narrower ones with their refits."""
         if self.width is None:
             return [Narrowed(plan)]
-        examples, text = self.width.examples, calibration_batches(trainer)
-        if examples:
-            text = fitting_batches(trainer, lambda size: max(2, ceil(examples / size)))  # one is held back
-        return mixed.starts(context, plan, self.width, self._cost(context), self.share(round), text, round)
-
-    def _cost(self, context: ScoringContext) -> CostModel:
-        return CostModel.of(context.student, self.request.prompt, self.request.response)
+        text, repair = refitting_batches(trainer, self.width.examples), self.width.examples > 0
+        return mixed.starts(context, plan, self.width, cost, self.share(round), text, repair=repair, round=round)
 
     def _chosen(
         self,
@@ -181,9 +178,10 @@ class JointDrop(RemovalRounds):
         round: int,
         merges: Sequence[Move],
         policies: PolicyOf | None,
+        cost: CostModel,
     ) -> tuple[int, StagePlan, KVRetentionPolicy | None]:
         """The index of the best start, and the plan and the policy found from it."""
-        cost, target = self._cost(context), self.share(round)
+        target = self.share(round)
         searches = [
             JointSearch(
                 context.evaluator, start.plan, target, cost, guards=self.guards, policy_of=policies, merges=merges,

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection
 from functools import partial
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,13 @@ def fitting_batches(trainer: Trainer, batches: Callable[[int], int]) -> list[Any
     if isinstance(data, PromptResponseDataModule):
         return limited(islice(data.fitting_dataloader(), batches(data.eval_batch_size)), trainer)
     return calibration_batches(trainer)
+
+
+def refitting_batches(trainer: Trainer, examples: int) -> list[Any]:
+    """The text to make blocks narrower on: at least two batches, since one judges refits; calibration text for 0."""
+    if not examples:
+        return calibration_batches(trainer)
+    return fitting_batches(trainer, lambda size: max(2, ceil(examples / size)))
 
 
 class _Heartbeat:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from callbacks.removal_rounds import RemovalRounds, calibration_batches, fitting_batches, scoring_context
+from callbacks.removal_rounds import RemovalRounds, refitting_batches, scoring_context
 from pdtrim_pl.criteria import ActivationTimesWeight, WidthCriterion
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
@@ -117,7 +116,7 @@ class WidthDrop(RemovalRounds):
         units = plan.model.sizes[self.part]
         if isinstance(wanted, int) or units is None:
             return int(wanted)
-        each = (plan.model.kv_heads or 1) if self.part == "heads" else 1
+        each = plan.model.groups(self.part)
         return max(1, round(wanted * units / each)) * each
 
     def _narrowing(self, plan: StagePlan, count: int, round: int) -> Narrowing:
@@ -137,11 +136,8 @@ class WidthDrop(RemovalRounds):
         module.apply_plan(result.plan, result.refits)
 
     def _text(self, trainer: Trainer) -> list[Any]:
-        if self.repair is None:
-            return calibration_batches(trainer)
-        examples = self.repair.examples
-        text = fitting_batches(trainer, lambda size: max(2, ceil(examples / size)))  # one is held back
-        if len(text) < 2:
+        text = refitting_batches(trainer, 0 if self.repair is None else self.repair.examples)
+        if self.repair is not None and len(text) < 2:
             log.warning(
                 "`repair` refits no layer: there is one batch of training text, and a second one would have to judge "
                 "the refits. Lower `eval_batch_size` of the data."

@@ -67,7 +67,7 @@ def test_an_offered_width_gives_what_the_applied_one_gives(shared: bool) -> None
     model = student()
     context = ScoringContext(model, student(), TEXT[:4])
     moves = WidthMoves(shares=(0.0, 0.5, 1.0), shared=shared)
-    found = mixed.starts(context, model.plan, moves, cost_of(model), TARGET, TEXT)
+    found = mixed.starts(context, model.plan, moves, cost_of(model), TARGET, TEXT, repair=True)
     widths = [tuple(start.plan.widest(stage).get("channels", 64) for stage in STAGES) for start in found]
     prefill, decode = (sorted({pair[stage] for pair in widths}) for stage in (0, 1))
     if shared:
@@ -92,7 +92,7 @@ def test_offers_change_no_weight_of_the_model() -> None:
     model = student()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     context = ScoringContext(model, model, TEXT[:4])
-    mixed.starts(context, model.plan, WidthMoves(), cost_of(model), TARGET, TEXT)
+    mixed.starts(context, model.plan, WidthMoves(), cost_of(model), TARGET, TEXT, repair=True)
     assert {*before} == {*model.state_dict()}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -100,7 +100,7 @@ def test_offers_change_no_weight_of_the_model() -> None:
 def test_the_mix_of_least_energy_wins_and_meets_the_target() -> None:
     model = student()
     context, cost = ScoringContext(model, student(), TEXT[:4]), cost_of(model)
-    found = mixed.starts(context, model.plan, WidthMoves(), cost, TARGET, TEXT)
+    found = mixed.starts(context, model.plan, WidthMoves(), cost, TARGET, TEXT, repair=True)
     searches = [JointSearch(context.evaluator, start.plan, TARGET, cost, guards=Guards(0, 0)) for start in found]
     energies = [search.greedy()[1] for search in searches]
     index, state, energy = mixed.least(searches)
@@ -113,7 +113,7 @@ def test_a_target_that_no_mix_reaches_is_refused() -> None:
     model = student()
     context, cost = ScoringContext(model, model, TEXT[:4]), cost_of(model)
     far = CostTarget(prefill_flops=0.05)
-    found = mixed.starts(context, model.plan, WidthMoves(), cost, far, TEXT)
+    found = mixed.starts(context, model.plan, WidthMoves(), cost, far, TEXT, repair=True)
     guards = Guards(2, 2)
     with pytest.raises(UserError, match=r"cannot be reached"):
         mixed.least([JointSearch(context.evaluator, start.plan, far, cost, guards=guards) for start in found])

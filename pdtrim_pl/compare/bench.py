@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import Boundary, Relation, StagePlan
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.merges import neighbours
-from pdtrim_pl.sizing.cost import CostModel
+from pdtrim_pl.sizing.cost import CostModel, CostTarget
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import reference_to
 
@@ -143,6 +144,10 @@ class Bench:
                 student, self.teacher, batches, "both", runs, merging, device=self.device, progress=self.progress(),
                 trailing_blocks=trailing_blocks,
             )  # fmt: skip
+
+    def target_of(self, found: Found) -> CostTarget:
+        """The costs of a result, as a target for another one."""
+        return CostTarget(**asdict(self.costs.shares(found.plan, found.policy)))
 
     def refitting_text(self, tokens: int) -> tuple[Sequence[Batch], int]:
         """The text to make blocks narrower on, and its number of tokens: training text, or for 0 the calibration set.

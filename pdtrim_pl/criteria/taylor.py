@@ -43,14 +43,8 @@ class Taylor(Criterion):
 
         def harms(batch: Batch, peers: Sequence[Batch]) -> dict[int, float]:
             """Harm of each candidate on one batch, summed over its examples."""
-            longest = max(int(peer.response_mask.sum()) for peer in peers)
-            estimates = gate_effects(context, plan, batch, len(chunks(longest, CHUNK_TOKENS)))
-            found = {}
-            for block in candidates:
-                losing = plan.stages_losing(target, block)
-                changes = [estimates[stage][block] for stage in losing if block in estimates[stage]]
-                found[block] = float(torch.stack(changes).sum(0).abs().sum()) if changes else 0.0
-            return found
+            effects = gate_effects(context, plan, target, candidates, batch, peers)
+            return {block: float(effect.abs().sum()) for block, effect in effects.items()}
 
         tokens = sum(int(batch.response_mask.sum()) for batch in context.batches)
         every = measured_by_ranks(context.ranks, context.batches, harms)
@@ -58,6 +52,32 @@ class Taylor(Criterion):
 
 
 def gate_effects(
+    context: ScoringContext, plan: StagePlan, target: Target, candidates: Sequence[int], batch: Batch,
+    peers: Sequence[Batch],
+) -> dict[int, Tensor]:  # fmt: skip
+    """Per candidate: gradient . (output - input) for the response loss of each example, [B], fp32.
+
+    It is the derivative with respect to a gate before what the block adds, summed over the stages that lose the block.
+
+    Args:
+        context: student and device.
+        plan: the plan that the student runs under.
+        target: the stage(s) that would lose the blocks.
+        candidates: original indices.
+        batch: the batch.
+        peers: the batches that all ranks run at the same time.
+    """
+    longest = max(int(peer.response_mask.sum()) for peer in peers)
+    estimates = _estimates(context, plan, batch, len(chunks(longest, CHUNK_TOKENS)))
+    found = {}
+    for block in candidates:
+        losing = [stage for stage in plan.stages_losing(target, block) if block in estimates[stage]]
+        changes = [estimates[stage][block] for stage in losing]
+        found[block] = torch.stack(changes).sum(0) if changes else torch.zeros(len(batch.prompt_ids))
+    return found
+
+
+def _estimates(
     context: ScoringContext, plan: StagePlan, batch: Batch, min_chunks: int
 ) -> dict[Stage, dict[int, Tensor]]:
     """Per stage and block: gradient . (output - input) for the response loss of each example, [B]."""

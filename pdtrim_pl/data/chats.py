@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_pl.data.prompts import chat_text
+from pdtrim_pl.data.prompts import chat_text, plain_ids
 from pdtrim_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,16 @@ def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tup
     # Some templates begin the answer differently from the generation prompt, for example with a thinking block.
     response = whole.removeprefix(prompt) if whole.startswith(prompt) else answer
     return prompt, response.rstrip()
+
+
+def chat_ids(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> list[int]:
+    """The prompt's token ids of a chat that the assistant is to answer.
+
+    Raises:
+        UserError: the chat cannot be used. The message is the end of a sentence that starts with the column's name.
+    """
+    text = chat_text(tokenizer, list(map(message_of, chat)), add_generation_prompt=True)
+    return plain_ids(tokenizer, [text])[0]
 
 
 def message_of(turn: Any) -> dict[str, Any]:

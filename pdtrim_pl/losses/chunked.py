@@ -20,7 +20,7 @@ from pdtrim_pl.losses.fused import fused
 
 
 def training_loss(
-    terms: Sequence[LossTerm], batch: Distilled, *, chunk_tokens: int = 128
+    terms: Sequence[LossTerm], batch: Distilled, *, chunk_tokens: int = 256
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The training loss, and the value of every loss without its weight, by name and without gradients.
 

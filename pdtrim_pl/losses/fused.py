@@ -15,6 +15,7 @@ from torch import Tensor
 from pdtrim_pl.losses.base import Distilled, TokenLoss
 
 CPU_ROWS = 16
+"""Rows of logits that a CPU turns into losses and gradients at once."""
 
 
 def fused(terms: Sequence[TokenLoss], batch: Distilled, chunk_tokens: int) -> tuple[Tensor, Tensor]:
@@ -59,8 +60,9 @@ class _Fused(torch.autograd.Function):
                 if of_hidden is not None and found[0] is not None:
                     of_hidden[part] = found[0]
                 for index, more in enumerate(found[1:]):
-                    total = gradients[index]
-                    gradients[index] = more if total is None or more is None else total.add_(more)
+                    if more is not None:
+                        total = gradients[index]
+                        gradients[index] = more if total is None else total.add_(more)
         ctx.wanted, ctx.weights = wanted, len(weights)
         ctx.save_for_backward(of_hidden, *gradients)
         ctx.mark_non_differentiable(each)

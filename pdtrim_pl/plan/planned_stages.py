@@ -98,6 +98,11 @@ class PlannedStages:
         """The width of a block in a stage. A block without an entry in `widths` keeps everything."""
         return self.widths[stage].get(block, Width())
 
+    def kept_units(self, stage: Stage, block: int, part: Part) -> tuple[int, ...]:
+        """Numbers of the channels or query heads that a block keeps in a stage."""
+        kept = self.width(stage, block).kept(part)
+        return tuple(range(self.model.sizes[part] or 0)) if kept is None else kept
+
     def widest(self, stage: Stage) -> dict[Part, int]:
         """Number of channels and of query heads of every block in the export of a stage: those of its widest block.
 

@@ -45,6 +45,10 @@ class ModelRef:
         """Channels and query heads of every block; None if unknown."""
         return {"channels": self.channels, "heads": self.heads}
 
+    def groups(self, part: Part) -> int:
+        """Number of groups that lose equally many units: every key/value head loses the same number of query heads."""
+        return (self.kv_heads or 1) if part == "heads" else 1
+
 
 @dataclass(frozen=True)
 class Removal:

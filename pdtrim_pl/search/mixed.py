@@ -60,7 +60,7 @@ class WidthMoves:
 
 def starts(
     context: ScoringContext, plan: StagePlan, moves: WidthMoves, cost: CostModel, target: CostTarget,
-    text: Sequence[Batch], round: int = 0,
+    text: Sequence[Batch], *, repair: bool, round: int = 0,
 ) -> list[Narrowed]:  # fmt: skip
     """Make the blocks narrower in every way that is to be tried, and offer the refitted layers to the student.
 
@@ -73,6 +73,7 @@ def starts(
         cost: the cost model.
         target: the costs to meet.
         text: text to score and to refit on, the same on every rank.
+        repair: whether to refit layers on it.
         round: round number, for the history.
 
     Returns:
@@ -81,7 +82,7 @@ def starts(
     needed = {stage: units_to_meet(cost, plan, stage, moves.part, target) for stage in STAGES}
     choices = _choices(plan, moves, needed)
     alone = {
-        one: _narrowed(context, plan, moves, *one, text, round)
+        one: _narrowed(context, plan, moves, *one, text, repair, round)
         for one in dict.fromkeys(one for choice in choices for one in choice)
     }
     for result in alone.values():
@@ -126,7 +127,7 @@ def refits_under(plan: StagePlan, refits: Sequence[Refit]) -> list[Refit]:
 
 def _choices(plan: StagePlan, moves: WidthMoves, needed: Mapping[Stage, int]) -> list[Choice]:
     """How many units leave which targets, without repetition."""
-    each = (plan.model.kv_heads or 1) if moves.part == "heads" else 1
+    each = plan.model.groups(moves.part)
     found: dict[Choice, None] = {}
     for shares in product(moves.shares, repeat=len(STAGES)):
         pairs = zip(STAGES, shares, strict=True)
@@ -140,9 +141,9 @@ def _choices(plan: StagePlan, moves: WidthMoves, needed: Mapping[Stage, int]) ->
 
 def _narrowed(
     context: ScoringContext, plan: StagePlan, moves: WidthMoves, target: Target, count: int, text: Sequence[Batch],
-    round: int,
+    repair: bool, round: int,
 ) -> Narrowed:  # fmt: skip
-    narrowing = Narrowing(target, moves.part, count, moves.criterion, repair=moves.examples > 0, round=round)
+    narrowing = Narrowing(target, moves.part, count, moves.criterion, repair, round=round)
     found = narrow(context, plan, narrowing, text)
     return replace(found, refits=[_of_first_rank(context, refit) for refit in found.refits])
 

@@ -30,7 +30,6 @@ from pdtrim_pl.models.cuts import Cut
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import STAGES, Part, Stage, StagePlan, Target, Width
 from pdtrim_pl.search.walk import Changes, Walk
-from pdtrim_pl.search.width_levels import kept_units
 from pdtrim_pl.staged.refit import Refit
 
 Group = tuple[Stage, ...]
@@ -137,7 +136,7 @@ def check_units(cut: Cut | None, plan: StagePlan, narrowing: Narrowing) -> Cut:
             f"`part: {narrowing.part}` cannot leave blocks of `model` one by one: its family ({plan.model.model_type}) "
             "names no layers for them (`cuts` of its Architecture). Drop whole blocks instead."
         )
-    groups = (plan.model.kv_heads or 1) if narrowing.part == "heads" else 1
+    groups = plan.model.groups(narrowing.part)
     if narrowing.part == "heads" and groups == plan.model.heads:
         raise UserError(
             "No query head can leave blocks of `model`: each has a key/value head of its own, and all key/value heads "
@@ -200,7 +199,7 @@ class _Layer:
             )
         weights = {group: self._whole_weight(group[0]) for group in self.groups}
         seen = {group: self._seen(group, weights[group], units) for group in self.groups}
-        gone = self._leaving([seen[g].only(kept_units(plan, g[0], self.block, part)) for g in self.groups])
+        gone = self._leaving([seen[g].only(plan.kept_units(g[0], self.block, part)) for g in self.groups])
         width = Width(**{part: tuple(unit for unit in range(units) if unit not in gone)})
         after, changes, untied, errors = plan.narrow(self.narrowing.target, self.block, width), {}, set[Stage](), [0.0]
         for group in self.groups:
@@ -232,8 +231,8 @@ class _Layer:
         named, losing = _named(narrowing.target), {stage for group in self.groups for stage in group}
         left, gone = _common(self.plan, narrowing, self.block), set[int]()
         # Units that only the target has leave first: to lose them costs no other stage anything.
-        others = {u for s in losing - set(named) for u in kept_units(self.plan, s, self.block, narrowing.part)}
-        groups = (model.kv_heads or 1) if narrowing.part == "heads" else 1
+        others = {u for s in losing - set(named) for u in self.plan.kept_units(s, self.block, narrowing.part)}
+        groups = model.groups(narrowing.part)
         size, each = (model.sizes[narrowing.part] or 0) // groups, narrowing.count // groups
         rounds = min(narrowing.criterion.rounds, each)
         for turn in range(rounds):
@@ -254,7 +253,7 @@ class _Layer:
     def _marked(self, plan: StagePlan, stage: Stage, seen: Seen) -> Tensor:
         """The inputs of the layer that a stage keeps under a plan, bool [I]."""
         kept = torch.zeros(len(seen.units), dtype=torch.bool, device=seen.units.device)
-        kept[list(kept_units(plan, stage, self.block, self.narrowing.part))] = True
+        kept[list(plan.kept_units(stage, self.block, self.narrowing.part))] = True
         return kept.repeat_interleave(seen.size)
 
     def _weights(self, stage: Stage) -> nn.Module:
@@ -278,4 +277,4 @@ def _named(target: Target) -> tuple[Stage, ...]:
 
 def _common(plan: StagePlan, narrowing: Narrowing, block: int) -> set[int]:
     """The units that a block still has in every stage of the target."""
-    return set.intersection(*({*kept_units(plan, stage, block, narrowing.part)} for stage in _named(narrowing.target)))
+    return set.intersection(*({*plan.kept_units(stage, block, narrowing.part)} for stage in _named(narrowing.target)))

@@ -23,8 +23,6 @@ from pdtrim_pl.criteria.taylor import gate_effects
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.spread import measured_by_ranks
-from pdtrim_pl.evaluation.tokens import CHUNK_TOKENS
-from pdtrim_pl.losses import chunks
 from pdtrim_pl.plan import StagePlan, Target
 
 EXACT = 1_000_000
@@ -59,13 +57,8 @@ class QuadraticModel:
         """
 
         def effects(batch: Batch, peers: Sequence[Batch]) -> Tensor:
-            longest = max(int(peer.response_mask.sum()) for peer in peers)
-            found = gate_effects(context, plan, batch, len(chunks(longest, CHUNK_TOKENS)))
-            rows = []
-            for block in candidates:
-                changes = [found[s][block] for s in plan.stages_losing(target, block) if block in found[s]]
-                rows.append(torch.stack(changes).sum(0) if changes else torch.zeros(len(batch.prompt_ids)))
-            return torch.stack([row.double().cpu() for row in rows], dim=1)
+            found = gate_effects(context, plan, target, candidates, batch, peers)
+            return torch.stack([found[block].double().cpu() for block in candidates], dim=1)
 
         tokens = sum(int(batch.response_mask.sum()) for batch in context.batches)
         every = torch.cat(measured_by_ranks(context.ranks, context.batches, effects))  # [E, C]

@@ -21,8 +21,8 @@ def units_to_meet(cost: CostModel, plan: StagePlan, stage: Stage, part: Part, ta
     Returns:
         The number; if even the largest possible number does not meet the target, that number.
     """
-    each = (plan.model.kv_heads or 1) if part == "heads" else 1
-    left = min(len(kept_units(plan, stage, block, part)) for block in plan.blocks(stage))
+    each = plan.model.groups(part)
+    left = min(len(plan.kept_units(stage, block, part)) for block in plan.blocks(stage))
     least, most = 0, left // each - 1
     while least < most:
         tried = (least + most) // 2
@@ -38,20 +38,13 @@ def without(plan: StagePlan, stage: Stage, part: Part, count: int) -> StagePlan:
 
     Query heads leave every key/value head in turn.
     """
-    widths = dict(plan.widths[stage])
+    widths, groups = dict(plan.widths[stage]), plan.model.groups(part)
     for block in plan.blocks(stage):
-        kept = kept_units(plan, stage, block, part)
-        groups = (plan.model.kv_heads or 1) if part == "heads" else 1
+        kept = plan.kept_units(stage, block, part)
         size = len(kept) // groups
         left = [kept[g * size : (g + 1) * size - count // groups] for g in range(groups)]
         widths[block] = replace(plan.width(stage, block), **{part: tuple(unit for group in left for unit in group)})
     return replace(plan, relation="free", widths={**plan.widths, stage: widths})
-
-
-def kept_units(plan: StagePlan, stage: Stage, block: int, part: Part) -> tuple[int, ...]:
-    """The units that a block still has in a stage."""
-    kept = plan.width(stage, block).kept(part)
-    return tuple(range(plan.model.sizes[part] or 0)) if kept is None else kept
 
 
 def _met(cost: CostModel, plan: StagePlan, stage: Stage, target: CostTarget) -> bool:

@@ -6,11 +6,12 @@ import multiprocessing
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, Stage
@@ -27,6 +28,25 @@ def interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def spawned(
+    work: Callable[[Any, Connection], None], spec: Any, stage: Stage
+) -> tuple[SpawnProcess, Connection]:  # fmt: skip
+    """Start a worker process; returns it and our end of the pipe to it.
+
+    Args:
+        work: its main function, called with `spec` and with its own end of the pipe.
+        spec: what it needs to start.
+        stage: for its name.
+    """
+    spawn = multiprocessing.get_context("spawn")  # a forked child would inherit broken threads and CUDA state
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=work, args=(spec, theirs), name=f"pdtrim {stage}", daemon=True)
+    with interrupts_held_back():
+        process.start()
+    theirs.close()  # else it would stay open after the worker has died
+    return process, ours
 
 
 def _work(spec: say.WorkerSpec, parent: Connection) -> None:
@@ -51,17 +71,11 @@ class WorkerPair:
         self._connections: dict[Stage, Connection] = {}
         # NCCL needs one GPU per process; two workers on one GPU, or on none, send through the CPU.
         nccl = all(device.startswith("cuda") for device in devices) and devices[0] != devices[1]
-        spawn = multiprocessing.get_context("spawn")  # a forked child would inherit broken threads and CUDA state
         for stage, device in zip(STAGES, devices, strict=True):
             spec = say.WorkerSpec(
                 stage, export, device, "nccl" if nccl else "gloo", Path(self._folder.name) / "meet", attn_implementation
             )
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(spec, theirs), name=f"pdtrim {stage}", daemon=True)
-            with interrupts_held_back():
-                process.start()
-            theirs.close()  # else it would stay open after the worker has died
-            self._processes[stage], self._connections[stage] = process, ours
+            self._processes[stage], self._connections[stage] = spawned(_work, spec, stage)
 
     @property
     def alive(self) -> bool:

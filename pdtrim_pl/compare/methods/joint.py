@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-
 import torch
 from typing_extensions import override
 
@@ -11,7 +9,6 @@ from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.found import Found
 from pdtrim_pl.compare.method import Method, ReadsTrainingText, check_only_drops
 from pdtrim_pl.search import Annealing, JointSearch, WidthMoves, anneal, mixed
-from pdtrim_pl.sizing.cost import CostTarget
 
 
 class Joint(Method):
@@ -32,7 +29,7 @@ class Joint(Method):
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
         check_only_drops(start, self.start)
-        target = CostTarget(**asdict(bench.costs.shares(start.plan, start.policy)))
+        target = bench.target_of(start)
         student = bench.student(Found(bench.full("free", start.plan.boundary)))
         context = bench.context(student)
         with torch.no_grad():
@@ -58,18 +55,17 @@ class Mixed(ReadsTrainingText):
         annealing: Annealing | None = None,
     ) -> None:  # fmt: skip
         super().__init__(start, repair_tokens)
-        self.width = replace(width, examples=1 if repair_tokens else 0)
-        self.annealing = annealing
+        self.width, self.annealing = width, annealing
 
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
-        target = CostTarget(**asdict(bench.costs.shares(start.plan, start.policy)))
+        target = bench.target_of(start)
         student = bench.student(Found(bench.full("free", start.plan.boundary)), dtype="float32")
         text, tokens = bench.refitting_text(self.tokens)
         context = bench.context(student)
         with torch.no_grad():
-            starts = mixed.starts(context, student.plan, self.width, bench.costs, target, text)
+            starts = mixed.starts(context, student.plan, self.width, bench.costs, target, text, repair=self.tokens > 0)
             searches = [
                 JointSearch(context.evaluator, found.plan, target, bench.costs, guards=bench.guards) for found in starts
             ]

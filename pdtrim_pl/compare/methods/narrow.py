@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
@@ -13,7 +11,6 @@ from pdtrim_pl.criteria import WidthCriterion
 from pdtrim_pl.plan import STAGES, Part, Relation
 from pdtrim_pl.search import Narrowing, narrow
 from pdtrim_pl.search.width_levels import units_to_meet
-from pdtrim_pl.sizing.cost import CostTarget
 
 
 class Narrow(ReadsTrainingText):
@@ -41,7 +38,7 @@ class Narrow(ReadsTrainingText):
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
-        target = CostTarget(**asdict(bench.costs.shares(start.plan, start.policy)))
+        target = bench.target_of(start)
         student = bench.student(Found(bench.full(self.relation, start.plan.boundary)), dtype="float32")
         units = max(units_to_meet(bench.costs, student.plan, stage, self.part, target) for stage in STAGES)
         text, tokens = bench.refitting_text(self.tokens)

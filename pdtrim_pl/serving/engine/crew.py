@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from pdtrim_pl.plan import Stage
 from pdtrim_pl.serving.engine import messages as say
-from pdtrim_pl.serving.workers import interrupts_held_back
+from pdtrim_pl.serving.workers import spawned
 
 GRACE_SECONDS = 5.0
 
@@ -36,13 +35,7 @@ class Crew:
 
     def start(self, stage: Stage) -> None:
         """Start a worker, the first one or another one."""
-        spawn = multiprocessing.get_context("spawn")  # a forked child would inherit broken threads and CUDA state
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(self._specs[stage], theirs), name=f"pdtrim {stage}", daemon=True)
-        with interrupts_held_back():
-            process.start()
-        theirs.close()  # else it would stay open after the worker has died
-        self._processes[stage], self.pipes[stage] = process, ours
+        self._processes[stage], self.pipes[stage] = spawned(_work, self._specs[stage], stage)
 
     def pid(self, stage: Stage) -> int | None:
         """The process id of a worker."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from pdtrim_pl.data.chats import message_of
+from pdtrim_pl.data.chats import chat_ids
 from pdtrim_pl.data.files import read_lines
-from pdtrim_pl.data.prompts import chat_text, plain_ids
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.serving.engine.engine import Engine
 from pdtrim_pl.serving.engine.requests import Ask
@@ -105,8 +104,7 @@ def _prompt(tokenizer: Any, row: dict[str, Any], fault: str | None, place: str, 
         return encode_prompt(tokenizer, prompt, chat=chat)
     if fault is None and isinstance(messages, list) and messages:
         try:
-            text = chat_text(tokenizer, list(map(message_of, messages)), add_generation_prompt=True)
+            return chat_ids(tokenizer, messages)
         except UserError as error:
             raise UserError(f"{place}: `messages` {error}.") from error
-        return plain_ids(tokenizer, [text])[0]
     raise UserError(f"{place}: {fault or 'has neither a `prompt` nor `messages`'}.")

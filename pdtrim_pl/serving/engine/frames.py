@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import socket
 import struct
 import zlib
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.serving.hosts import SECRET_VARIABLE, is_loopback
 from pdtrim_pl.serving.transport import LinkError
 
 MAGIC, VERSION = b"PDTK", 1
@@ -104,21 +104,22 @@ class FramedLink:
         """End the connection."""
         self.connection.close()
 
-    def hello(self, manifest: bytes, *, first: bool) -> bytes:
-        """Exchange manifests with the other side.
+    def hello(self, message: bytes, size: int, *, first: bool) -> bytes:
+        """Exchange messages with the other side, before the first request.
 
         Args:
-            manifest: ours.
+            message: ours.
+            size: bytes that theirs must have.
             first: whether to speak first. Who listens does not: a stranger gets no answer.
 
         Raises:
             LinkError: the other side does not answer as it should.
         """
         if first:
-            self._send("hello", manifest)
-        theirs = self._receive("hello", None, own_pair=False)
+            self._send("hello", message)
+        theirs = self._receive("hello", size, own_pair=False)
         if not first:
-            self._send("hello", manifest)
+            self._send("hello", message)
         return theirs
 
     def begin(self, request: int) -> None:
@@ -165,7 +166,7 @@ class FramedLink:
 
     def _receive(self, kind: Kind, size: int | None, *, own_pair: bool) -> bytes:
         self.connection.settimeout(SILENCE)
-        header = self._header()
+        header = Header.parse(self._bytes(HEADER), self.key)
         self._check(header, kind, size, own_pair=own_pair)
         data = self._bytes(header.size)
         if len(data) != header.size or zlib.crc32(data) != header.crc:
@@ -188,9 +189,6 @@ class FramedLink:
         if header.size > self.largest or (size is not None and header.size != size):
             raise TransferRefused(f"The transfer has {header.size:,} bytes where {size or self.largest:,} belong.")
 
-    def _header(self) -> Header:
-        return Header.parse(self._bytes(HEADER), self.key)
-
     def _bytes(self, size: int) -> bytes:
         """Up to `size` bytes; fewer if the other side ends the connection."""
         data = bytearray(size)
@@ -211,14 +209,6 @@ def check_host(host: str, secret: str | None) -> None:
     """
     if not is_loopback(host) and not secret:
         raise UserError(
-            f"`host` is {host!r}, which other machines can reach: set PDTRIM_SECRET to a shared secret, or listen "
+            f"`host` is {host!r}, which other machines can reach: set {SECRET_VARIABLE} to a shared secret, or listen "
             "on 127.0.0.1."
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

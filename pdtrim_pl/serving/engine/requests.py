@@ -62,7 +62,6 @@ class Running:
     first: float | None = None
     """When its first token came."""
     tokens: int = 0
-    kv_bytes: int = 0
 
     @property
     def ends_at(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -11,14 +10,17 @@ import socket
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
+from functools import partial
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import torch
+from typing_extensions import override
 
 from pdtrim_pl.errors import UserError, is_out_of_memory
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.plan import PairManifest
+from pdtrim_pl.plan.agreement import agree
 from pdtrim_pl.serving.engine import messages as say
 from pdtrim_pl.serving.engine.batch import Row, RunningBatch
 from pdtrim_pl.serving.engine.frames import FramedLink, TransferRefused
@@ -52,7 +54,7 @@ def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
         disable_progress_bar()
         manifest = PairManifest.load(spec.export)
         staged = load_stage(spec.export, spec.stage, device=spec.device).eval()
-        worker: type[Any] = PrefillWorker if spec.stage == "prefill" else DecodeWorker
+        worker: type[_Worker] = PrefillWorker if spec.stage == "prefill" else DecodeWorker
         with torch.inference_mode():
             worker(spec, staged, manifest, parent).serve()
     except (EOFError, BrokenPipeError):
@@ -63,8 +65,8 @@ def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
         sys.exit(1)
 
 
-class PrefillWorker:
-    """Encodes prompts, one at a time, and sends each block's keys and values as soon as they are there."""
+class _Worker(ABC):
+    """One half of the pair, which does what the engine asks."""
 
     def __init__(
         self, spec: say.WorkerSpec, staged: StagedCausalLM, manifest: PairManifest, parent: Connection
@@ -72,11 +74,20 @@ class PrefillWorker:
         assert staged.policy is not None
         self.spec, self.staged, self.manifest, self.parent = spec, staged, manifest, parent
         self.plan, self.policy = staged.plan, staged.policy
-        self._address: say.Address | None = None
-        self._link: FramedLink | None = None
 
+    @abstractmethod
     def serve(self) -> None:
         """Do what the engine asks until it is gone."""
+
+
+class PrefillWorker(_Worker):
+    """Encodes prompts, one at a time, and sends each block's keys and values as soon as they are there."""
+
+    _address: say.Address | None = None
+    _link: FramedLink | None = None
+
+    @override
+    def serve(self) -> None:
         self.parent.send(say.Ready(None))
         while True:
             command: say.Command = self.parent.recv()
@@ -131,15 +142,13 @@ class PrefillWorker:
             self._link = None
 
 
-class DecodeWorker:
+class DecodeWorker(_Worker):
     """Takes prompts over from prefill and generates from many at once."""
 
     def __init__(
         self, spec: say.WorkerSpec, staged: StagedCausalLM, manifest: PairManifest, parent: Connection
     ) -> None:
-        assert staged.policy is not None
-        self.spec, self.staged, self.manifest, self.parent = spec, staged, manifest, parent
-        self.plan, self.policy = staged.plan, staged.policy
+        super().__init__(spec, staged, manifest, parent)
         self._expected: dict[int, say.Expect] = {}
         self._forgotten: set[int] = set()
         self._told = threading.Condition()
@@ -148,10 +157,10 @@ class DecodeWorker:
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._speaking = threading.Lock()
-        self._listener = socket.create_server((spec.host, 0))
+        self._listener = socket.create_server((self.spec.host, 0))
 
+    @override
     def serve(self) -> None:
-        """Do what the engine asks until it is gone."""
         threading.Thread(target=self._receive, name="receive", daemon=True).start()
         self._say(say.Ready(self._listener.getsockname()[:2]))
         batch = RunningBatch(self.staged)
@@ -275,17 +284,8 @@ class DecodeWorker:
 
 
 def _agree(link: FramedLink, manifest: PairManifest, *, first: bool) -> None:
-    """Exchange manifests; both sides refuse another pair.
-
-    Raises:
-        UserError: the other worker holds another pair; the message names what differs.
-    """
-    other = PairManifest.from_json(json.loads(link.hello(json.dumps(manifest.to_json()).encode(), first=first)))
-    if other.id != manifest.id:
-        raise UserError(
-            f"The workers hold different pairs, {manifest.id[:12]} here and {other.id[:12]} on the other side. What "
-            f"differs: {', '.join(manifest.differences(other))}. Start both from copies of one export."
-        )
+    """Refuse another pair on both sides; see `agree`."""
+    agree(partial(link.hello, first=first), manifest)
 
 
 def _told(error: Exception) -> str:

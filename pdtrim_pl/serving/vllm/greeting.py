@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
-from ipaddress import ip_address
 from multiprocessing.connection import Connection
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan.agreement import agree
+from pdtrim_pl.serving.hosts import SECRET_VARIABLE, is_loopback, shared_secret
 from pdtrim_pl.serving.vllm.pair import ServedPair
 
 PROTOCOL = "pdtrim.kv_stream/1"
-SECRET = "PDTRIM_SECRET"
-"""Environment variable with the secret that both engines share."""
 LONGEST_HELLO = 4096
 
 
@@ -54,17 +51,13 @@ def secret_for(host: str) -> bytes | None:
     Raises:
         UserError: the address is open to others, and there is no secret.
     """
-    secret = os.environ.get(SECRET)
-    if secret:
+    secret = shared_secret()
+    if secret is not None:
         return secret.encode()
-    try:
-        closed = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        closed = False
-    if not closed:
+    if not is_loopback(host):
         raise UserError(
             f"`{host}` is open to other machines: give both engines the same secret in the environment variable "
-            f"{SECRET}, or use 127.0.0.1."
+            f"{SECRET_VARIABLE}, or use 127.0.0.1."
         )
     return None
 

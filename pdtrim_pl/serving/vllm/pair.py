@@ -34,7 +34,7 @@ class ServedPair:
             raise UserError(
                 f"In the plan of {export}, decode runs block(s) {list(plan.kv_only)} that prefill does not run. vLLM "
                 "cannot compute their keys and values. Use `relation: nested` or `unified`, or serve the pair with "
-                "`pdtrim serve --engine builtin`."
+                "`pdtrim serve`."
             )
         return cls(export, stage, plan, policy, manifest)
 

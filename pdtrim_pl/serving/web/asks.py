@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from pdtrim_pl.data.chats import message_of
-from pdtrim_pl.data.prompts import chat_text, plain_ids, prompt_ids
+from pdtrim_pl.data.chats import chat_ids
+from pdtrim_pl.data.prompts import prompt_ids
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.serving.engine.requests import Ask
 from pdtrim_pl.serving.exported import ExportedPair
@@ -84,11 +84,11 @@ def chat(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Body:
     if tokenizer.chat_template is None:
         raise UserError("This pair's tokenizer has no chat template: use /v1/completions.")
     try:
-        text = chat_text(tokenizer, list(map(message_of, messages)), add_generation_prompt=True)
+        prompt = chat_ids(tokenizer, messages)
     except UserError as error:
         raise UserError(f"`messages` {error}.") from error
     most = _number(body, "max_completion_tokens", int, _number(body, "max_tokens", int, None))
-    return _body(body, plain_ids(tokenizer, [text]), most)
+    return _body(body, [prompt], most)
 
 
 def _body(body: Mapping[str, Any], prompts: list[list[int]], max_tokens: int | None) -> Body:

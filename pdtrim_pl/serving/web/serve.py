@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,8 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.serving.engine.engine import Engine
 from pdtrim_pl.serving.engine.frames import check_host
 from pdtrim_pl.serving.generate import load_export_tokenizer, stop_ids_of
+from pdtrim_pl.serving.hosts import shared_secret
 from pdtrim_pl.serving.runtime import devices_of
-
-SECRET_VARIABLE = "PDTRIM_SECRET"
-"""Environment variable: the shared secret. Callers send it as their API key."""
 
 
 @contextmanager
@@ -42,7 +39,8 @@ def serve(
 
     Args:
         export: directory of the pair.
-        host: address to listen on. Others than those of this machine need the variable `SECRET_VARIABLE`.
+        host: address to listen on. Others than those of this machine need a `shared_secret`, which callers send as
+            their API key.
         port: port to listen on.
         name: of the model, as callers see it; by default that of the unpruned model.
         device: see `devices_of`.
@@ -58,7 +56,7 @@ def serve(
         import uvicorn
 
         from pdtrim_pl.serving.web.app import Served, application
-    secret = os.environ.get(SECRET_VARIABLE) or None
+    secret = shared_secret()
     check_host(host, secret)
     tokenizer = load_export_tokenizer(export)
     with Engine(
