@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from pdtrim_pl.checkpoints.continuation import check_same_checkpoint
@@ -35,6 +36,7 @@ from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.decoding import generate, stop_ids_of
 from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, parallel_of
+from pdtrim_pl.strategies.schedule import Schedule
 
 
 class PDTrimModule(ResumableModule):
@@ -44,12 +46,12 @@ class PDTrimModule(ResumableModule):
         model: name, path or Hub id of the model to trim; `smollm2-135m` is embedded.
         losses: weighted list of losses; forward KL by default.
         optimizer: makes an optimizer from parameters.
-        lr_scheduler: makes a scheduler from an optimizer. The scheduler is stepped after every optimizer step. By
-            default the learning rate is constant.
+        lr_scheduler: makes a scheduler from an optimizer, stepped after every optimizer step, in place of `schedule`.
         structure: relation, boundary, and the plan and policy files to start from.
         loading: element types, teacher, attention implementation, gradient checkpointing.
         chunk_tokens: number of response tokens whose logits are in memory at once.
         architecture: adapter of the model's family, if the package has none. A teacher of this family uses it too.
+        schedule: how the learning rate rises and falls over the run. By default it is constant.
 
     Raises:
         UserError: a setting is invalid.
@@ -67,6 +69,7 @@ class PDTrimModule(ResumableModule):
         loading: Loading = Loading(),
         chunk_tokens: int = 256,
         architecture: Architecture | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         self.model_name = model
@@ -74,7 +77,9 @@ class PDTrimModule(ResumableModule):
         check_terms(self.losses)
         if chunk_tokens < 1:
             raise UserError(f"`chunk_tokens` is {chunk_tokens}: give at least 1.")
-        self.optimizer_of, self.lr_scheduler_of = optimizer, lr_scheduler
+        if schedule is not None and lr_scheduler is not None:
+            raise UserError("`schedule` and `lr_scheduler` both set the learning rate: give one of them.")
+        self.optimizer_of, self.schedule, self.lr_scheduler_of = optimizer, schedule, lr_scheduler
         self.structure, self.loading, self.chunk_tokens = structure, loading, chunk_tokens
         check_adapter(architecture)
         self.architecture = architecture
@@ -158,9 +163,12 @@ class PDTrimModule(ResumableModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer_of(self.optimized_parameters())
-        if self.lr_scheduler_of is None:
+        if self.schedule is not None:
+            scheduler: LRScheduler = self.schedule.over(self.trainer.estimated_stepping_batches, optimizer)
+        elif self.lr_scheduler_of is not None:
+            scheduler = self.lr_scheduler_of(optimizer)
+        else:
             return optimizer
-        scheduler = self.lr_scheduler_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override

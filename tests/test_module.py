@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import Strategy
 from short_text import SHORT
 from tiny_models import tiny_model
@@ -19,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from callbacks import BlockDrop, PlanProgressBar
 from pdtrim_pl.criteria import CosineRedundancy, GreedyKL, Taylor
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.losses import KL, CrossEntropy, HiddenMatch
 from pdtrim_pl.models.context import usable_context
@@ -29,6 +32,7 @@ from pdtrim_pl.plan import KVRetentionPolicy, KVShape, ModelRef, StagePlan, Stru
 from pdtrim_pl.search import Guards
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_masters
+from pdtrim_pl.strategies.schedule import Schedule
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -323,3 +327,52 @@ def test_the_progress_bar_shows_the_plan(tiny_llama_dir: Path) -> None:
     module.apply_plan(module.plan.drop("decode", 2))
     trainer = Trainer(logger=False, accelerator="cpu", devices=1, enable_checkpointing=False)
     assert PlanProgressBar().get_metrics(trainer, module)["plan"] == "P4 D3"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule(warmup=0.5, decay="linear"), [1 / 3, 2 / 3, 1.0, 0.5]),
+        (Schedule(warmup=0.0), [1.0, 0.85355339, 0.5, 0.14644661]),
+        (Schedule(warmup=0.25, decay="none"), [0.5, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule_over_the_steps_of_the_trainer(
+    schedule: Schedule, expected: list[float], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Two epochs of four batches, two of which make a step: four steps."""
+    module = PDTrimModule(str(tiny_llama_dir), optimizer=partial(torch.optim.SGD, lr=1.0), schedule=schedule)
+    data = PromptResponseDataModule(
+        str(tiny_llama_dir), SHORT, Lengths(24, 8, 16), Parts(validation=0, calibration=4, max_train=8), batch_size=2
+    )
+    rates = Rates()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, default_root_dir=tmp_path, max_epochs=2, accumulate_grad_batches=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[rates],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert rates.seen == pytest.approx(expected)
+
+
+class Rates(Callback):
+    """Notes the learning rate of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_schedule_of_a_run_without_end_or_beside_another_scheduler_is_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(UserError, match="`schedule` needs the length of the run, and this one has no end: give"):
+        Schedule().over(math.inf, optimizer)
+    with pytest.raises(UserError, match="`schedule` and `lr_scheduler` both set the learning rate"):
+        PDTrimModule("a", schedule=Schedule(), lr_scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=1.0))
+    with pytest.raises(UserError, match=r"`schedule.warmup` is 1.0: give a share"):
+        Schedule(warmup=1.0)
+    with pytest.raises(UserError, match=r"`schedule.decay` is 'step', not one of cosine, linear, none"):
+        Schedule(decay="step")  # type: ignore[arg-type]

@@ -26,7 +26,9 @@ def shortened(folder: Path) -> tuple[Path, Path]:
     }  # fmt: skip
     callbacks = {each["class_path"]: each for each in config["trainer"]["callbacks"]}  # of BlockDrop, that of decode
     callbacks["callbacks.BlockDrop"]["init_args"]["criterion"]["init_args"]["pool"] = 3
-    callbacks["callbacks.KVRetention"]["init_args"]["selector"]["init_args"]["effort"]["examples"] = 1
+    callbacks["callbacks.WidthDrop"]["init_args"]["repair"]["examples"] = 4
+    selector = callbacks["callbacks.KVRetention"]["init_args"]["selector"]["init_args"]
+    selector |= {"effort": {"examples": 1}, "min_recall": 0.0}  # the recall of one example says nothing
     callbacks["callbacks.ExportPair"]["init_args"] |= {"prompt_tokens": 32, "new_tokens": 2}
     whole, step = folder / "quickstart.yaml", folder / "step.yaml"
     whole.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -63,14 +65,15 @@ def test_the_quickstart_exports_a_pair_that_talks_and_can_be_run_again(tmp_path:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / "quickstart" / "export" / "stage_plan.json").is_file()
         assert (tmp_path / "runs" / "quickstart" / "checkpoints" / "last.ckpt").is_file()
-    for row in ("blocks in prefill", "blocks in decode", "response perplexity", "top-1 agreement", "prefill ms/token",
+    for row in ("blocks in prefill", "channels in decode", "response perplexity", "top-1 agreement", "prefill ms/token",
                 "decode ms/token", "KV bytes", "Export:"):  # fmt: skip
         assert row in done.stdout
     assert "validation: perplexity" in done.stderr, "progress is told when the output is no terminal"
 
     export = tmp_path / "runs" / "quickstart" / "export"
     plan, policy = load_plan_and_policy(export)
-    assert (len(plan.prefill), len(plan.decode)) == (27, 25)
+    assert (len(plan.prefill), len(plan.decode)) == (30, 29)
+    assert plan.widest("decode") == plan.widest("prefill") == {"channels": 1263}
     assert policy.reduction(plan, [256])[0]["ratio"] >= 2.5
     for name in ("stage_plan.json", "kv_policy.json"):
         validate_file(export / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import cos, pi
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,7 @@ from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import DType
 from pdtrim_pl.search import Guards
+from pdtrim_pl.strategies.schedule import Schedule
 
 RECALL = "recall"
 """Column of recall in the accuracy table."""
@@ -170,11 +170,4 @@ class Training:
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int, rate: float = 1.0) -> LambdaLR:
         """Warm-up and cosine decay over `steps` optimizer steps; the peak is `rate` times the optimizer's rate."""
-        rising = round(self.warmup * steps)
-
-        def factor(step: int) -> float:
-            if step < rising:
-                return rate * (step + 1) / (rising + 1)
-            return rate * 0.5 * (1 + cos(pi * (step - rising) / max(steps - rising, 1)))
-
-        return LambdaLR(optimizer, factor)
+        return Schedule(self.warmup).over(steps, optimizer, rate)

@@ -55,8 +55,9 @@ def distil(
     """
     steps = len(batches)
     module = PDTrimModule(
-        subject.name, training.losses, training.optimizer, lambda optimizer: training.schedule(optimizer, steps, rate)
-    )
+        subject.name, training.losses, training.optimizer,
+        lr_scheduler=lambda optimizer: training.schedule(optimizer, steps, rate),
+    )  # fmt: skip
     warn_of_slow_bf16(subject.device, training.precision)
     if training.freeze_embeddings:
         student.freeze_embeddings()
