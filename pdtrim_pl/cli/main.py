@@ -37,6 +37,7 @@ commands:
   generate   stream text from an exported pair: a prefill and a decode process
   serve      an exported pair behind OpenAI's HTTP interface
   eval       tasks of lm-evaluation-harness and measures of generation on an exported pair, beside its dense model
+  answer     a model's own responses to prompts, as a data set for distillation
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
 
@@ -46,7 +47,8 @@ first node (`--host_memory GiB`).
 """
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
-    *TRAINER_COMMANDS, "export", "policy", "bench", "report", "generate", "serve", "eval", "compare", "submit",
+    *TRAINER_COMMANDS, "export", "policy", "bench", "report", "generate", "serve", "eval", "answer", "compare",
+    "submit",
 )  # fmt: skip
 
 
@@ -116,6 +118,10 @@ def _run(command: str, args: list[str]) -> int:
         from pdtrim_pl.cli.evaluate import run as evaluate
 
         return evaluate(args[1:])
+    if command == "answer":
+        from pdtrim_pl.cli.answer import run as answer
+
+        return answer(args[1:])
     if command == "compare":
         from pdtrim_pl.cli.compare import run as compare
 

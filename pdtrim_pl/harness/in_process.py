@@ -93,10 +93,12 @@ class InProcessPair:
             last_prompt=prompt_ids[:, -1], pick=pick, stop_ids=stop_ids,
         )  # fmt: skip
 
-    def continuations(self, prompts: Rows, *, room: int, stop_ids: Collection[int]) -> list[list[int]]:
-        """Greedy responses, each up to its first stop token, which is part of it; arguments as for `stream`."""
+    def continuations(
+        self, prompts: Rows, *, room: int, stop_ids: Collection[int], pick: PickToken = greedy
+    ) -> list[list[int]]:
+        """Responses, each up to its first stop token, which is part of it; arguments as for `stream`."""
         ids, mask = self._padded(prompts, left=True)
-        loop = self.stream(ids, mask, room=room, pick=greedy, stop_ids=stop_ids)
+        loop = self.stream(ids, mask, room=room, pick=pick, stop_ids=stop_ids)
         rows = torch.stack(list(loop), dim=1).tolist()
         ends = [next((at for at, token in enumerate(row) if token in stop_ids), room) for row in rows]
         return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
