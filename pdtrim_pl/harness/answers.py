@@ -96,7 +96,9 @@ def answer_file(
     there = _begun(output, _origin(model, prompts, settings, dtype), len(asked))
     if there == len(asked):
         return len(asked)
-    staged = StagedCausalLM(load_causal_lm(model, dtype=dtype_of(dtype)).to(torch.device(device)).eval())
+    whole = load_causal_lm(model, dtype=dtype_of(dtype))
+    torch.nn.Module.to(whole, torch.device(device))
+    staged = StagedCausalLM(whole.eval())
     warn_of_slow_bf16(staged.model.device, staged.model.dtype)
     pair, stops = InProcessPair.of(staged), stop_ids_of(staged.model, tokenizer)
     size = settings.batch_size * WINDOW
