@@ -2,10 +2,12 @@
 
     python benchmarks/distill.py [--tokens 256 2048] [--batch_size 2] [--steps 8] [--precision bf16-mixed] [--json]
 
-Both sides train the same model (SmolLM2-135M, or random Llama weights with --tiny) on the same tokens with AdamW: ours
-in a Lightning trainer with its module, the plain one in a loop. Half of the tokens are prompt. Steps alternate in one
-process. The ratio is the median over steps of the plain step's time to ours. Memory is the peak of the resident set
-beyond the one before the second step, each side in a process of its own; on a GPU, the peak of allocated memory.
+Both sides train the same model (SmolLM2-135M, or random Llama weights with --tiny) on the same tokens with AdamW, from
+a teacher in the type of its checkpoint: ours in a Lightning trainer with its module, the plain one in a loop. As in the
+configurations of this package, our AdamW is torch's fused one; that of the plain recipe is torch's default, or with
+--plain_fused the fused one too. Half of the tokens are prompt. Steps alternate in one process. The ratio is the median
+over steps of the plain step's time to ours. Memory is the peak of the resident set beyond the one before the second
+step, each side in a process of its own; on a GPU, the peak of allocated memory.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ class Plain:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = device_of(options)
         self.student = model_of(options).to(self.device).train()
-        self.teacher = model_of(options).to(self.device).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=RATE)
+        self.teacher = teacher_of(options).to(self.device)
+        fused = True if options.plain_fused else None
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=RATE, fused=fused)
         half = options.precision == "bf16-mixed"
         self.precision = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
@@ -96,6 +99,7 @@ def main() -> int:
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--chunk_tokens", type=int, default=256)
     parser.add_argument("--tiny", action="store_true", help="random weights of a tiny model")
+    parser.add_argument("--plain_fused", action="store_true", help="the plain recipe uses the fused AdamW too")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", choices=("ours", "plain"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -105,7 +109,10 @@ def main() -> int:
     rows = [row_of(options, tokens) for tokens in options.tokens]
     device = device_of(options)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    found = {"device": name, "threads": torch.get_num_threads(), "precision": options.precision, "rows": rows}
+    found = {
+        "device": name, "threads": torch.get_num_threads(), "precision": options.precision,
+        "plain_fused": options.plain_fused, "rows": rows,
+    }  # fmt: skip
     if options.json:
         print(json.dumps(found))
     else:
@@ -142,11 +149,11 @@ def train(options: argparse.Namespace, tokens: int, *callbacks: Callback) -> Non
     """Our side: the package's module in a trainer."""
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=RATE)
+        return torch.optim.AdamW(parameters, lr=RATE, fused=True)
 
     module = PDTrimModule(MODEL, optimizer=optimizer, chunk_tokens=options.chunk_tokens)
     module.student = StagedCausalLM(model_of(options)).train()
-    module.teacher = StagedCausalLM(model_of(options)).eval().requires_grad_(False)
+    module.teacher = StagedCausalLM(teacher_of(options))
     trainer = Trainer(
         accelerator=options.accelerator, devices=1, precision=options.precision, max_steps=options.steps, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
@@ -190,6 +197,7 @@ def measured_alone(options: argparse.Namespace, tokens: int, side: str) -> float
     command += ["--batch_size", str(options.batch_size), "--precision", options.precision]
     command += ["--accelerator", options.accelerator, "--chunk_tokens", str(options.chunk_tokens)]
     command += ["--tiny"] if options.tiny else []
+    command += ["--plain_fused"] if options.plain_fused else []
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(json.loads(out.splitlines()[-1]))
 
@@ -229,6 +237,12 @@ def model_of(options: argparse.Namespace) -> PreTrainedModel:
         torch.manual_seed(0)
         return LlamaForCausalLM(TINY)
     return load_causal_lm(MODEL, dtype=torch.float32)
+
+
+def teacher_of(options: argparse.Namespace) -> PreTrainedModel:
+    """The frozen teacher in the type of its checkpoint; with --tiny in fp32."""
+    model = model_of(options) if options.tiny else load_causal_lm(MODEL)
+    return model.eval().requires_grad_(False)
 
 
 def device_of(options: argparse.Namespace) -> torch.device:

@@ -33,6 +33,7 @@ from pdtrim_pl.data import (
 from pdtrim_pl.data.datamodule import cut_parts
 from pdtrim_pl.data.examples import RepeatedPrompts
 from pdtrim_pl.data.formatting import encode, leading_ids
+from pdtrim_pl.data.mixture import MixedIn
 from pdtrim_pl.data.sources import load_rows
 from pdtrim_pl.models.pretrained import load_tokenizer
 
@@ -174,6 +175,54 @@ def test_a_chat_is_split_before_the_last_assistant_message(tiny_tokenizer_dir: P
     expected = "<bos>user\nhi<eos>\n<bos>assistant\nyo<eos>\n<bos>user\nwhy<eos>\n<bos>assistant\n"
     assert decoded(tiny_tokenizer_dir, prompt) == expected
     assert decoded(tiny_tokenizer_dir, response) == "so<eos>"
+
+
+def test_a_long_chat_keeps_its_system_message_and_its_end(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    turns = ["system:obey", "user:" + "0123456789" * 9, "assistant:so"]
+    chat = [dict(zip(("role", "content"), turn.split(":"), strict=True)) for turn in turns]
+    path = write_rows(tmp_path, [{"messages": chat}, {"messages": chat[1:]}])
+    first, second = encoded(tiny_tokenizer_dir, path, Lengths(64, 1, 40))
+    assert len(first.prompt) == len(second.prompt) == 40
+    ending = "456789<eos>\n<bos>assistant\n"
+    system = "<bos>system\nobey<eos>\n"
+    assert decoded(tiny_tokenizer_dir, first.prompt).startswith(system)
+    assert decoded(tiny_tokenizer_dir, first.prompt).endswith(ending)
+    assert decoded(tiny_tokenizer_dir, second.prompt).endswith("0123" + ending)
+    assert torch.equal(first.response, second.response)
+    (first, _) = encoded(tiny_tokenizer_dir, path, Lengths(64, 1, 12))
+    assert decoded(tiny_tokenizer_dir, first.prompt) == "\n<bos>assistant\n", "no room for the system message"
+
+
+def test_a_mixture_has_the_shares_that_were_asked_for_and_no_example_twice(
+    tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    paths = []
+    for name, count in (("a", 40), ("b", 9), ("c", 30)):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"{name} {index}", "response": f"answer {index}"} for index in range(count)]
+        paths.append(write_rows(tmp_path / name, rows))
+    mixed = [MixedIn(TextSource(paths[1]), 0.25), MixedIn(TextSource(paths[2]), 0.25)]
+    parts = Parts(validation=4, calibration=4)
+    modules = [make_module(tiny_tokenizer_dir, paths[0], mixed_in=mixed, parts=parts, seed=1) for _ in range(2)]
+    found = []
+    for module in modules:
+        module.setup("fit")
+        examples = [example for name in ("train", "validation", "calibration") for example in module.part(name)]
+        found.append([decoded(tiny_tokenizer_dir, example.prompt) for example in examples])
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 36
+    assert sorted(text[0] for text in found[0]) == [*"a" * 18, *"b" * 9, *"c" * 9]
+
+
+def test_a_mixture_that_is_not_possible_is_refused(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`mixed_in` has the share 1\.0: give a number between 0 and 1"):
+        MixedIn(TextSource("a.txt"), 1.0)
+    half = MixedIn(TextSource(write_rows(tmp_path, pairs(3))), 0.5)
+    with pytest.raises(ValueError, match="The shares of `mixed_in` add up to 1, and `source` needs some"):
+        make_module(tiny_tokenizer_dir, "a.txt", mixed_in=[half, half])
+    rare = make_module(tiny_tokenizer_dir, half.source.path, mixed_in=[MixedIn(half.source, 0.05)])
+    with pytest.raises(ValueError, match="the sources have 3, 3 examples, too few for one of each at these shares"):
+        rare.setup("fit")
 
 
 @pytest.mark.parametrize(

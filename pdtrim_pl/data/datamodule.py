@@ -17,6 +17,7 @@ from pdtrim_pl.data.collate import Collator
 from pdtrim_pl.data.examples import Example, RepeatedPrompts, TokenExamples
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.loader import ResumableLoader
+from pdtrim_pl.data.mixture import MixedIn, check_shares, mixture
 from pdtrim_pl.data.model_limits import check_context, check_ids, check_vocabulary
 from pdtrim_pl.data.settings import Lengths, Parts
 from pdtrim_pl.data.sources import TextSource, load_rows
@@ -58,6 +59,7 @@ class PromptResponseDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        mixed_in: list[MixedIn] | None = None,
     ) -> None:
         """Store the settings. Nothing is read before `prepare_data`.
 
@@ -70,6 +72,7 @@ class PromptResponseDataModule(LightningDataModule):
             eval_batch_size: the same for all other loaders; `batch_size` by default.
             num_workers: number of processes that load batches; 0 loads in the main process.
             seed: seed of split points, parts and training order.
+            mixed_in: more sources, each with its share of the examples; `source` has the rest.
 
         Raises:
             UserError: a batch size is below 1, or `num_workers` or `seed` is below 0.
@@ -85,6 +88,8 @@ class PromptResponseDataModule(LightningDataModule):
                 raise UserError(f"`{name}`={value} must be at least {least}.")
         self.tokenizer_name = tokenizer
         self.source = source
+        self.mixed_in = list(mixed_in or [])
+        check_shares(self.mixed_in)
         self.lengths = lengths
         self.parts = parts
         self.batch_size = batch_size
@@ -218,7 +223,12 @@ class PromptResponseDataModule(LightningDataModule):
         )
 
     def _encode(self) -> TokenExamples:
-        return encode(load_rows(self.source), self.tokenizer, self.lengths, self.seed)
+        sources = [self.source, *(each.source for each in self.mixed_in)]
+        examples = [encode(load_rows(source), self.tokenizer, self.lengths, self.seed) for source in sources]
+        if not self.mixed_in:
+            return examples[0]
+        shares = [each.share for each in self.mixed_in]
+        return mixture(examples, [1 - sum(shares), *shares], self.seed)
 
     @cached_property
     def _model_config(self) -> dict[str, Any] | None:

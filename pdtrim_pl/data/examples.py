@@ -52,6 +52,17 @@ class TokenExamples(Dataset[Example]):
         ids = torch.from_numpy(self._ids[start:end].astype(np.int64))
         return Example(*ids.split([split - start, end - split]))
 
+    @classmethod
+    def joined(cls, parts: "Sequence[TokenExamples]") -> "TokenExamples":
+        """The examples of several sets, one set after the other."""
+        firsts = np.cumsum([0, *(len(part._ids) for part in parts)])[:-1]
+        bounds = [part._bounds + first for part, first in zip(parts, firsts, strict=True)]
+        return cls(np.concatenate([part._ids for part in parts]), np.concatenate(bounds))
+
+    def selected(self, rows: NDArray[np.int64]) -> "TokenExamples":
+        """Some of the examples, by index."""
+        return TokenExamples(self._ids, self._bounds[rows])
+
     @property
     def largest_id(self) -> int:
         """The largest token id of all examples."""

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.compat import dataset_fingerprint
-from pdtrim_pl.data.chats import split_chat
+from pdtrim_pl.data.chats import split_chat, system_text
 from pdtrim_pl.data.examples import TokenExamples
 from pdtrim_pl.data.malformed import check_value, skipped_rows
 from pdtrim_pl.data.prompts import leading_ids, plain_ids, split_ids
@@ -23,9 +23,12 @@ from pdtrim_pl.errors import UserError
 Tokenized = Mapping[str, Sequence[Any]]
 T = TypeVar("T")
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the cache key. Raise it when rows are tokenised in another way, so that old caches are not used."""
 _IDS = [Value("int32")]
+_REQUEST = {"prompt": _IDS, "response": _IDS, "head": Value("int32")}
+"""Columns of a tokenised prompt and response. `head` is the number of tokens at the start of the prompt that stay if it
+is too long."""
 
 
 def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: int) -> TokenExamples:
@@ -36,7 +39,8 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, see
     of its prompt.
 
     Pairs and chats: prompt and response are tokenised together (`data.prompts.split_ids`), so the prompt has the same
-    tokens as in serving. A prompt that is too long keeps its end, a response that is too long keeps its start.
+    tokens as in serving. A prompt that is too long keeps its end, and before it the system messages of a chat; a
+    response that is too long keeps its start.
 
     Args:
         rows: the source. `rows.on_bad_row` says whether bad rows are refused or left out with a warning.
@@ -49,16 +53,16 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, see
         UserError: a row cannot be read, or the text is shorter than one window. The message names the place.
     """
     if rows.kind == "text":
-        documents = _tokenize(rows, tokenizer, _text_ids, ["ids"])
+        documents = _tokenize(rows, tokenizer, _text_ids, {"ids": _IDS})
         return _windows(rows, documents.with_format("numpy")["ids"], tokenizer, lengths, seed)
     if rows.kind == "chat" and tokenizer.chat_template is None:
         raise UserError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
-    tokenized = _tokenize(rows, tokenizer, _pair_ids if rows.kind == "pairs" else _chat_ids, ["prompt", "response"])
-    return TokenExamples.from_pairs(_truncated(tokenized, tokenizer, lengths))
+    tokenized = _tokenize(rows, tokenizer, _pair_ids if rows.kind == "pairs" else _chat_ids, _REQUEST)
+    return TokenExamples.from_pairs(_truncated(tokenized, lengths))
 
 
 def _tokenize(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, function: Callable[..., Tokenized], names: Sequence[str]
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, function: Callable[..., Tokenized], columns: Mapping[str, Any]
 ) -> Dataset:
     """Run `function` over all rows with `Dataset.map`, and leave out the bad rows.
 
@@ -75,7 +79,7 @@ def _tokenize(
         with_indices=True,
         remove_columns=list(rows.columns),
         fn_kwargs={"rows": rows, "tokenizer": tokenizer},
-        features=Features(dict.fromkeys(names, _IDS) | {FAULT: Value("string")}),
+        features=Features({**columns, FAULT: Value("string")}),
         new_fingerprint=Hasher.hash(key),
         desc="Tokenising",
     )
@@ -122,7 +126,8 @@ def _pair_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
     pairs, faults = _read(rows, batch, indices, lambda *pair: pair, ("", ""))
-    return _split(rows, indices, tokenizer, pairs, faults, leading_ids(tokenizer))
+    leading = leading_ids(tokenizer)
+    return _split(rows, indices, tokenizer, pairs, faults, [leading] * len(pairs), leading)
 
 
 def _chat_ids(
@@ -130,28 +135,32 @@ def _chat_ids(
 ) -> Tokenized:
     (column,) = rows.columns
 
-    def read(chat: Sequence[Any]) -> tuple[str, str]:
+    def read(chat: Sequence[Any]) -> tuple[str, str, str]:
         try:
-            return split_chat(tokenizer, chat)
+            return *split_chat(tokenizer, chat), system_text(tokenizer, chat)
         except ValueError as error:
             raise UserError(f"column `{column}` {error}") from error
 
-    pairs, faults = _read(rows, batch, indices, read, ("", ""))
-    return _split(rows, indices, tokenizer, pairs, faults)
+    chats, faults = _read(rows, batch, indices, read, ("", "", ""))
+    leading = leading_ids(tokenizer)
+    heads = [ids or leading for ids in plain_ids(tokenizer, [system for *_, system in chats])]
+    return _split(rows, indices, tokenizer, [(prompt, response) for prompt, response, _ in chats], faults, heads)
 
 
 def _split(
     rows: Rows, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]],
-    faults: list[str | None], leading: Sequence[int] = (),
+    faults: list[str | None], heads: Sequence[Sequence[int]], leading: Sequence[int] = (),
 ) -> Tokenized:  # fmt: skip
     prompts: list[list[int]] = []
     responses: list[list[int]] = []
+    kept: list[int] = []
     for row, (prompt, response) in enumerate(split_ids(tokenizer, pairs)):
         prompts.append([*leading, *prompt])
         responses.append(_ended(tokenizer, response))
+        kept.append(len(heads[row]) if prompts[row][: len(heads[row])] == list(heads[row]) else 0)
         if faults[row] is None and not (prompts[row] and response):
             faults[row] = rows.refuse(indices[row], f"the {'response' if prompts[row] else 'prompt'} has no tokens")
-    return {"prompt": prompts, "response": responses, FAULT: faults}
+    return {"prompt": prompts, "response": responses, "head": kept, FAULT: faults}
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -186,13 +195,10 @@ def _windows(
     return TokenExamples(ids.reshape(-1), np.stack([starts, starts + prompts, starts + lengths.max_length], axis=1))
 
 
-def _truncated(
-    tokenized: Dataset, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
-) -> Iterable[tuple[list[int], list[int]]]:
-    leading = leading_ids(tokenizer)
+def _truncated(tokenized: Dataset, lengths: Lengths) -> Iterable[tuple[list[int], list[int]]]:
     for row in tokenized:
         prompt, response = row["prompt"], row["response"]
         if len(prompt) > lengths.max_prompt:
-            head = leading if prompt[: len(leading)] == leading else []
+            head = prompt[: row["head"]] if row["head"] < lengths.max_prompt else []
             prompt = head + prompt[len(prompt) - lengths.max_prompt + len(head) :]
         yield prompt, response[: lengths.max_length - len(prompt)]
