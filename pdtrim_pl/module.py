@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -170,6 +171,12 @@ class PDTrimModule(ResumableModule):
         else:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and free the gradients: Lightning keeps them through the next forward pass."""
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad()
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -225,6 +225,40 @@ def test_a_mixture_that_is_not_possible_is_refused(tiny_tokenizer_dir: Path, tmp
         rare.setup("fit")
 
 
+def test_every_assistant_message_can_be_an_example(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    turns = [
+        "assistant:welcome",
+        "user:hi",
+        "assistant:yo",
+        "user:why",
+        "assistant:",
+        "user:?",
+        "assistant:so",
+        "user:ok",
+    ]
+    chat = [dict(zip(("role", "content"), turn.split(":"), strict=True)) for turn in turns]
+    path = write_rows(tmp_path, [{"messages": chat}, {"messages": chat[1:3]}])
+    tokenizer, lengths = load_tokenizer(str(tiny_tokenizer_dir)), Lengths(256, 1, 192)
+    every = encode(load_rows(TextSource(path, turns="all")), tokenizer, lengths, 0)
+    assert [decoded(tiny_tokenizer_dir, example.response) for example in every] == ["yo<eos>", "so<eos>", "yo<eos>"]
+    alone = write_rows(tmp_path / "..", [{"messages": chat[: end + 1]} for end in (2, 6)] + [{"messages": chat[1:3]}])
+    for found, expected in zip(every, encoded(tiny_tokenizer_dir, alone, lengths), strict=True):
+        assert torch.equal(found.prompt, expected.prompt)
+
+
+def test_a_bad_chat_is_named_where_every_message_is_an_example(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write_rows(tmp_path, [{"messages": good * 3}, {"messages": good}, {"messages": [{"role": "user"}]}])
+    tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
+    with pytest.raises(ValueError, match="line 3: column `messages` must hold messages"):
+        encode(load_rows(TextSource(path, turns="all")), tokenizer, SHORT, 0)
+    with pytest.warns(UserWarning, match=r"data.jsonl, line 3: column `messages` must hold"):
+        kept = encode(load_rows(TextSource(path, turns="all", on_bad_row="skip")), tokenizer, SHORT, 0)
+    assert len(kept) == 4
+    with pytest.raises(ValueError, match=r"`source\.turns`='some' must be `last` or `all`"):
+        TextSource(path, turns="some")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

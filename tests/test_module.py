@@ -376,3 +376,23 @@ def test_a_schedule_of_a_run_without_end_or_beside_another_scheduler_is_refused(
         Schedule(warmup=1.0)
     with pytest.raises(UserError, match=r"`schedule.decay` is 'step', not one of cosine, linear, none"):
         Schedule(decay="step")  # type: ignore[arg-type]
+
+
+def test_no_gradient_is_kept_through_the_next_forward_pass(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """With accumulation, only those that the step still needs."""
+    held: list[bool] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            held.append(any(parameter.grad is not None for parameter in pl_module.parameters()))
+
+    data = PromptResponseDataModule(
+        str(tiny_llama_dir), SHORT, Lengths(24, 8, 16), Parts(validation=0, calibration=4, max_train=8), batch_size=2
+    )
+    Trainer(
+        accelerator="cpu", devices=1, default_root_dir=tmp_path, max_epochs=1, accumulate_grad_batches=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[Watch()],
+    ).fit(PDTrimModule(str(tiny_llama_dir)), datamodule=data)  # fmt: skip
+    assert held == [False, True, False, True]

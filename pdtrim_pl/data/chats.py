@@ -41,6 +41,23 @@ def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tup
     return prompt, response.rstrip()
 
 
+def assistant_turns(chat: Sequence[Any]) -> list[Sequence[Any]]:
+    """A chat up to each message of the assistant that has something before it and says something.
+
+    The chat alone if there is no such message: `split_chat` then says why.
+
+    Raises:
+        UserError: something in it is no message.
+    """
+    said = [message_of(turn) for turn in chat]
+    ends = [
+        number + 1
+        for number, turn in enumerate(said)
+        if number and turn["role"] == "assistant" and (turn["content"] or "").strip()
+    ]
+    return [chat[:end] for end in ends] or [chat]
+
+
 def system_text(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> str:
     """The text of the system messages that begin a chat, as the template renders them; empty if there are none.
 

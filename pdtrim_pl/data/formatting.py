@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.compat import dataset_fingerprint
-from pdtrim_pl.data.chats import split_chat, system_text
+from pdtrim_pl.data.chats import assistant_turns, split_chat, system_text
 from pdtrim_pl.data.examples import TokenExamples
 from pdtrim_pl.data.malformed import check_value, skipped_rows
 from pdtrim_pl.data.prompts import leading_ids, plain_ids, split_ids
@@ -26,6 +26,8 @@ T = TypeVar("T")
 _FORMAT = 2
 """Part of the cache key. Raise it when rows are tokenised in another way, so that old caches are not used."""
 _IDS = [Value("int32")]
+_ROW = "row"
+"""Column of the number of a row in its source: a chat can become several rows."""
 _REQUEST = {"prompt": _IDS, "response": _IDS, "head": Value("int32")}
 """Columns of a tokenised prompt and response. `head` is the number of tokens at the start of the prompt that stay if it
 is too long."""
@@ -72,19 +74,20 @@ def _tokenize(
     vocabulary = sorted(tokenizer.get_vocab().items())
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(vocabulary)
     key = [_FORMAT, dataset_fingerprint(rows.dataset), function.__name__, rows.columns, backend]
-    key += [tokenizer.special_tokens_map, tokenizer.chat_template, leading_ids(tokenizer), rows.on_bad_row]
+    key += [tokenizer.special_tokens_map, tokenizer.chat_template, leading_ids(tokenizer), rows.on_bad_row, rows.turns]
     tokenized = rows.dataset.map(
         function,
         batched=True,
         with_indices=True,
         remove_columns=list(rows.columns),
         fn_kwargs={"rows": rows, "tokenizer": tokenizer},
-        features=Features({**columns, FAULT: Value("string")}),
+        features=Features({**columns, _ROW: Value("int64"), FAULT: Value("string")}),
         new_fingerprint=Hasher.hash(key),
         desc="Tokenising",
     )
     bad = bad_rows(tokenized)
-    faults = [f"{rows.where(row)}: {tokenized[row][FAULT]}" for row in bad.nonzero()[0].tolist()]
+    faulty = [tokenized[row] for row in bad.nonzero()[0].tolist()]
+    faults = [f"{rows.where(row[_ROW])}: {row[FAULT]}" for row in faulty]
     if skipped := [*rows.skipped, *faults]:
         rank_zero_warn(skipped_rows(skipped, len(tokenized) + len(rows.skipped)))
         tokenized = tokenized.select((~bad).nonzero()[0])
@@ -119,7 +122,7 @@ def _text_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
     texts, faults = _read(rows, batch, indices, str, "")
-    return {"ids": plain_ids(tokenizer, texts), FAULT: faults}
+    return {"ids": plain_ids(tokenizer, texts), _ROW: indices, FAULT: faults}
 
 
 def _pair_ids(
@@ -134,6 +137,9 @@ def _chat_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
     (column,) = rows.columns
+    if rows.turns == "all":
+        turns = [(index, turn) for index, chat in zip(indices, batch[column], strict=True) for turn in _turns(chat)]
+        indices, batch = [index for index, _ in turns], {column: [turn for _, turn in turns]}
 
     def read(chat: Sequence[Any]) -> tuple[str, str, str]:
         try:
@@ -145,6 +151,14 @@ def _chat_ids(
     leading = leading_ids(tokenizer)
     heads = [ids or leading for ids in plain_ids(tokenizer, [system for *_, system in chats])]
     return _split(rows, indices, tokenizer, [(prompt, response) for prompt, response, _ in chats], faults, heads)
+
+
+def _turns(chat: str) -> list[str]:
+    """A chat as JSON up to each message that the assistant said; a chat that cannot be read as it is."""
+    try:
+        return [json.dumps(turn) for turn in assistant_turns(json.loads(chat))]
+    except ValueError:
+        return [chat]
 
 
 def _split(
@@ -160,7 +174,7 @@ def _split(
         kept.append(len(heads[row]) if prompts[row][: len(heads[row])] == list(heads[row]) else 0)
         if faults[row] is None and not (prompts[row] and response):
             faults[row] = rows.refuse(indices[row], f"the {'response' if prompts[row] else 'prompt'} has no tokens")
-    return {"prompt": prompts, "response": responses, "head": kept, FAULT: faults}
+    return {"prompt": prompts, "response": responses, "head": kept, _ROW: indices, FAULT: faults}
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

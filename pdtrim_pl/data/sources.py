@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, Literal, get_args
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -25,6 +25,7 @@ _USUAL: list[tuple[Kind, list[str]]] = [
     ("chat", ["messages"]),
     ("chat", ["conversations"]),
 ]
+Turns = Literal["last", "all"]
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -48,8 +49,10 @@ class TextSource:
     response_column: str | None = None
     messages_column: str | None = None
     """A column of chats: lists of `{role, content}`, or of `{from, value}` as in ShareGPT. The chat template of the
-    tokenizer turns them into text. Content is a text or a list of text parts. The last assistant message is the
-    response, everything before it is the prompt."""
+    tokenizer turns them into text. Content is a text or a list of text parts. An assistant message is the response,
+    everything before it is the prompt."""
+    turns: Turns = "last"
+    """Which assistant messages of a chat are responses: the `last` one, or `all`, each as an example of its own."""
     on_bad_row: OnBadRow = "error"
     """`error` refuses a source with a bad row. `skip` leaves bad rows out, with a warning that gives their number and
     the places of the first ones. A file that cannot be split into rows is always refused."""
@@ -57,6 +60,8 @@ class TextSource:
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError(f"`source.path` is empty; give a file, a Hub id or `{EMBEDDED_TEXT}`.")
+        if self.turns not in get_args(Turns):
+            raise UserError(f"`source.turns`={self.turns!r} must be `last` or `all`.")
         if self.on_bad_row not in ("error", "skip"):
             raise UserError(f"`source.on_bad_row`={self.on_bad_row!r} must be `error` or `skip`.")
         if (self.prompt_column is None) != (self.response_column is None):
@@ -94,6 +99,7 @@ class Rows:
     """Columns of strings. A chat is stored as the JSON text of its messages."""
     parts: Sequence[Part]
     on_bad_row: OnBadRow = "error"
+    turns: Turns = "last"
 
     @property
     def kind(self) -> Kind:
@@ -142,7 +148,9 @@ def load_rows(source: TextSource) -> Rows:
         if (part.kind, part.columns) != (first.kind, first.columns):
             raise UserError(f"`source.path`: {part.origin} has other columns than {first.origin}; name the columns.")
     datasets = [part.dataset for part in parts]
-    rows = Rows(datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), parts, source.on_bad_row)
+    rows = Rows(
+        datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), parts, source.on_bad_row, source.turns
+    )
     if len(rows.dataset) == 0:
         skipped_rows(rows.skipped, len(rows.skipped))
     return rows
