@@ -7,7 +7,8 @@ a teacher in the type of its checkpoint: ours in a Lightning trainer with its mo
 configurations of this package, our AdamW is torch's fused one; that of the plain recipe is torch's default, or with
 --plain_fused the fused one too. Half of the tokens are prompt. Steps alternate in one process. The ratio is the median
 over steps of the plain step's time to ours. Memory is the peak of the resident set beyond the one before the second
-step, each side in a process of its own; on a GPU, the peak of allocated memory.
+step, each side in a process of its own; on a GPU, the peak of allocated memory. In the one object of --json,
+`tokens_per_second_ratio` is the least over the lengths, `memory_ratio` that of the last length.
 """
 
 from __future__ import annotations
@@ -108,15 +109,16 @@ def main() -> int:
         return 0
     rows = [row_of(options, tokens) for tokens in options.tokens]
     device = device_of(options)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     found = {
-        "device": name, "threads": torch.get_num_threads(), "precision": options.precision,
-        "plain_fused": options.plain_fused, "rows": rows,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(), "precision": options.precision, "plain_fused": options.plain_fused,
+        "tokens_per_second_ratio": min(row["tokens_per_second_ratio"] for row in rows),
+        "memory_ratio": rows[-1]["memory_ratio"], "rows": rows,
     }  # fmt: skip
     if options.json:
         print(json.dumps(found))
     else:
-        print(f"{name}, {torch.get_num_threads()} thread(s), {options.precision}")
+        print(f"{found['device']}, {torch.get_num_threads()} thread(s), {options.precision}")
         for row in rows:
             print("  ".join(f"{key} {value:.3g}" for key, value in row.items()))
     return 0

@@ -1,12 +1,13 @@
 """Quality and cost of narrower blocks: removes channels and query heads from the embedded model, without training.
 
     python benchmarks/width.py TUNE.raw TEST.raw --leave both:channels:410 [--leave decode:heads:3 ...]
-        [--criterion ActivationTimesWeight] [--no-repair] [--relation nested] [--examples 160] [--test 96] [--json]
+        [--drop prefill:24,25] [--criterion ActivationTimesWeight] [--no-repair] [--relation nested]
+        [--boundary prefill] [--examples 160] [--test 96] [--json]
 
-Channels and heads are chosen, and layers refitted, on the first file. The second file gives the figures. KL is to the
-dense model, in nats, for prompts and responses of 64 tokens. Recall: a text of 128 tokens is repeated after 320 other
-tokens; it is the share of the repeated tokens that the model ranks first. Costs are shares of the dense model's costs,
-for a prompt and a response of 64 tokens.
+Blocks of --drop leave first. Channels and heads are chosen, and layers refitted, on the first file. The second file
+gives the figures. KL is to the dense model, in nats, for prompts and responses of 64 tokens. Recall: a text of 128
+tokens is repeated after 320 other tokens; it is the share of the repeated tokens that the model ranks first. Costs are
+shares of the dense model's costs, for a prompt and a response of 64 tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.evaluation.recall import measure_recall, repetition
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
-from pdtrim_pl.plan import Relation, StagePlan
+from pdtrim_pl.plan import Boundary, Relation, StagePlan
 from pdtrim_pl.search import Narrowing, narrow
 from pdtrim_pl.sizing.cost import CostModel
 from pdtrim_pl.staged import StagedCausalLM
@@ -42,15 +43,22 @@ def main() -> int:
     parser.add_argument("tune", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--leave", action="append", required=True, help="stage:part:count; may be given several times")
+    parser.add_argument("--drop", action="append", default=[], help="stage:block,block; may be given several times")
     parser.add_argument("--criterion", default="ActivationTimesWeight")
     parser.add_argument("--no-repair", action="store_true")
     parser.add_argument("--relation", choices=get_args(Relation), default="nested")
+    parser.add_argument("--boundary", choices=get_args(Boundary), default="prefill")
     parser.add_argument("--examples", type=int, default=160, help="texts of 128 tokens to choose and refit on")
     parser.add_argument("--test", dest="tested", type=int, default=96, help="texts of 128 tokens for the figures")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     teacher, student = (StagedCausalLM(load_causal_lm(MODEL, dtype=torch.float32)).eval() for _ in range(2))
-    student.apply_plan(StagePlan.full(reference_to(student.model, MODEL), options.relation))
+    plan = StagePlan.full(reference_to(student.model, MODEL), options.relation, options.boundary)
+    for line in options.drop:
+        stage, blocks = line.split(":")
+        for block in blocks.split(","):
+            plan = plan.drop(stage, int(block))
+    student.apply_plan(plan)
     text, test = (tokens_of(path) for path in (options.tune, options.test))
     context = ScoringContext(student, teacher, requests(text, options.examples))
     criterion: WidthCriterion = getattr(criteria, options.criterion)()
@@ -63,7 +71,7 @@ def main() -> int:
     seconds = time.monotonic() - began
     costs = CostModel.of(student, PROMPT, SIZE - PROMPT).shares(student.plan)
     row = {
-        "leave": options.leave, "criterion": criterion.name, "repair": not options.no_repair,
+        "drop": options.drop, "leave": options.leave, "criterion": criterion.name, "repair": not options.no_repair,
         "prefill_flops": costs.prefill_flops, "decode_bytes": costs.decode_bytes,
         "kl": measure_quality(student, teacher, requests(test, options.tested)).kl,
         "recall": measure_recall(student, repeated(test)), "seconds": seconds, "threads": torch.get_num_threads(),
