@@ -122,12 +122,17 @@ def test_help_whose_reader_has_left_says_one_line() -> None:
     assert lines_of(run.stderr.read()) == ["pdtrim: error: standard output was closed before all was written."]
 
 
+def heed_interrupts() -> None:
+    """A shell without job control lets what it starts in the background ignore SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("moment", ["loading", "writing"])
 def test_ctrl_c_ends_every_process_in_one_line(moment: str, export: Path) -> None:
     """The signal goes to the whole group, as a terminal sends it, so the workers get it too."""
     run = subprocess.Popen(
         command(export, "Hi", 500), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert run.stdout is not None
     assert run.stderr is not None
