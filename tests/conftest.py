@@ -59,9 +59,9 @@ def loggers_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
-    """Fork the runtime's workers from the process that has imported what they need; `test_terminal.py` spawns them."""
+    """Fork the engine's workers from the process that has imported what they need; `test_terminal.py` spawns them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pdtrim_pl.serving.workers.multiprocessing.get_context", lambda method: SERVER)
+        patch.setattr("pdtrim_pl.serving.engine.crew.multiprocessing.get_context", lambda method: SERVER)
         yield
 
 

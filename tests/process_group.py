@@ -29,7 +29,7 @@ SERVER.set_forkserver_preload(
         "functorch.compile",
         "torch.utils.cpp_extension",
         "pdtrim_pl.cli.lightning_cli",
-        "pdtrim_pl.serving.worker",
+        "pdtrim_pl.serving.engine.process",
         "callbacks",
         "transformers.models.llama.modeling_llama",
     ]

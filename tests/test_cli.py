@@ -22,7 +22,7 @@ from pdtrim_pl.cli.lightning_cli import PDTrimCLI
 from pdtrim_pl.cli.main import main
 from pdtrim_pl.export import load_plan_and_policy
 from pdtrim_pl.plan import ModelRef, StagePlan
-from pdtrim_pl.serving.worker import _last_words
+from pdtrim_pl.serving.engine.worker import told
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("compare_"))
@@ -395,10 +395,8 @@ def test_memory_that_runs_out_comes_with_what_to_lower(
 
 
 def test_a_worker_whose_memory_runs_out_says_what_to_do() -> None:
-    failed = _last_words(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nmore"))
-    assert (
-        failed.message == "memory ran out (CUDA out of memory. Tried ...). Give a shorter prompt, or another `device`."
-    )
+    message = told(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nmore"))
+    assert message == "memory ran out (CUDA out of memory. Tried ...). Give a shorter prompt, or another `device`."
 
 
 def interrupted() -> None:

@@ -5,34 +5,41 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import queue
 import random
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from heard import Heard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.export import export_pair
+from pdtrim_pl.export import export_pair, load_stage
 from pdtrim_pl.harness.in_process import InProcessPair
 from pdtrim_pl.models.pretrained import load_causal_lm
-from pdtrim_pl.plan import Codec, KVRetentionPolicy, Retention, StagePlan
+from pdtrim_pl.plan import Codec, KVRetentionPolicy, PairManifest, Retention, Stage, StagePlan
+from pdtrim_pl.serving.engine import messages as say
 from pdtrim_pl.serving.engine.batch import Row, RunningBatch
+from pdtrim_pl.serving.engine.crew import Crew
 from pdtrim_pl.serving.engine.engine import Engine
-from pdtrim_pl.serving.engine.frames import HEADER, FramedLink, Header, TransferRefused, check_host
-from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Overloaded, Token
+from pdtrim_pl.serving.engine.frames import HEADER, FramedLink, Header, LinkError, TransferRefused, check_host
+from pdtrim_pl.serving.engine.prefill import PrefillWorker
+from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Overloaded, RequestStats, Running, Token
+from pdtrim_pl.serving.engine.running import RunningRequests
+from pdtrim_pl.serving.engine.watch import Watch
+from pdtrim_pl.serving.exported import ExportedPair
 from pdtrim_pl.serving.sampling import Sampling
-from pdtrim_pl.serving.transport import LinkError
-from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged import BlockKV, StagedCausalLM
 from pdtrim_pl.staged.decoding import greedy
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 
@@ -69,26 +76,6 @@ def engine(export: Path) -> Iterator[Engine]:
     assert not multiprocessing.active_children()
 
 
-class Heard:
-    """Collects what is told of one request."""
-
-    def __init__(self, engine: Engine, ask: Ask) -> None:
-        self.tokens: list[int] = []
-        self.done: queue.Queue[Done] = queue.Queue()
-        self.first = threading.Event()
-        self.number = engine.submit(ask, self.hear)
-
-    def hear(self, event: Event) -> None:
-        if isinstance(event, Token):
-            self.tokens.append(event.id)
-            self.first.set()
-        else:
-            self.done.put(event)
-
-    def end(self, timeout: float = 60.0) -> Done:
-        return self.done.get(timeout=timeout)
-
-
 # The running batch, in this process
 
 
@@ -118,6 +105,69 @@ def test_rows_that_join_and_leave_decode_as_if_they_were_alone(pair: InProcessPa
             for row, token in batch.step():
                 found[row.request].append(token)
     assert found == {at: alone(pair, PROMPTS[at], count) for at, count in enumerate(counts)}
+
+
+def test_a_response_that_ends_before_prefill_has_reported_waits_for_its_figures(export: Path) -> None:
+    requests = RunningRequests(ExportedPair.read(export), Watch())
+    heard: list[Event] = []
+    for number in (1, 2):
+        running = Running(number, Ask(PROMPTS[1], 1), heard.append, state="prefill", reporting=True)
+        requests.add(running)
+        requests.tokens(say.Tokens([(number, 9)], [number], 0.25))
+        assert heard == [Token(9)], "the end is still to come"
+        if number == 1:
+            requests.encoded(say.Encoded(1, 640, 8, 0.5, 0.125))
+        else:
+            requests.reported(running)  # prefill has died
+        done = heard.pop()
+        assert done == Done("length")
+        assert isinstance(done, Done)
+        expected = (2, 1, 640, 8, 0.5, 0.125, 0.25, 1)
+        full = requests._pair.policy.full_bytes(requests._pair.plan, 2)
+        stats = RequestStats(*expected[:3], full, *expected[3:]) if number == 1 else None
+        assert done.stats == stats
+        heard.clear()
+    assert len(requests) == 0
+
+
+def test_each_block_has_crossed_before_the_next_one_runs(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged, manifest = load_stage(export, "prefill").eval(), PairManifest.load(export)
+    plan, policy = staged.plan, staged.policy
+    assert policy is not None
+    handled = len(PROMPTS[0]) - (plan.boundary == "decode")
+    ours, theirs = socket.socketpair()
+    crossed = threading.Semaphore(0)
+
+    def receive() -> None:
+        link = FramedLink(theirs, KEY, bytes.fromhex(manifest.id), 2**20)
+        link.next_request()
+        assert [link.receive((1,), torch.int64).item() for _ in range(2)] == [1, handled]
+        for block in plan.decode:
+            link.receive((policy.block_bytes(block, handled),), torch.uint8)
+            crossed.release()
+
+    def one_by_one(ids: Tensor, valid: Tensor, *, on_kv: Callable[[int, BlockKV], None]) -> Any:
+        def each(index: int, block: BlockKV) -> None:
+            on_kv(index, block)
+            assert crossed.acquire(timeout=20)
+
+        return prefill(ids, valid, on_kv=each)
+
+    prefill = staged.prefill
+    monkeypatch.setattr(staged, "prefill", one_by_one)
+    spec = say.WorkerSpec("prefill", export, "cpu", "127.0.0.1", KEY, 1)
+    worker = PrefillWorker(spec, staged, manifest, Connection(os.dup(ours.fileno())))
+    worker._link = FramedLink(ours, KEY, bytes.fromhex(manifest.id), 2**20)
+    receiver = threading.Thread(target=receive)
+    receiver.start()
+    with torch.no_grad():
+        report = worker._encode(say.Encode(1, PROMPTS[0], Sampling(), with_logits=False))
+    receiver.join()
+    assert report.kv_bytes == policy.sent_bytes(plan, len(PROMPTS[0]))
+    frames = 1 + 2 + len(plan.decode) + 2  # the beginning, lengths, blocks, the first token
+    assert report.header_bytes == HEADER * frames + 4 * 8
+    ours.close()
+    theirs.close()
 
 
 # Over two processes
@@ -236,6 +286,23 @@ def test_a_dead_decode_worker_is_told_to_its_requests_and_the_next_are_served(
     assert after.tokens == alone(pair, PROMPTS[1], 6)
 
 
+def test_a_worker_that_cannot_even_start_is_not_started_again(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Stage] = []
+    start = Crew.start
+
+    def killed(crew: Crew, stage: Stage) -> None:
+        start(crew, stage)
+        started.append(stage)
+        pid = crew.pid("decode") if stage == "decode" else None
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Crew, "start", killed)
+    with pytest.raises(RuntimeError, match="The decode worker failed: it died without a word"), Engine(export):
+        pass
+    assert started == ["prefill", "decode"]
+
+
 def test_a_foreign_connection_is_refused_and_disturbs_nobody(engine: Engine, pair: InProcessPair) -> None:
     address = engine._address
     assert address is not None
@@ -259,7 +326,7 @@ def test_a_damaged_checkpoint_is_named(export: Path, tmp_path: Path) -> None:
     shutil.copytree(export, broken)
     file = next((broken / "decode").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:8] + b"x" * (file.stat().st_size - 8))
-    with pytest.raises(UserError, match=r"The decode worker failed: .*safetensors cannot be used"), Engine(broken):
+    with pytest.raises(UserError, match=r"The decode worker refused: .*safetensors cannot be used"), Engine(broken):
         pass
 
 

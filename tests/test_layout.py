@@ -119,7 +119,7 @@ def test_what_other_tools_read_imports_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["serving.generate", "serving.runtime"])
+@pytest.mark.parametrize("module", ["serving.generate", "serving.engine.engine", "serving.engine.response"])
 def test_the_parent_of_the_workers_imports_no_model_and_no_training(module: str) -> None:
     heavy = ("transformers", "lightning", "datasets")
     code = f"import sys, pdtrim_pl.{module}; sys.exit(any(name in sys.modules for name in {heavy}))"

@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model
 from transformers import AutoTokenizer
@@ -37,11 +35,11 @@ from pdtrim_pl.plan import (
     Width,
     write_manifest,
 )
-from pdtrim_pl.serving import messages as say
+from pdtrim_pl.serving.engine import messages as say
+from pdtrim_pl.serving.engine.engine import Engine
+from pdtrim_pl.serving.engine.frames import FramedLink
+from pdtrim_pl.serving.engine.worker import agree_on_pair
 from pdtrim_pl.serving.exported import ExportedPair
-from pdtrim_pl.serving.handshake import agree_on_pair
-from pdtrim_pl.serving.runtime import DisaggregatedRuntime
-from pdtrim_pl.serving.transport import Link
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 
@@ -180,7 +178,7 @@ def test_a_changed_file_is_named_and_accepted_if_a_manifest_is_written(
 ) -> None:
     change(export)
     way = rf".*accept it with `pdtrim export --manifest {export}`"
-    for read in (lambda: load_stage(export, "decode"), lambda: DisaggregatedRuntime(export)):
+    for read in (lambda: load_stage(export, "decode"), lambda: Engine(export)):
         with pytest.raises(ValueError, match=rf"is not the pair that its pair\.json describes\. .*{what}{way}"):
             read()
     if accepted:
@@ -290,33 +288,34 @@ def test_a_damaged_manifest_is_refused_with_the_way_out(change: Change, fault: s
 # The workers
 
 
-@pytest.fixture(scope="module")
-def links() -> Iterator[dict[str, Link]]:
-    """Both ends of a real gloo connection between two threads."""
-    store = dist.HashStore()
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        opened = [threads.submit(dist.ProcessGroupGloo, store, rank, 2, timedelta(seconds=30)) for rank in (0, 1)]
-        groups: list[Any] = [end.result() for end in opened]
-        yield {stage: Link(group, stage, torch.device("cpu")) for stage, group in zip(STAGES, groups, strict=True)}
+@pytest.fixture
+def links(sound: Path) -> Iterator[dict[str, FramedLink]]:
+    """Both ends of a connection."""
+    ends = socket.socketpair()
+    yield {
+        stage: FramedLink(end, b"k" * 32, bytes.fromhex(PairManifest.load(sound).id), 2**20)
+        for stage, end in zip(STAGES, ends, strict=True)
+    }
+    for end in ends:
+        end.close()
 
 
-def agree(links: dict[str, Link], prefill: PairManifest, decode: PairManifest) -> list[str]:
+def agree(links: dict[str, FramedLink], prefill: PairManifest, decode: PairManifest) -> list[str]:
     """What each side says, in the order of the stages; nothing if it agrees."""
 
-    def said(link: Link, manifest: PairManifest) -> str:
+    def said(stage: Stage, manifest: PairManifest) -> str:
         try:
-            agree_on_pair(link, manifest)
+            agree_on_pair(links[stage], manifest, first=stage == "prefill")
         except ValueError as error:
             return str(error)
         return ""
 
     with ThreadPoolExecutor(2) as threads:
-        ends = [threads.submit(said, links[stage], own) for stage, own in zip(STAGES, (prefill, decode), strict=True)]
+        ends = [threads.submit(said, stage, own) for stage, own in zip(STAGES, (prefill, decode), strict=True)]
         return [end.result(timeout=30) for end in ends]
 
 
-def test_workers_of_one_pair_agree(links: dict[str, Link], sound: Path) -> None:
+def test_workers_of_one_pair_agree(links: dict[str, FramedLink], sound: Path) -> None:
     assert agree(links, PairManifest.load(sound), PairManifest.load(sound)) == ["", ""]
 
 
@@ -329,7 +328,7 @@ def test_workers_of_one_pair_agree(links: dict[str, Link], sound: Path) -> None:
     ],
 )
 def test_workers_of_different_pairs_refuse_each_other_and_name_what_differs(
-    change: Change, what: str, links: dict[str, Link], sound: Path, export: Path
+    change: Change, what: str, links: dict[str, FramedLink], sound: Path, export: Path
 ) -> None:
     change(export)
     write_manifest(export)
@@ -346,12 +345,12 @@ def test_an_export_that_changes_while_the_workers_start_is_refused(
     """The decode worker is started from another pair than the prefill worker."""
     other_rule(export)
     write_manifest(export)
-    runtime = DisaggregatedRuntime(sound, devices=("cpu", "cpu"), start_timeout=120)
     of_stage = {"prefill": sound, "decode": export}
 
     def spec(stage: Stage, _: Path, *rest: Any) -> say.WorkerSpec:
         return say.WorkerSpec(stage, of_stage[stage], *rest)
 
-    monkeypatch.setattr("pdtrim_pl.serving.workers.say", SimpleNamespace(**{**vars(say), "WorkerSpec": spec}))
-    with pytest.raises(ValueError, match=r"worker refused: The workers hold different pairs, .*the policy"), runtime:
+    monkeypatch.setattr("pdtrim_pl.serving.engine.engine.say", SimpleNamespace(**{**vars(say), "WorkerSpec": spec}))
+    refused = r"worker refused: The workers hold different pairs, .*the policy"
+    with pytest.raises(ValueError, match=refused), Engine(sound):
         pass

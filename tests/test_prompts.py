@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from text_pieces import text_pieces
 from transformers import PreTrainedTokenizerBase
 from wild_tokenizers import TOKENIZERS, byte_level, llama2, word_piece
 
@@ -17,7 +18,6 @@ from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.prompts import chat_text, leading_ids, plain_ids, split_ids
 from pdtrim_pl.data.sources import load_rows
 from pdtrim_pl.serving.generate import decoded, encode_prompt
-from pdtrim_pl.serving.text import text_pieces
 
 LLAMA2_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"

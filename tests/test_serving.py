@@ -6,22 +6,24 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from heard import Heard, together
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import plans, policies
+from text_pieces import text_pieces
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -36,15 +38,19 @@ from pdtrim_pl.plan import (
     KVShape,
     ModelRef,
     Retention,
+    Stage,
     StagePlan,
     handled_positions,
     write_manifest,
 )
+from pdtrim_pl.serving.devices import devices_of
+from pdtrim_pl.serving.engine.engine import Engine
+from pdtrim_pl.serving.engine.frames import FramedLink
+from pdtrim_pl.serving.engine.handover import Handover, HandoverSender, Traffic, receive_handover, wire_dtype
+from pdtrim_pl.serving.engine.requests import Ask, Done, Token
 from pdtrim_pl.serving.generate import encode_prompt, generate_text, stop_ids_of
-from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
 from pdtrim_pl.serving.sampling import Sampling
-from pdtrim_pl.serving.text import CONTEXT, WINDOW, TextStream, text_pieces
-from pdtrim_pl.serving.transport import Handover, HandoverSender, Link, Traffic, receive_handover, wire_dtype
+from pdtrim_pl.serving.text import CONTEXT, WINDOW, TextStream
 from pdtrim_pl.staged import BlockKV, KVCache, Slots, StagedCausalLM
 from pdtrim_pl.staged.decoding import generate
 from pdtrim_pl.staged.description import reference_to
@@ -68,23 +74,24 @@ def no_process_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def wire() -> Iterator[Callable[[Handover, StagePlan, KVRetentionPolicy], tuple]]:
-    """A real gloo connection between two threads: sends a handover and returns what arrived and both sides' counts."""
-    store = dist.HashStore()
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        opened = [threads.submit(dist.ProcessGroupGloo, store, rank, 2, timedelta(seconds=30)) for rank in (0, 1)]
-        ends: list[Any] = [end.result() for end in opened]
-        prefill, decode = Link(ends[0], "prefill", CPU), Link(ends[1], "decode", CPU)
+    """A real connection between two threads: sends a handover and returns what arrived and both sides' counts."""
+    ours, theirs = socket.socketpair()
+    prefill, decode = (FramedLink(end, b"k" * 32, bytes(32), 2**20) for end in (ours, theirs))
+    with ThreadPoolExecutor(1) as thread:
 
         def across(handover: Handover, plan: StagePlan, policy: KVRetentionPolicy) -> tuple:
-            sending = threads.submit(sent, prefill, handover, plan, policy)
+            prefill.begin(1)
+            sending = thread.submit(sent, prefill, handover, plan, policy)
+            decode.next_request()
             arrived, received = receive_handover(decode, plan, policy, CPU)
             return arrived, sending.result(), received
 
         yield across
+    ours.close()
+    theirs.close()
 
 
-def sent(link: Link, handover: Handover, plan: StagePlan, policy: KVRetentionPolicy) -> Traffic:
+def sent(link: FramedLink, handover: Handover, plan: StagePlan, policy: KVRetentionPolicy) -> Traffic:
     """What the prefill worker does with a prompt's whole cache."""
     with HandoverSender(link, plan, policy) as sender:
         sender.begin(handover.cache.lengths)
@@ -201,46 +208,60 @@ def test_two_processes_compute_what_one_does(
 ) -> None:
     staged = student(family, boundary, plan, RULES)
     export = export_pair(staged, tmp_path / "export", tokenizer=None)
-    with torch.no_grad(), DisaggregatedRuntime(export, devices=ON_CPU, start_timeout=120) as runtime:
+    with torch.no_grad(), Engine(export, devices=ON_CPU, start_timeout=120) as engine:
         for seed, (prompts, responses) in enumerate([([9, 1, 5], [4, 6, 1]), ([1], [3]), ([12, 12], [1, 1])]):
             prompt_ids, prompt_mask = padded(prompts, seed=seed, left=True)
             response_ids, response_mask = padded(responses, seed=seed + 9, left=False)
-            found = runtime.forced_logits(prompt_ids, response_ids, prompt_mask, response_mask)
+            rows = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
+            known = [ids[mask].tolist() for ids, mask in zip(response_ids, response_mask, strict=True)]
+            scored = together(engine, [Ask.scoring(*both) for both in zip(rows, known, strict=True)])
             expected = staged.logits(staged(prompt_ids, response_ids, prompt_mask, response_mask).hidden)
-            torch.testing.assert_close(found[response_mask], expected[response_mask], atol=TOLERANCE, rtol=0.0)
-            assert_counts(runtime, staged, prompts, sum(responses))
+            for at, (heard, _) in enumerate(scored):
+                torch.testing.assert_close(heard.logits, expected[at][response_mask[at]], atol=TOLERANCE, rtol=0.0)
+            assert_counts(scored, staged, prompts, responses)
 
             once = generate(staged, prompt_ids, prompt_mask, max_new_tokens=8)
-            assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8).equal(once)
-            stops = [int(once[0, 2])]
+            found = together(engine, [Ask(row, 8) for row in rows])
+            assert [heard.tokens for heard, _ in found] == once.tolist()
+            stops = (int(once[0, 2]),)
             expected_ids = generate(staged, prompt_ids, prompt_mask, max_new_tokens=8, stop_ids=stops)
-            assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8, stop_ids=stops).equal(expected_ids)
-            assert_counts(runtime, staged, prompts, expected_ids.numel())
+            found = together(engine, [Ask(row, 8, stops) for row in rows])
+            assert [heard.tokens for heard, _ in found] == [up_to(stops, row) for row in expected_ids.tolist()]
+            assert_counts(found, staged, prompts, [len(heard.tokens) for heard, _ in found])
 
-            drawn = generate(staged, prompt_ids, prompt_mask, max_new_tokens=8, pick=Sampling(1.5, 20, seed=4).picker())
-            sampling: dict[str, Any] = {"temperature": 1.5, "top_k": 20, "seed": 4}
-            assert runtime.generate(prompt_ids, prompt_mask, max_new_tokens=8, **sampling).equal(drawn)
+            sampling = Sampling(1.5, 20, seed=4)
+            for row, (heard, _) in zip(
+                rows, together(engine, [Ask(row, 8, (), sampling) for row in rows]), strict=True
+            ):
+                drawn = generate(staged, torch.tensor([row]), max_new_tokens=8, pick=sampling.picker())
+                assert heard.tokens == drawn[0].tolist()
 
-            alone = prompt_ids[0][prompt_mask[0]]
-            row = generate(staged, alone[None], max_new_tokens=30)[0].tolist()
-            stream = runtime.stream(alone, max_new_tokens=30)
-            assert [next(stream), next(stream)] == row[:2]
-            with pytest.raises(RuntimeError, match="one request at a time"):
-                list(runtime.stream(alone, max_new_tokens=1))
+            whole = generate(staged, torch.tensor(rows[:1]), max_new_tokens=30)[0].tolist()
+            stream, another = engine.events(Ask(rows[0], 30)), engine.events(Ask(rows[0], 1))
+            assert [next(stream), next(stream)] == [Token(token) for token in whole[:2]]
+            assert list(another) == [Token(whole[0]), Done("length")]
             stream.close()
-            assert runtime.stats is not None
-            assert runtime.stats.new_tokens == 2
-            assert list(runtime.stream(alone.tolist(), max_new_tokens=30)) == row
+            assert list(engine.events(Ask(rows[0], 30))) == [*map(Token, whole), Done("length")]
 
 
-def assert_counts(runtime: DisaggregatedRuntime, staged: StagedCausalLM, prompts: list[int], new: int) -> None:
+def up_to(stops: tuple[int, ...], row: list[int]) -> list[int]:
+    """A row without the stop tokens that it repeats."""
+    return row[: next((at for at, token in enumerate(row) if token in stops), len(row)) + 1]
+
+
+def assert_counts(
+    answers: list[tuple[Heard, Done]], staged: StagedCausalLM, prompts: list[int], new: list[int]
+) -> None:  # fmt: skip
     """The bytes counted on the wire are those that the policy announces."""
-    stats, policy = runtime.stats, staged.policy
-    assert stats is not None
+    policy, first = staged.policy, staged.plan.boundary == "prefill"
     assert policy is not None
-    assert (stats.prompt_tokens, stats.new_tokens) == (sum(prompts), new)
-    assert stats.kv_bytes == sum(policy.sent_bytes(staged.plan, length) for length in prompts)
-    assert stats.full_bytes == sum(policy.full_bytes(staged.plan, length) for length in prompts)
+    for (_, done), prompt, count in zip(answers, prompts, new, strict=True):
+        stats = done.stats
+        assert stats is not None
+        assert (stats.prompt_tokens, stats.new_tokens) == (prompt, count)
+        assert stats.kv_bytes == policy.sent_bytes(staged.plan, prompt)
+        assert stats.full_bytes == policy.full_bytes(staged.plan, prompt)
+        assert stats.decode_steps == count - first, "prefill chooses the first token"
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +285,22 @@ def test_generate_prints_the_text_alone_and_figures_apart(
     assert out.getvalue() == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
     assert f"prompt   {prompt_ids.shape[1]} tokens\nnew      {len(ids)} tokens\nKV sent  " in err.getvalue()
     assert capfd.readouterr().out == ""
+
+
+def test_a_stop_string_ends_the_text_and_the_figures_count_what_came(text_pair: tuple[Path, StagedCausalLM]) -> None:
+    whole, err = io.StringIO(), io.StringIO()
+    generate_text(text_pair[0], "Hi", max_new_tokens=40, device="cpu", out=whole, err=err)
+    text = whole.getvalue()[:-1]
+    stop = text[len(text) // 2]
+    assert text.index(stop) > 0
+    out, err = io.StringIO(), io.StringIO()
+    generate_text(text_pair[0], "Hi", max_new_tokens=40, stop=[stop], device="cpu", out=out, err=err)
+    assert out.getvalue() == text[: text.index(stop)] + "\n"
+    counted = re.search(
+        r"prompt   2 tokens\nnew      (\d+) tokens\nKV sent  .*\nprefill  .*\ndecode   .* ms", err.getvalue()
+    )
+    assert counted is not None
+    assert 1 < int(counted[1]) <= 40
 
 
 def test_a_chat_prompt_is_one_user_turn_and_the_generation_config_says_where_to_stop(
@@ -344,44 +381,24 @@ def test_generate_refuses_what_it_cannot_serve(text_pair: tuple[Path, StagedCaus
     refused("`device` is 'abacus'", device="abacus", max_new_tokens=9)
 
 
-def test_a_request_that_cannot_be_served_is_refused_before_it_reaches_a_worker(
-    text_pair: tuple[Path, StagedCausalLM],
-) -> None:
-    runtime = DisaggregatedRuntime(text_pair[0], devices=ON_CPU)
-    ids, mask = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[1, 1], [1, 0]])
-    with pytest.raises(ValueError, match="`prompt_mask` has padding elsewhere than on the left"):
-        runtime.generate(ids, mask, max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"`prompt_mask` must .* leave every row a token"):
-        runtime.generate(ids, torch.zeros_like(ids), max_new_tokens=1)
-    with pytest.raises(ValueError, match="`response_mask` has padding elsewhere than on the right"):
-        runtime.forced_logits(ids, ids, response_mask=mask.flip(1))
-    with pytest.raises(ValueError, match=r"`prompt_ids` has 259, outside this model's vocabulary 0\.\.258"):
-        list(runtime.stream([259], max_new_tokens=1))
-    with pytest.raises(ValueError, match="`prompt_ids` must be whole numbers"):
-        list(runtime.stream([], max_new_tokens=1))
-    with pytest.raises(RuntimeError, match="use the runtime in a `with` block"):
-        list(runtime.stream([5], max_new_tokens=1))
-
-
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
-def test_a_worker_that_dies_ends_the_request_with_one_error(text_pair: tuple[Path, StagedCausalLM], stage: str) -> None:
-    def use_up(stream: Iterator[int]) -> None:
-        while True:
-            list(stream)
-            stream = runtime.stream([5, 6, 7], max_new_tokens=6)
-
-    with DisaggregatedRuntime(text_pair[0], devices=ON_CPU, start_timeout=120) as runtime:
-        stream = runtime.stream([5, 6, 7], max_new_tokens=6)
-        next(stream)
-        (process,) = (child for child in multiprocessing.active_children() if child.name == f"pdtrim {stage}")
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGSTOP)  # so that the other worker waits for it when it dies
-        Timer(0.5, os.kill, (process.pid, signal.SIGKILL)).start()
-        with pytest.raises(RuntimeError, match=rf"The {stage} worker died without a word \(exit code -9\)"):
-            use_up(stream)
-        assert not multiprocessing.active_children()
-        with pytest.raises(RuntimeError, match="The workers are not running"):
-            next(runtime.stream([5], max_new_tokens=1))
+def test_a_worker_that_dies_ends_the_request_with_one_error(
+    text_pair: tuple[Path, StagedCausalLM], stage: Stage
+) -> None:
+    with Engine(text_pair[0], devices=ON_CPU, start_timeout=120) as engine:
+        assert Heard(engine, Ask([5, 6, 7], 2)).end() == Done("length")
+        process = engine._crew.pid(stage)
+        assert process is not None
+        os.kill(process, signal.SIGSTOP)  # so that the other worker waits for it when it dies
+        heard = Heard(engine, Ask([5, 6, 7], 6))
+        Timer(0.5, os.kill, (process, signal.SIGKILL)).start()
+        done = heard.end()
+        assert f"The {stage} worker failed: it died without a word (exit code -9)" in done.message
+        with pytest.raises(RuntimeError, match="Exit code -9 often means that memory ran out"):
+            done.raise_fault()
+    assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="use it in a `with` block"):
+        next(engine.events(Ask([5], 1)))
 
 
 def test_a_damaged_checkpoint_is_named_when_the_workers_start(
@@ -394,7 +411,7 @@ def test_a_damaged_checkpoint_is_named_when_the_workers_start(
     write_manifest(damaged)
     with (
         pytest.raises(ValueError, match=r"The decode worker refused: .*model\.safetensors cannot be used"),
-        DisaggregatedRuntime(damaged, devices=ON_CPU, start_timeout=120),
+        Engine(damaged, devices=ON_CPU, start_timeout=120),
     ):
         pass
 
@@ -402,7 +419,7 @@ def test_a_damaged_checkpoint_is_named_when_the_workers_start(
 def test_workers_that_take_too_long_to_start_are_ended(text_pair: tuple[Path, StagedCausalLM]) -> None:
     with (
         pytest.raises(RuntimeError, match=r"did not start within 0\.01 s .* Raise `start_timeout`"),
-        DisaggregatedRuntime(text_pair[0], devices=ON_CPU, start_timeout=0.01),
+        Engine(text_pair[0], devices=ON_CPU, start_timeout=0.01),
     ):
         pass
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pdtrim_pl.errors import UserError
@@ -24,7 +23,8 @@ from pdtrim_pl.evaluation.timing import Timing, measure_timing
 from pdtrim_pl.export.load import load_plan_and_policy, load_stage
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, PairManifest, Stage, StagePlan
-from pdtrim_pl.serving.runtime import DisaggregatedRuntime
+from pdtrim_pl.serving.engine.engine import Engine
+from pdtrim_pl.serving.engine.requests import Ask, Done
 from pdtrim_pl.sizing.cost import CostModel
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -102,7 +102,7 @@ def bench(export: Path, *, model: str | None = None, device: str = "cpu", load: 
             "ms": {f"{rate:g} Gbit/s": [size * 8 / rate / 1e6 for size in (full, sent)] for rate in load.links},
         },
         "memory": {"dense": _parameter_bytes(dense), **{stage: _parameter_bytes(halves[stage]) for stage in STAGES}},
-        "two_processes": _two_processes(export, device, longest[:1, :prompt], load),
+        "two_processes": _two_processes(export, device, longest[0, :prompt].tolist(), load),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -180,17 +180,19 @@ def _parameter_bytes(model: StagedCausalLM) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _two_processes(export: Path, device: str, prompt_ids: Tensor, load: Load) -> dict[str, Any]:
+def _two_processes(export: Path, device: str, prompt_ids: list[int], load: Load) -> dict[str, Any]:
     """Whole requests over a prefill and a decode process, as `pdtrim generate` runs them."""
     found: dict[str, list[float]] = {"prefill_ms": [], "transfer_ms": [], "decode_ms": []}
-    with DisaggregatedRuntime(export, devices=(device, device)) as runtime:
+    with Engine(export, devices=(device, device), max_batch=1) as engine:
         for turn in range(load.repeats + 1):
-            runtime.generate(prompt_ids.cpu(), max_new_tokens=load.new_tokens)
-            stats = runtime.stats
+            *_, done = engine.events(Ask(prompt_ids, load.new_tokens))
+            assert isinstance(done, Done)
+            done.raise_fault()
+            stats = done.stats
             assert stats is not None
             if turn > 0:
                 seconds = (stats.prefill_seconds, stats.transfer_seconds, stats.decode_seconds)
                 for name, value in zip(found, seconds, strict=True):
                     found[name].append(1e3 * value)
     figures = {name: spread(values) for name, values in found.items()}
-    return {"prompt_tokens": prompt_ids.shape[1], "new_tokens": load.new_tokens, **figures}
+    return {"prompt_tokens": len(prompt_ids), "new_tokens": load.new_tokens, **figures}

@@ -11,12 +11,11 @@ from pdtrim_pl.data.prompts import chat_text, joined_stop_ids, plain_ids, prompt
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan.json_files import read_json
 from pdtrim_pl.serving.exported import ExportedPair
-from pdtrim_pl.serving.text import text_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pdtrim_pl.serving.requests import RequestStats
+    from pdtrim_pl.serving.engine.requests import RequestStats
 
 
 def generate_text(
@@ -36,7 +35,7 @@ def generate_text(
         top_p: sample among the most likely tokens that together reach this probability.
         seed: of the sampling.
         stop: texts that end the response; they are not written.
-        device: see `pdtrim_pl.serving.runtime.devices_of`.
+        device: see `pdtrim_pl.serving.devices.devices_of`.
         verify: compare the hashes of the weights with `pair.json` first; reads all of them once more.
         out: receives the text and a final newline.
         err: receives the figures.
@@ -58,26 +57,30 @@ def generate_text(
     pair.check_prompt(len(ids), max_new_tokens)
 
     from pdtrim_pl.models.loading import warn_of_slow_bf16
-    from pdtrim_pl.serving.runtime import DisaggregatedRuntime, devices_of
+    from pdtrim_pl.serving.devices import devices_of
+    from pdtrim_pl.serving.engine.engine import Engine
+    from pdtrim_pl.serving.engine.requests import Ask
+    from pdtrim_pl.serving.engine.response import Ended, Heard, Response
     from pdtrim_pl.serving.sampling import Sampling
 
-    Sampling(temperature, top_k, seed, top_p)  # refuses a wrong setting before the workers start
+    sampling = Sampling(temperature, top_k, seed, top_p)  # refuses a wrong setting before the workers start
+    ask = Ask(ids, max_new_tokens, stop_ids_of(pair.path, tokenizer), sampling)
     devices = devices_of(device)
     for each in devices:
         warn_of_slow_bf16(each, pair.policy.kv.dtype)  # that of both checkpoints
-    with DisaggregatedRuntime(pair.path, devices=devices) as runtime:
-        stream = runtime.stream(
-            ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids_of(pair.path, tokenizer),
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        )  # fmt: skip
-        for piece in text_pieces(stream, lambda ids: decoded(tokenizer, ids), stop):
-            out.write(piece)
-            out.flush()
-        stream.close()  # a stop string ends the request early
-        out.write("\n")
-        out.flush()
-        assert runtime.stats is not None
-        err.write(figures(runtime.stats))
+    with Engine(pair.path, devices=devices, max_batch=1) as engine:
+        heard = Heard()
+        Response(engine, ask, lambda ids: decoded(tokenizer, ids), stop, heard.put)
+        for event in heard:
+            if isinstance(event, Ended):
+                event.raise_fault()
+                assert event.stats is not None
+                out.write("\n")
+                out.flush()
+                err.write(figures(event.stats))
+            else:
+                out.write(event)
+                out.flush()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from pdtrim_pl.errors import UserError
 
@@ -70,18 +70,6 @@ class TextStream:
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def text_pieces(ids: Iterable[int], decode: Decode, stop: Sequence[str] = ()) -> Iterator[str]:
-    """The text of token ids, piece by piece, see `TextStream`. Reads no more ids after a stop string."""
-    stream = TextStream(decode, stop)
-    for token in ids:
-        if piece := stream.add(token):
-            yield piece
-        if stream.stopped:
-            return
-    if piece := stream.end():
-        yield piece
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -17,7 +17,8 @@ from pdtrim_pl.export.pair import export_pair
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.plan import Codec, KVRetentionPolicy, Retention, StagePlan
 from pdtrim_pl.plan.stages import Boundary
-from pdtrim_pl.serving.runtime import DisaggregatedRuntime
+from pdtrim_pl.serving.engine.engine import Engine
+from pdtrim_pl.serving.engine.requests import Ask, Done, Token
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 
@@ -62,14 +63,16 @@ def make(folder: Path, boundary: Boundary) -> list[dict]:
     policy = KVRetentionPolicy(boundary, kv_shape_of(model), RULES)
     export = export_pair(StagedCausalLM(model, plan, policy), folder / "pair", tokenizer=tokenizer)
     found = []
-    with DisaggregatedRuntime(export, devices=("cpu", "cpu")) as runtime:
+    with Engine(export) as engine:
         for text in prompts():
             ids = tokenizer(text)["input_ids"]
-            tokens = list(runtime.stream(ids, max_new_tokens=NEW_TOKENS))
-            assert runtime.stats is not None
+            *events, done = engine.events(Ask(ids, NEW_TOKENS))
+            tokens = [event.id for event in events if isinstance(event, Token)]
+            assert isinstance(done, Done)
+            assert done.stats is not None
             found.append({
                 "prompt": text, "prompt_ids": ids, "tokens": tokens, "text": tokenizer.decode(tokens),
-                "kv_bytes": policy.sent_bytes(plan, len(ids)), "sent_bytes": runtime.stats.kv_bytes,
+                "kv_bytes": policy.sent_bytes(plan, len(ids)), "sent_bytes": done.stats.kv_bytes,
             })  # fmt: skip
     return found
 

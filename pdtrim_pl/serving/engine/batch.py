@@ -91,6 +91,8 @@ class RunningBatch:
 
 def merged(caches: Sequence[KVCache]) -> KVCache:
     """One cache with the rows of several, which have entries for the same blocks. Shorter ones get invalid entries."""
+    if len(caches) == 1:
+        return caches[0]
     shared: dict[tuple[int, ...], Slots] = {}
     blocks: dict[int, BlockKV] = {}
     for index in caches[0].blocks:

@@ -20,7 +20,8 @@ from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.serving.engine import messages as say
 from pdtrim_pl.serving.engine.crew import Crew
 from pdtrim_pl.serving.engine.frames import check_host
-from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Listener, Overloaded, Reason, Running, Token
+from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Listener, Overloaded, Reason, Running
+from pdtrim_pl.serving.engine.running import RunningRequests
 from pdtrim_pl.serving.engine.watch import Watch
 from pdtrim_pl.serving.exported import ExportedPair
 
@@ -71,8 +72,8 @@ class Engine:
         self._lock = threading.Lock()
         self._new: deque[Running] = deque()
         self._cancelled: set[int] = set()
-        self._running: dict[int, Running] = {}
-        self._deaths = dict.fromkeys(STAGES, 0)
+        self._running = RunningRequests(self.pair, self.watch)
+        self._deaths = dict.fromkeys(STAGES, RESTARTS - 1)  # a worker that cannot even start is not started again
         self._connected = threading.Event()
         self._address: say.Address | None = None
         self._ready: set[Stage] = set()
@@ -89,7 +90,10 @@ class Engine:
         try:
             self._connected.wait(self._start_timeout)
             if self._fault is not None or not self._connected.is_set():
-                raise self._fault or RuntimeError(f"The workers did not start within {self._start_timeout:g} s.")
+                raise self._fault or RuntimeError(
+                    f"The workers did not start within {self._start_timeout:g} s and were ended. Raise `start_timeout` "
+                    "if loading takes longer."
+                )
         except BaseException:
             self.close()
             raise
@@ -130,12 +134,15 @@ class Engine:
             RuntimeError: the engine does not run.
         """
         self.pair.check_prompt(len(ask.prompt_ids), ask.max_new_tokens)
-        if outside := [token for token in ask.prompt_ids if not 0 <= token < self.pair.vocabulary]:
-            raise UserError(f"`prompt` has token {outside[0]}, outside the vocabulary 0..{self.pair.vocabulary - 1}.")
+        for name, ids in (("prompt", ask.prompt_ids), ("response", ask.forced or ())):
+            if outside := [token for token in ids if not 0 <= token < self.pair.vocabulary]:
+                raise UserError(
+                    f"`{name}` has token {outside[0]}, outside the vocabulary 0..{self.pair.vocabulary - 1}."
+                )
         with self._lock:
             if self._over or not self._thread.is_alive():
                 raise self._fault or RuntimeError("The engine does not run: use it in a `with` block.")
-            waiting = len(self._new) + sum(each.state == "waiting" for each in self._running.values())
+            waiting = len(self._new) + self._running.count("waiting")
             if waiting >= self._max_waiting:
                 self.watch.refused()
                 raise Overloaded(f"{waiting} requests wait, as many as `max_waiting` allows: try again later.")
@@ -174,48 +181,50 @@ class Engine:
         message = str(self._fault or "The engine was closed.")
         with self._lock:
             self._over = True
-            left = [*self._running.values(), *self._new]
+            left = [*self._running, *self._new]
             self._new.clear()
         for running in left:
-            self._end(running, "error" if self._fault else "cancelled", message)
+            self._running.end(running, "error" if self._fault else "cancelled", message)
 
     def _turn(self) -> None:
-        nearest = min((each.ends_at for each in self._running.values()), default=float("inf"))
+        nearest = min((each.ends_at for each in self._running), default=float("inf"))
         timeout = None if nearest == float("inf") else max(nearest - time.monotonic(), 0.0)
         for ready in wait([self._ends[0], *self._crew.pipes.values()], timeout):
             if ready == self._ends[0]:
                 os.read(self._ends[0], 4096)
                 continue
-            self._hear(next(stage for stage, pipe in self._crew.pipes.items() if pipe is ready))
+            for stage in [each for each, pipe in self._crew.pipes.items() if pipe is ready]:
+                self._hear(stage)
         self._take_up()
-        for running in [each for each in self._running.values() if each.ends_at <= time.monotonic()]:
-            self._stop(running, "deadline", f"The time of {running.ask.deadline:g} s is over.")
+        for running in self._running:
+            if running.ends_at <= time.monotonic():
+                self._stop(running, "deadline", f"The time of {running.ask.deadline:g} s is over.")
         self._dispatch()
 
     def _take_up(self) -> None:
         with self._lock:
             while self._new:
-                running = self._new.popleft()
-                self._running[running.number] = running
+                self._running.add(self._new.popleft())
             cancelled, self._cancelled = self._cancelled, set()
-            found = [self._running[number] for number in cancelled if number in self._running]
-        for running in found:
-            self._stop(running, "cancelled")
+        for number in cancelled:
+            if (running := self._running.find(number)) is not None:
+                self._stop(running, "cancelled")
 
     def _dispatch(self) -> None:
         """Give prefill the next prompt, if it is free and decode has room. Prompts go one at a time, in order."""
-        states = [running.state for running in self._running.values()]
+        states = [running.state for running in self._running]
         self.watch.queued(states.count("waiting"), states.count("decode"))
         if not self._connected.is_set() or "prefill" in states or states.count("decode") >= self._most:
             return
-        running = next((each for each in self._running.values() if each.state == "waiting"), None)
+        running = next((each for each in self._running if each.state == "waiting"), None)
         if running is None:
             return
-        ask, running.state = running.ask, "prefill"
+        ask, running.state, running.reporting = running.ask, "prefill", True
         handled = len(ask.prompt_ids) - (self.pair.plan.boundary == "decode")
-        expect = say.Expect(running.number, handled, ask.max_new_tokens, ask.stop_ids, ask.sampling)
+        expect = say.Expect(running.number, handled, ask.max_new_tokens, ask.stop_ids, ask.sampling, ask.forced)
+        with_logits = ask.forced is not None and self.pair.plan.boundary == "prefill"
         self._crew.tell("decode", expect)
-        self._crew.tell("prefill", say.Encode(running.number, ask.prompt_ids, ask.sampling))
+        self._crew.tell("prefill", say.Encode(running.number, ask.prompt_ids, ask.sampling, with_logits))
 
     def _hear(self, stage: Stage) -> None:
         """Read one report of a worker; or start it again, if it has died."""
@@ -224,17 +233,13 @@ class Engine:
             self._died(stage)
             return
         if isinstance(report, say.Tokens):
-            for number, token in report.tokens:
-                if (running := self._running.get(number)) is not None:
-                    self._token(running, token, ended=number in report.ended)
+            self._running.tokens(report)
+        elif isinstance(report, say.Logits):
+            self._running.logits(report)
         elif isinstance(report, say.Encoded):
-            self.watch.encoded(report.kv_bytes, report.header_bytes, report.seconds)
-            if (running := self._running.get(report.request)) is not None:
-                running.state = "decode"
+            self._running.encoded(report)
         elif isinstance(report, say.Lost):
-            self.watch.lost()
-            if report.request is not None and (running := self._running.get(report.request)) is not None:
-                self._stop(running, "error", f"The {stage} worker lost the request: {report.message}")
+            self._lost(stage, report)
         elif isinstance(report, say.Failed):
             self._died(stage, report)
         elif isinstance(report, say.Ready):
@@ -251,45 +256,40 @@ class Engine:
             assert self._address is not None
             self._crew.tell("prefill", say.Connect(self._address))
 
-    def _token(self, running: Running, token: int, *, ended: bool) -> None:
-        now = time.monotonic()
-        running.state = "decode"  # its first token may come before prefill's own report
-        if running.first is None:
-            running.first = now
-            self.watch.first_token(now - running.began)
-        running.tokens += 1
-        running.tell(Token(token))
-        if ended:
-            self._end(running, "stop" if token in running.ask.stop_ids else "length")
+    def _lost(self, stage: Stage, report: say.Lost) -> None:
+        self.watch.lost()
+        other: Stage = "decode" if stage == "prefill" else "prefill"
+        if self._running.find(report.request) is not None and self._crew.dead(other):
+            died = self._deaths[other]
+            while self._deaths[other] == died:  # that is why: hear what it said last, and of its end
+                self._hear(other)
+        if (running := self._running.find(report.request)) is not None:
+            running.reporting &= stage != "prefill"
+            self._stop(running, "error", f"The {stage} worker lost the request: {report.message}")
 
     def _stop(self, running: Running, reason: Reason, message: str = "") -> None:
         """End a request before its response has ended."""
-        if running.state != "waiting":
+        if running.over is None and running.state != "waiting":
             self._crew.tell("decode", say.Forget(running.number))
-        self._end(running, reason, message)
-
-    def _end(self, running: Running, reason: Reason, message: str = "") -> None:
-        with self._lock:
-            self._running.pop(running.number, None)
-        self.watch.ended(running, reason)
-        running.tell(Done(reason, message))
+        self._running.finish(running, reason, message)
 
     def _died(self, stage: Stage, report: say.Failed | None = None) -> None:
         """Tell whose requests died with a worker, and start it again. The others go on."""
-        code = self._crew.bury(stage)
-        cause = report.message if report is not None else f"it died without a word (exit code {code})"
+        error = self._crew.bury(stage, report)
         self._connected.clear()
         self._ready.discard(stage)
         hit = ("prefill",) if stage == "prefill" else ("prefill", "decode")
-        for running in [each for each in self._running.values() if each.state in hit]:
-            if stage == "prefill":
-                self._crew.tell("decode", say.Forget(running.number))
-            self._end(running, "error", f"The {stage} worker failed: {cause}")
+        for running in self._running:
+            if running.state in hit:
+                if stage == "prefill":
+                    self._crew.tell("decode", say.Forget(running.number))
+                self._running.end(running, "error", str(error))
+            elif stage == "prefill":
+                self._running.reported(running)
         self._deaths[stage] += 1
         self.watch.restarted()
-        setting = report is not None and report.setting
-        if setting or self._deaths[stage] >= RESTARTS:
-            self._fault = (UserError if setting else RuntimeError)(f"The {stage} worker failed: {cause}")
+        if isinstance(error, UserError) or self._deaths[stage] >= RESTARTS:
+            self._fault = error
             return
         self._crew.start(stage)
 

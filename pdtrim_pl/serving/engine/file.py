@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import queue
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,11 +12,11 @@ from typing import Any, TextIO
 from pdtrim_pl.data.chats import chat_ids
 from pdtrim_pl.data.files import read_lines
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.serving.devices import devices_of
 from pdtrim_pl.serving.engine.engine import Engine
 from pdtrim_pl.serving.engine.requests import Ask
-from pdtrim_pl.serving.engine.response import Ended, Response
+from pdtrim_pl.serving.engine.response import Ended, Heard, Response
 from pdtrim_pl.serving.generate import decoded, encode_prompt, load_export_tokenizer, stop_ids_of
-from pdtrim_pl.serving.runtime import devices_of
 from pdtrim_pl.serving.sampling import Sampling
 
 
@@ -60,13 +59,13 @@ def generate_file(export: Path, prompts: Path, settings: FileSettings, *, device
         for ids in asked:
             engine.pair.check_prompt(len(ids), settings.max_new_tokens)
 
-        def started(ids: list[int]) -> _Heard:
+        def started(ids: list[int]) -> Heard:
             ask = Ask(ids, settings.max_new_tokens, stop_ids, settings.sampling, settings.deadline)
-            heard = _Heard()
+            heard = Heard()
             Response(engine, ask, lambda tokens: decoded(tokenizer, tokens), settings.stop, heard.put)
             return heard
 
-        running: deque[_Heard] = deque()
+        running: deque[Heard] = deque()
         for ids in asked:
             if len(running) == most:
                 _write(running.popleft(), out)
@@ -75,22 +74,7 @@ def generate_file(export: Path, prompts: Path, settings: FileSettings, *, device
             _write(heard, out)
 
 
-class _Heard:
-    """What is told of one response."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[str | Ended] = queue.SimpleQueue()
-        self.put = self._queue.put
-
-    def __iter__(self) -> Iterator[str | Ended]:
-        while True:
-            event = self._queue.get()
-            yield event
-            if isinstance(event, Ended):
-                return
-
-
-def _write(heard: _Heard, out: TextIO) -> None:
+def _write(heard: Heard, out: TextIO) -> None:
     *pieces, end = heard
     assert isinstance(end, Ended)
     row: dict[str, Any] = {"text": "".join(map(str, pieces)), "tokens": end.tokens, "finish_reason": end.reason}

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.serving.hosts import SECRET_VARIABLE, is_loopback
-from pdtrim_pl.serving.transport import LinkError
 
 MAGIC, VERSION = b"PDTK", 1
 FIELDS = struct.Struct("<4sHHQIIQ32s")
@@ -32,6 +31,10 @@ KINDS: dict[str, int] = {"hello": 1, "begin": 2, "data": 3}
 Kind = Literal["hello", "begin", "data"]
 SILENCE = 60.0
 """Seconds without a byte after which a transfer that has begun is given up."""
+
+
+class LinkError(RuntimeError):
+    """The other worker cannot be reached."""
 
 
 class TransferRefused(LinkError):
@@ -91,14 +94,16 @@ class FramedLink:
         largest: most bytes of one piece of data.
     """
 
-    device = torch.device("cpu")
-    """Where a tensor lies to be sent."""
-
     def __init__(self, connection: socket.socket, key: bytes, pair: bytes, largest: int) -> None:
         self.connection, self.key, self.pair, self.largest = connection, key, pair, largest
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._request, self._place = 0, 0
+
+    @property
+    def framing_bytes(self) -> int:
+        """Bytes of the frames' own headers that the request on its way has had so far."""
+        return self._place * HEADER
 
     def close(self) -> None:
         """End the connection."""
@@ -140,7 +145,7 @@ class FramedLink:
 
     def send(self, tensor: Tensor) -> int:
         """Send a tensor and return its bytes."""
-        raw = tensor.to(self.device).contiguous().view(-1).view(torch.uint8)
+        raw = tensor.cpu().contiguous().view(-1).view(torch.uint8)
         if raw.numel():
             self._send("data", raw.numpy().data)
         return raw.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pdtrim_pl.plan import Stage
 from pdtrim_pl.serving.sampling import Sampling
@@ -40,11 +41,13 @@ class Encode:
     request: int
     prompt_ids: list[int]
     sampling: Sampling
+    with_logits: bool
+    """Hand over the logits of the first response token too."""
 
 
 @dataclass(frozen=True)
 class Expect:
-    """To decode: a prompt will arrive; generate from it."""
+    """To decode: a prompt will arrive; generate from it, or compute the logits of a known response."""
 
     request: int
     handled: int
@@ -52,6 +55,8 @@ class Expect:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     sampling: Sampling
+    forced: tuple[int, ...] | None
+    """The known response; None to generate one."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class Encoded:
     kv_bytes: int
     header_bytes: int
     seconds: float
+    """Time of the prefill pass. Blocks are encoded and sent meanwhile."""
+    transfer_seconds: float
+    """Time from the end of the pass until the last byte was sent."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,20 @@ class Tokens:
     """Request and token id."""
     ended: list[int]
     """Requests of which this was the last token."""
+    seconds: float | None
+    """Time of the decode step; None for tokens that prefill chose."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """From decode: the logits of a known response."""
+
+    request: int
+    values: Any
+    """A float32 array [R, V]."""
+    steps: int
+    """Tokens that were fed to decode."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -112,4 +134,4 @@ class Failed:
 
 
 Command = Connect | Encode | Expect | Forget
-Report = Ready | Connected | Encoded | Tokens | Lost | Failed
+Report = Ready | Connected | Encoded | Tokens | Logits | Lost | Failed

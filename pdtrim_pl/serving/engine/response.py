@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import queue
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pdtrim_pl.serving.engine.engine import Engine
-from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Reason, Token
+from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Token
 from pdtrim_pl.serving.text import Decode, TextStream
 
 
 @dataclass(frozen=True)
-class Ended:
+class Ended(Done):
     """The end of a response."""
 
-    reason: Reason
-    tokens: int
+    tokens: int = 0
     """Tokens of the response, the stop token included."""
-    message: str = ""
-    """What went wrong, if something did."""
 
 
 class Response:
@@ -42,7 +40,6 @@ class Response:
         self._engine, self._tell = engine, tell
         self._text = TextStream(decode, stop)
         self._tokens = 0
-        self._over = False
         self._number: int | None = None
         self._number = engine.submit(ask, self._hear)
         if self._text.stopped:  # it stopped before it had a number
@@ -54,23 +51,35 @@ class Response:
         self._engine.cancel(self._number)
 
     def _hear(self, event: Event) -> None:
-        if self._over:
-            return
         if isinstance(event, Token):
+            if self._text.stopped:  # tokens that were on their way
+                return
             self._tokens += 1
             self._say(self._text.add(event.id))
+            if self._text.stopped and self._number is not None:
+                self._engine.cancel(self._number)
+        elif isinstance(event, Done):
+            self._say(self._text.end())
             if self._text.stopped:
-                self._end(Done("stop"))
-                if self._number is not None:
-                    self._engine.cancel(self._number)
-            return
-        self._say(self._text.end())
-        self._end(event)
+                self._tell(Ended("stop", stats=event.stats, tokens=self._tokens))
+            else:
+                self._tell(Ended(event.reason, event.message, event.stats, self._tokens))
 
     def _say(self, piece: str) -> None:
         if piece:
             self._tell(piece)
 
-    def _end(self, done: Done) -> None:
-        self._over = True
-        self._tell(Ended(done.reason, self._tokens, done.message))
+
+class Heard:
+    """Collects what is told of one response. It is an iterator over the pieces of text; the last item is the end."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[str | Ended] = queue.SimpleQueue()
+        self.put = self._queue.put
+
+    def __iter__(self) -> Iterator[str | Ended]:
+        while True:
+            event = self._queue.get()
+            yield event
+            if isinstance(event, Ended):
+                return

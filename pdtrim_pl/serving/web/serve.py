@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.serving.devices import devices_of
 from pdtrim_pl.serving.engine.engine import Engine
 from pdtrim_pl.serving.engine.frames import check_host
 from pdtrim_pl.serving.generate import load_export_tokenizer, stop_ids_of
 from pdtrim_pl.serving.hosts import shared_secret
-from pdtrim_pl.serving.runtime import devices_of
 
 
 @contextmanager

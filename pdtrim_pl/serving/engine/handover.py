@@ -1,4 +1,4 @@
-"""The handover of a prompt from the prefill worker to the decode worker, over torch.distributed.
+"""The handover of a prompt from the prefill worker to the decode worker, block by block.
 
 Only real entries cross, no padding. Their positions follow from the rows' lengths, the policy and the plan, which both
 workers have.
@@ -12,24 +12,16 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pdtrim_pl.models.loading import TORCH_DTYPES
-from pdtrim_pl.plan import NO_CODEC, STAGES, KVRetentionPolicy, Retention, Stage, StagePlan
+from pdtrim_pl.plan import NO_CODEC, KVRetentionPolicy, Retention, StagePlan
+from pdtrim_pl.serving.engine.frames import FramedLink
 from pdtrim_pl.staged.cache import BlockKV, KVCache, Slots, keeper
 from pdtrim_pl.wire.packing import unpacked
-
-RANKS: dict[Stage, int] = {"prefill": 0, "decode": 1}
-
-
-class LinkError(RuntimeError):
-    """The other worker cannot be reached."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,83 +47,6 @@ class Traffic:
     """Of the sender: time that the transfer took after prefill was done. Of the receiver: from first to last byte."""
 
 
-class Wire(Protocol):
-    """What a handover needs of a connection."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where a tensor must lie to be sent."""
-
-    def send(self, tensor: Tensor) -> int:
-        """Send a tensor and return its bytes."""
-
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Receive a tensor of known shape, on `device`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Link:
-    """A worker's end of the wire."""
-
-    group: dist.ProcessGroup
-    stage: Stage
-    device: torch.device
-    """Where a tensor must lie to be sent: the CPU for gloo, the worker's own GPU for nccl."""
-
-    @property
-    def peer(self) -> int:
-        """Rank of the other worker."""
-        return 1 - RANKS[self.stage]
-
-    def send(self, tensor: Tensor) -> int:
-        """Send a tensor and return its bytes."""
-        raw = tensor.to(self.device).contiguous().view(-1).view(torch.uint8)
-        if raw.numel():
-            try:
-                self.group.send([raw], self.peer, 0).wait()
-            except RuntimeError as error:
-                raise LinkError(f"Sending to the other worker failed: {error}") from error
-        return raw.numel()
-
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Receive a tensor of known shape, on `self.device`."""
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        if tensor.numel():
-            try:
-                self.group.recv([tensor.view(-1).view(torch.uint8)], self.peer, 0).wait()
-            except RuntimeError as error:
-                raise LinkError(f"Receiving from the other worker failed: {error}") from error
-        return tensor
-
-
-def open_link(stage: Stage, device: torch.device, backend: str, meeting_point: Path, timeout: timedelta) -> Link:
-    """Connect to the other worker; returns when both are ready.
-
-    Args:
-        stage: which end of the wire this is.
-        device: the worker's device.
-        backend: `gloo`, or `nccl` if each worker has its own GPU.
-        meeting_point: a file that does not exist yet, the same for both workers.
-        timeout: how long to wait for the other worker, now and in every transfer.
-
-    Raises:
-        LinkError: the other worker did not connect.
-    """
-    try:
-        dist.init_process_group(
-            backend,
-            init_method=meeting_point.as_uri(),
-            rank=RANKS[stage],
-            world_size=len(STAGES),
-            timeout=timeout,
-            device_id=device if backend == "nccl" else None,
-        )
-    except RuntimeError as error:
-        raise LinkError(f"The workers did not find each other: {error}") from error
-    assert dist.group.WORLD is not None
-    return Link(dist.group.WORLD, stage, device if backend == "nccl" else torch.device("cpu"))
-
-
 class HandoverSender:
     """Sends a handover while prefill still runs: a thread encodes and sends each block as soon as it is there.
 
@@ -145,7 +60,7 @@ class HandoverSender:
         policy: says which entries of a block cross, and how they are encoded.
     """
 
-    def __init__(self, link: Wire, plan: StagePlan, policy: KVRetentionPolicy) -> None:
+    def __init__(self, link: FramedLink, plan: StagePlan, policy: KVRetentionPolicy) -> None:
         self.link, self.plan, self.policy = link, plan, policy
         self._keep = keeper()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="send")
@@ -197,12 +112,11 @@ class HandoverSender:
         header = self._header + self.link.send(torch.tensor([vocabulary])) + self.link.send(first)
         if logits is not None:
             header += self.link.send(logits.float())
-        settle(self.link.device)
         return Traffic(kv_bytes, header, time.perf_counter() - started)
 
 
 def receive_handover(
-    link: Wire, plan: StagePlan, policy: KVRetentionPolicy, device: torch.device
+    link: FramedLink, plan: StagePlan, policy: KVRetentionPolicy, device: torch.device
 ) -> tuple[Handover, Traffic]:
     """Receive what a `HandoverSender` sent, onto `device`. Rows come left-justified, without the prompt's padding."""
     (rows,) = link.receive((1,), torch.int64).tolist()

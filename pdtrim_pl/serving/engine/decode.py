@@ -1,148 +1,38 @@
-"""The two worker processes of the engine. Each ends when the engine closes its pipe."""
+"""The decode worker of the engine: takes prompts over and generates from many at once, or scores known responses.
+
+Shapes: R response tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
-from abc import ABC, abstractmethod
-from functools import partial
 from multiprocessing.connection import Connection, wait
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
-from pdtrim_pl.errors import UserError, is_out_of_memory
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.plan import PairManifest
-from pdtrim_pl.plan.agreement import agree
 from pdtrim_pl.serving.engine import messages as say
 from pdtrim_pl.serving.engine.batch import Row, RunningBatch
-from pdtrim_pl.serving.engine.frames import FramedLink, TransferRefused
-from pdtrim_pl.serving.transport import Handover, HandoverSender, LinkError, receive_handover, settle
+from pdtrim_pl.serving.engine.frames import FramedLink, LinkError, TransferRefused
+from pdtrim_pl.serving.engine.handover import Handover, receive_handover
+from pdtrim_pl.serving.engine.worker import LARGEST_MANIFEST, PATIENCE, Worker, agree_on_pair, told
 from pdtrim_pl.staged.cache import KVCache
 from pdtrim_pl.staged.decoding import PickToken
 from pdtrim_pl.staged.model import StagedCausalLM
 
-LARGEST_MANIFEST = 2**24
-"""Bytes. A manifest has about 150 bytes for each file of the export."""
-PATIENCE = 30.0
-"""Seconds in which a request that arrives must have been announced by the engine."""
 ARRIVED_AT_MOST = 2
 """Prompts that wait in decode's memory until a row is free. Beyond that, prefill waits while it sends."""
 
 
-def run_worker(spec: say.WorkerSpec, parent: Connection) -> None:
-    """The main function of a worker process.
-
-    Args:
-        spec: which stage to serve, and where.
-        parent: gives commands and takes reports.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine handles Ctrl-C and stops its workers
-    os.dup2(sys.stderr.fileno(), 1)  # standard output is for results
-    try:
-        from transformers.utils.logging import disable_progress_bar
-
-        from pdtrim_pl.export.load import load_stage
-
-        disable_progress_bar()
-        manifest = PairManifest.load(spec.export)
-        staged = load_stage(spec.export, spec.stage, device=spec.device).eval()
-        worker: type[_Worker] = PrefillWorker if spec.stage == "prefill" else DecodeWorker
-        with torch.inference_mode():
-            worker(spec, staged, manifest, parent).serve()
-    except (EOFError, BrokenPipeError):
-        return  # the engine is gone
-    except Exception as error:  # the process ends here: the engine must hear of every error
-        with contextlib.suppress(ConnectionError):
-            parent.send(say.Failed(_told(error), isinstance(error, UserError)))
-        sys.exit(1)
-
-
-class _Worker(ABC):
-    """One half of the pair, which does what the engine asks."""
-
-    def __init__(
-        self, spec: say.WorkerSpec, staged: StagedCausalLM, manifest: PairManifest, parent: Connection
-    ) -> None:
-        assert staged.policy is not None
-        self.spec, self.staged, self.manifest, self.parent = spec, staged, manifest, parent
-        self.plan, self.policy = staged.plan, staged.policy
-
-    @abstractmethod
-    def serve(self) -> None:
-        """Do what the engine asks until it is gone."""
-
-
-class PrefillWorker(_Worker):
-    """Encodes prompts, one at a time, and sends each block's keys and values as soon as they are there."""
-
-    _address: say.Address | None = None
-    _link: FramedLink | None = None
-
-    @override
-    def serve(self) -> None:
-        self.parent.send(say.Ready(None))
-        while True:
-            command: say.Command = self.parent.recv()
-            if isinstance(command, say.Connect):
-                self._address = command.address
-                self._connect()
-                self.parent.send(say.Connected())
-            else:
-                assert isinstance(command, say.Encode)
-                self._serve(command)
-
-    def _serve(self, command: say.Encode) -> None:
-        try:
-            self.parent.send(self._encode(command))
-        except (LinkError, FloatingPointError, RuntimeError) as error:
-            self._close()  # decode must not take what comes next for the rest of this
-            self.parent.send(say.Lost(command.request, _told(error)))
-
-    def _encode(self, command: say.Encode) -> say.Encoded:
-        if self._link is None:
-            self._connect()
-        assert self._link is not None
-        started = time.perf_counter()
-        ids = torch.tensor([command.prompt_ids], device=self.spec.device)
-        handled = ids.shape[1] - (self.plan.boundary == "decode")
-        self._link.begin(command.request)
-        with HandoverSender(self._link, self.plan, self.policy) as sender:
-            sender.begin(torch.tensor([handled]))
-            valid = torch.ones(1, handled, dtype=torch.bool, device=self.spec.device)
-            out = self.staged.prefill(ids[:, :handled], valid, on_kv=sender.send_block)
-            tokens = ids[:, -1]
-            if self.plan.boundary == "prefill":
-                tokens = command.sampling.picker()(self.staged.logits(out.hidden[:, -1]))
-            settle(torch.device(self.spec.device))
-            seconds = time.perf_counter() - started
-            traffic = sender.end(tokens)
-        return say.Encoded(command.request, traffic.kv_bytes, traffic.header_bytes, seconds)
-
-    def _connect(self) -> None:
-        self._close()
-        assert self._address is not None, "the engine says where decode listens first"
-        try:
-            connection = socket.create_connection(self._address, timeout=PATIENCE)
-        except OSError as error:
-            raise LinkError(f"The decode worker at {self._address} cannot be reached: {error}") from error
-        self._link = FramedLink(connection, self.spec.key, bytes.fromhex(self.manifest.id), LARGEST_MANIFEST)
-        _agree(self._link, self.manifest, first=True)
-
-    def _close(self) -> None:
-        if self._link is not None:
-            self._link.close()
-            self._link = None
-
-
-class DecodeWorker(_Worker):
+class DecodeWorker(Worker):
     """Takes prompts over from prefill and generates from many at once."""
 
     def __init__(
@@ -171,10 +61,11 @@ class DecodeWorker(_Worker):
                 self._wake.recv(4096)
             while self.parent.poll():
                 self._obey(self.parent.recv(), batch)
+            started = time.perf_counter()
             self._admit(batch)
             if batch.rows:
                 steps = [(row.request, token, row.ended) for row, token in batch.step()]
-                self._report(steps)
+                self._report(steps, time.perf_counter() - started)
 
     def _obey(self, command: say.Command, batch: RunningBatch) -> None:
         if isinstance(command, say.Expect):
@@ -198,14 +89,33 @@ class DecodeWorker(_Worker):
             expected = self._taken(request)
             if expected is None:
                 continue
+            if expected.forced is not None:
+                self._say(self._forced(request, handover, expected.forced))
+                continue
             row = self._row(expected, int(handover.tokens))
             if self.plan.boundary == "prefill":
                 row.take(row.fed)
                 first.append((request, row.fed, row.ended))
             if not row.ended:
                 new.append((row, handover.cache))
-        self._report(first)
+        self._report(first, None)
         batch.join(new)
+
+    def _forced(self, request: int, handover: Handover, response: tuple[int, ...]) -> say.Logits:
+        """Run a known response in one pass."""
+        started = time.perf_counter()
+        fed = torch.tensor([response[:-1]], device=self.device, dtype=torch.int64)
+        parts: list[Tensor] = []
+        if self.plan.boundary == "decode":
+            fed = torch.cat([handover.tokens[:, None], fed], dim=1)
+        else:
+            assert handover.logits is not None
+            parts.append(handover.logits[:, None])
+        if fed.shape[1]:
+            out = self.staged.decode(fed, handover.cache, keep_cache=False)
+            parts.append(self.staged.logits(out.hidden).float())
+        values = torch.cat(parts, dim=1)[0].cpu().numpy()
+        return say.Logits(request, values, fed.shape[1], time.perf_counter() - started)
 
     def _taken(self, request: int) -> say.Expect | None:
         """What was asked with a prompt that has arrived; None if nobody waits for it any more.
@@ -224,10 +134,10 @@ class DecodeWorker(_Worker):
         pick: PickToken = expected.sampling.picker(start=int(chosen))
         return Row(expected.request, pick, frozenset(expected.stop_ids), expected.max_new_tokens, first)
 
-    def _report(self, steps: list[tuple[int, int, bool]]) -> None:
+    def _report(self, steps: list[tuple[int, int, bool]], seconds: float | None) -> None:
         if steps:
             tokens = [(request, token) for request, token, _ in steps]
-            self._say(say.Tokens(tokens, [request for request, _, ended in steps if ended]))
+            self._say(say.Tokens(tokens, [request for request, _, ended in steps if ended], seconds))
 
     # Threads that receive
 
@@ -245,7 +155,7 @@ class DecodeWorker(_Worker):
         largest = max(LARGEST_MANIFEST, *blocks)  # that of a prompt that fills the context
         link = FramedLink(connection, self.spec.key, bytes.fromhex(self.manifest.id), largest)
         try:
-            _agree(link, self.manifest, first=False)
+            agree_on_pair(link, self.manifest, first=False)
             while True:
                 self._take(link)
         except (TransferRefused, UserError, ValueError) as error:
@@ -262,7 +172,7 @@ class DecodeWorker(_Worker):
                 raise TransferRefused(f"Request {request} arrived, and the engine knows nothing of it.")
             expected = self._expected[request]
         try:
-            handover, _ = receive_handover(link, self.plan, self.policy, torch.device(self.spec.device))
+            handover, _ = receive_handover(link, self.plan, self.policy, self.device)
             if handover.cache.lengths.tolist() != [expected.handled]:
                 raise TransferRefused(
                     f"Request {request} has prompts of {handover.cache.lengths.tolist()} tokens, and one of "
@@ -276,19 +186,8 @@ class DecodeWorker(_Worker):
 
     def _lose(self, request: int | None, error: Exception) -> None:
         with contextlib.suppress(OSError):
-            self._say(say.Lost(request, _told(error)))
+            self._say(say.Lost(request, told(error)))
 
     def _say(self, report: say.Report) -> None:
         with self._speaking:
             self.parent.send(report)
-
-
-def _agree(link: FramedLink, manifest: PairManifest, *, first: bool) -> None:
-    """Refuse another pair on both sides; see `agree`."""
-    agree(partial(link.hello, first=first), manifest)
-
-
-def _told(error: Exception) -> str:
-    if is_out_of_memory(error):
-        return f"memory ran out ({str(error).splitlines()[0]})"
-    return str(error) if isinstance(error, UserError | LinkError) else f"{type(error).__name__}: {error}"
