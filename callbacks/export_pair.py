@@ -29,7 +29,7 @@ from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.parallel import on_first_rank
-from pdtrim_pl.plan import STAGES
+from pdtrim_pl.plan import STAGES, Layout
 from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
@@ -51,6 +51,7 @@ class ExportPair(Callback, TellsLoad):
         measure: measure quality on the validation part, and times; without it the report has no summary.
         prompt_tokens: length of the prompt for times and bytes.
         new_tokens: tokens generated for the decode time.
+        layout: `padded` gives both checkpoints equally many blocks, for engines that pair them by position.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ExportPair(Callback, TellsLoad):
         measure: bool = True,
         prompt_tokens: int = 256,
         new_tokens: int = 32,
+        layout: Layout = "compact",
     ) -> None:
         if prompt_tokens < 1 or new_tokens < 1:
             raise UserError("`prompt_tokens` and `new_tokens` of the export must be at least 1.")
@@ -69,6 +71,7 @@ class ExportPair(Callback, TellsLoad):
         self.overwrite = overwrite
         self.measure = measure
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
+        self.layout: Layout = layout
         self._exported = False
 
     @override
@@ -150,9 +153,9 @@ class ExportPair(Callback, TellsLoad):
         log.info("Writing the pair and comparing it with the student.")
         target = export_pair(
             student, self.output, tokenizer=None if data is None else data.tokenizer, dtype=self.dtype,
-            overwrite=self.overwrite, origin=_origin(trainer, module),
+            overwrite=self.overwrite, origin=_origin(trainer, module), layout=self.layout,
             extras=lambda folder: write_documents(
-                folder, student, module.record, summary, target=self.output, dtype=self.dtype
+                folder, student, module.record, summary, target=self.output, dtype=self.dtype, layout=self.layout
             ),
         )  # fmt: skip
         if summary is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pdtrim_pl.export import load_plan_and_policy, load_stage
 from pdtrim_pl.losses import KL
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import KVRetentionPolicy, Retention, StagePlan, Structure
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Retention, StagePlan, Structure
 from pdtrim_pl.search import Annealing, Guards, choose_drops
 from pdtrim_pl.selectors import BudgetSelector, Effort, MassSelector, WireMenu
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
@@ -299,6 +300,17 @@ def test_bits_are_counted_in_the_element_type_that_is_exported(tiny_llama_dir: P
     assert policy.full_bytes(plan, 64) / policy.sent_bytes(plan, 64) >= 3.0
     assert all(rule.keep == "all" for rule in policy.rules.values())
     assert not module.record.attention_mass, "nothing looked at it"
+
+
+def test_a_run_exports_in_the_layout_that_it_is_told(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    drop = BlockDrop("decode", FirstCandidate(), {0: 1}, Guards(0, 1))
+    callbacks = [drop, ExportPair(tmp_path / "export", "float32", measure=False, layout="padded")]
+    _, module = fit(tmp_path, tiny_llama_dir, callbacks, max_epochs=1)
+    plan = load_plan_and_policy(tmp_path / "export")[0]
+    assert plan == replace(module.plan, layout="padded")
+    assert len(plan.decode) < len(plan.held("decode")) == len(plan.held("prefill"))
+    for stage in STAGES:
+        assert load_stage(tmp_path / "export", stage).model.config.num_hidden_layers == 4
 
 
 def test_retention_before_a_drop_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,11 @@ def test_fit_validate_test_predict_and_export_work_one_after_the_other(config: P
     exported, policy = load_plan_and_policy(tmp_path / "pair")
     assert exported == plan
     assert policy.kv.dtype == "float32"
+    padded = tmp_path / "padded"
+    assert main(["export", "--ckpt_path", str(last), "--output", str(padded), "--layout", "padded"]) == 0
+    exported = load_plan_and_policy(padded)[0]
+    assert exported == replace(plan, layout="padded")
+    assert f"both checkpoints have {len(plan.prefill)} layers" in (padded / "README.md").read_text()
 
 
 def test_a_model_whose_folder_has_moved_is_named_anew(

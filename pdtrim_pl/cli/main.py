@@ -148,6 +148,10 @@ def _export(args: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=not manifest, help="directory to make")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --output")
+    parser.add_argument(
+        "--layout", choices=["compact", "padded"], default="compact",
+        help="padded: equally many layers in both halves, for engines that pair them by position",
+    )  # fmt: skip
     parser.add_argument("--model", type=str | None, help="where the model is now, if not where the checkpoint says")
     parser.add_argument("--manifest", type=Path | None, help="only write pair.json anew, into this export")
     options = parser.parse_args(args)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pdtrim_pl.export.sliced import narrowed_config, sliced
+from pdtrim_pl.export.sliced import emptied, narrowed_config, sliced
+from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.plan import Stage, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -52,7 +53,7 @@ def exported_config(staged: StagedCausalLM, plan: StagePlan, stage: Stage) -> Pr
     Raises:
         UserError: a number of heads that the model's configuration class refuses.
     """
-    config = stage_config(staged.model.config, [staged.originals.index(index) for index in plan.blocks(stage)])
+    config = stage_config(staged.model.config, [staged.originals.index(index) for index in plan.held(stage)])
     return narrowed_config(config, staged.architecture.cuts, plan.widest(stage), staged.kv_shape.head_dim)
 
 
@@ -61,17 +62,34 @@ def stage_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of one stage under their stock names, blocks renumbered from 0 and cut to the widths of the plan.
 
+    In the `padded` layout, a block that the stage does not run is all zeros. Of KV-only blocks prefill keeps what
+    projects keys and values.
+
     Args:
         staged: the student.
         stage: which stage; a block that is untied there gives that stage's weights.
         dtype: element type of the floating tensors; None keeps each as it is.
         plan: another plan than the student's own.
     """
-    plan, cuts, gates = plan or staged.plan, staged.architecture.cuts, staged.gates
-    blocks = [
-        sliced(gates[index].weights(stage, plan).state_dict(), cuts, plan, stage, index) for index in plan.blocks(stage)
-    ]
+    plan, cuts = plan or staged.plan, staged.architecture.cuts
+    blocks = []
+    for index in plan.held(stage):
+        block = staged.gates[index].weights(stage, plan)
+        if index in plan.blocks(stage):
+            blocks.append(sliced(block.state_dict(), cuts, plan, stage, index))
+        else:
+            kept = projections(block, staged.architecture) if stage == "prefill" and index in plan.kv_only else {}
+            blocks.append({**emptied(block.state_dict(), cuts, plan, stage), **kept})
     return stock_tensors(staged, staged.model.state_dict(), blocks, dtype)
+
+
+def projections(block: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors of a block that project keys and values, by their names in the block."""
+    return {
+        f"{module}.{name}": tensor
+        for module in architecture.kv_modules
+        for name, tensor in block.get_submodule(module).state_dict().items()
+    }
 
 
 def stock_tensors(
@@ -114,7 +132,7 @@ def assembled(
 
 def write_checkpoint(
     staged: StagedCausalLM, stage: Stage, directory: Path, *, tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, plan: StagePlan | None = None,
 ) -> None:  # fmt: skip
     """Write one stage of the student as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -124,10 +142,11 @@ def write_checkpoint(
         directory: where to write; it is created if it is missing.
         tokenizer: saved beside the weights.
         dtype: element type of the floating tensors; None means the model's own.
+        plan: another plan than the student's own.
     """
-    dtype = dtype or staged.model.dtype
-    config = exported_config(staged, staged.plan, stage)
-    model = assembled(type(staged.model), config, stage_tensors(staged, stage, dtype))
+    dtype, plan = dtype or staged.model.dtype, plan or staged.plan
+    config = exported_config(staged, plan, stage)
+    model = assembled(type(staged.model), config, stage_tensors(staged, stage, dtype, plan))
     if staged.model.generation_config is not None:
         model.generation_config = _savable(staged.model.generation_config)
     model.save_pretrained(directory)

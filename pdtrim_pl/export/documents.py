@@ -11,14 +11,14 @@ from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.evaluation.summary import Summary
 from pdtrim_pl.export.card import write_card
 from pdtrim_pl.export.report import write_report
-from pdtrim_pl.plan import KVRetentionPolicy
+from pdtrim_pl.plan import KVRetentionPolicy, Layout
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
 
 
 def write_documents(
     folder: Path, staged: StagedCausalLM, record: RunRecord, summary: Summary | None, *, target: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype, layout: Layout = "compact",
 ) -> None:  # fmt: skip
     """Write `report.html` and `README.md` into an unfinished export.
 
@@ -29,10 +29,12 @@ def write_documents(
         summary: the measured table, if there is one.
         target: where the export will lie.
         dtype: element type of the exported weights and KV.
+        layout: how the checkpoints hold the blocks.
     """
     shape = kv_shape_of(staged.model, dtype)
-    policy = replace(staged.policy or KVRetentionPolicy(staged.plan.boundary, shape), kv=shape)
-    name = staged.plan.model.name_or_path
+    plan = replace(staged.plan, layout=layout)
+    policy = replace(staged.policy or KVRetentionPolicy(plan.boundary, shape), kv=shape)
+    name = plan.model.name_or_path
     title = f"{name}, trimmed"
-    write_report(folder / "report.html", plan=staged.plan, policy=policy, record=record, summary=summary, title=title)
-    write_card(folder / "README.md", plan=staged.plan, policy=policy, summary=summary, base_model=name, export=target)
+    write_report(folder / "report.html", plan=plan, policy=policy, record=record, summary=summary, title=title)
+    write_card(folder / "README.md", plan=plan, policy=policy, summary=summary, base_model=name, export=target)

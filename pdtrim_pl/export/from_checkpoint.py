@@ -17,12 +17,13 @@ from pdtrim_pl.export.pair import check_target, export_pair
 from pdtrim_pl.models.adapters import adapter_at
 from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.models.pretrained import load_causal_lm, load_config, load_tokenizer
+from pdtrim_pl.plan import Layout
 from pdtrim_pl.staged import StagedCausalLM
 
 
 def export_checkpoint(
     ckpt_path: Path, output: Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
-    overwrite: bool = False, model: str | None = None,
+    overwrite: bool = False, model: str | None = None, layout: Layout = "compact",
 ) -> Path:  # fmt: skip
     """Load a checkpoint's student on the CPU and export it as `ExportPair` would, without the measured table.
 
@@ -32,6 +33,7 @@ def export_checkpoint(
         dtype: element type of the exported weights and of the KV on the wire.
         overwrite: replace an earlier export there.
         model: name, path or Hub id of the original model; by default the one that the checkpoint names.
+        layout: how the checkpoints hold the blocks, see `StagePlan.held`.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of another format or model, or the target is taken.
@@ -59,8 +61,10 @@ def export_checkpoint(
     student.load_state_dict(weights)
     target_dtype: torch.dtype = TORCH_DTYPES[dtype]
     return export_pair(
-        student, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite,
-        extras=lambda folder: write_documents(folder, student, state.record, None, target=output, dtype=target_dtype),
+        student, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite, layout=layout,
+        extras=lambda folder: write_documents(
+            folder, student, state.record, None, target=output, dtype=target_dtype, layout=layout
+        ),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.export.checkpoints import cast, per_block_settings, resized_config
+from pdtrim_pl.export.checkpoints import cast, per_block_settings, projections, resized_config
 from pdtrim_pl.export.files import KV_ONLY_FILE, blaming, read_tensors
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.plan import PLAN_FILE, StagePlan
@@ -30,9 +30,8 @@ def kv_only_tensors(staged: StagedCausalLM, dtype: torch.dtype | None = None) ->
     found: dict[str, Tensor] = {}
     for index in staged.plan.kv_only:
         block = staged.gates[index].weights("prefill", staged.plan)
-        for module in staged.architecture.kv_modules:
-            for name, tensor in block.get_submodule(module).state_dict().items():
-                found[f"blocks.{index}.{module}.{name}"] = tensor
+        for name, tensor in projections(block, staged.architecture).items():
+            found[f"blocks.{index}.{name}"] = tensor
     return cast(found, dtype)
 
 
@@ -108,11 +107,7 @@ def _keep_only(
     block: nn.Module, index: int, tensors: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype
 ) -> None:
     """Load `tensors` into a block on the meta device, and remove its other parameters and buffers."""
-    needed = {
-        f"{module}.{name}": x.shape
-        for module in architecture.kv_modules
-        for name, x in block.get_submodule(module).state_dict().items()
-    }
+    needed = {name: x.shape for name, x in projections(block, architecture).items()}
     found = {name: x.shape for name, x in tensors.items()}
     if found != needed:
         raise UserError(f"block {index} has tensors {found}, and the model needs {needed}. Export again.")

@@ -94,8 +94,8 @@ def load_stage(
     if attn_implementation is None:
         attn_implementation = attention_for(str(directory), config, architecture)
     model = _load_model(directory, dtype, attn_implementation)
-    originals = plan.blocks(stage)
-    if stage == "prefill" and plan.kv_only:
+    originals = plan.held(stage)
+    if stage == "prefill" and set(plan.kv_only) - set(originals):
         originals = tuple(sorted({*plan.prefill, *plan.kv_only}))
         insert_kv_only(model, plan, directory / KV_ONLY_FILE, architecture)
     own_plan = replace(plan, untied={}, widths={})
@@ -105,7 +105,7 @@ def load_stage(
 def _check_config(config: PreTrainedConfig, plan: StagePlan, stage: Stage, architecture: Architecture) -> None:
     if config.model_type != plan.model.model_type:
         raise UserError(f"it is of type {config.model_type!r}, and {PLAN_FILE} is for {plan.model.model_type!r}.")
-    expected = len(plan.blocks(stage))
+    expected = len(plan.held(stage))
     if config.num_hidden_layers != expected:
         raise UserError(
             f"it has {config.num_hidden_layers} blocks, and {PLAN_FILE} gives the `{stage}` stage {expected}. "

@@ -20,7 +20,7 @@ from pdtrim_pl.export.checkpoints import write_checkpoint
 from pdtrim_pl.export.kv_only import write_kv_only
 from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.verify import verify_pair
-from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy, write_manifest
+from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy, Layout, write_manifest
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def export_pair(
     staged: StagedCausalLM, target: Path, *, tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype | None = None, overwrite: bool = False, extras: Callable[[Path], None] | None = None,
-    origin: Origin | None = None,
+    origin: Origin | None = None, layout: Layout = "compact",
 ) -> Path:  # fmt: skip
     """Write `prefill/`, `decode/`, `stage_plan.json`, `kv_policy.json` and `pair.json`: all of them or none.
 
@@ -46,6 +46,7 @@ def export_pair(
         extras: writes further files (report, model card) into the directory it gets, before the pair is compared.
         origin: the run that exports; it is written into the export. An export that this run wrote before it was killed
             is replaced, and the remains of an unfinished one are deleted.
+        layout: how the checkpoints hold the blocks, see `StagePlan.held`.
 
     Returns:
         The absolute path of the export.
@@ -57,7 +58,9 @@ def export_pair(
     target = target.resolve()
     check_target(target, overwrite, origin)
     dtype = dtype or staged.model.dtype
-    policy = _complete_policy(staged, dtype)
+    policy, plan = _complete_policy(staged, dtype), replace(staged.plan, layout=layout)
+    if layout == "padded" and not policy.sends_everything:
+        log.warning("The connectors for which `layout: padded` is made know no KV policy: they send every position.")
     _check_blocks(staged)
     prefix = f".{target.name}.{'' if origin is None else f'{origin.run}.'}"
     if origin is not None:
@@ -67,10 +70,11 @@ def export_pair(
         fresh = Path(scratch) / target.name
         fresh.mkdir()
         for stage in STAGES:
-            write_checkpoint(staged, stage, fresh / stage, tokenizer=tokenizer, dtype=dtype)
-        write_kv_only(staged, fresh / "prefill", dtype)
-        staged.plan.save(fresh / PLAN_FILE)
-        policy.save(fresh / POLICY_FILE, staged.plan)
+            write_checkpoint(staged, stage, fresh / stage, tokenizer=tokenizer, dtype=dtype, plan=plan)
+        if layout == "compact":
+            write_kv_only(staged, fresh / "prefill", dtype)
+        plan.save(fresh / PLAN_FILE)
+        policy.save(fresh / POLICY_FILE, plan)
         if origin is not None:
             origin.save(fresh)
         if extras is not None:

@@ -43,6 +43,19 @@ def sliced(tensors: Mapping[str, Tensor], cuts: Cuts, plan: StagePlan, stage: St
     return out
 
 
+def emptied(tensors: Mapping[str, Tensor], cuts: Cuts, plan: StagePlan, stage: Stage) -> dict[str, Tensor]:
+    """The tensors of a block that a stage holds and does not run: of the stage's width, and all zeros.
+
+    Such a block adds nothing to its input.
+    """
+    out = dict(tensors)
+    for part, wide in plan.widest(stage).items():
+        units = plan.model.sizes[part]
+        assert units is not None
+        _cut_out(out, cuts[part], torch.tensor(_filled_up((), wide, part, plan.model)), units)
+    return {name: torch.zeros_like(x, device="cpu") for name, x in out.items()}
+
+
 def narrowed_config(
     config: PreTrainedConfig, cuts: Cuts, widths: Mapping[Part, int], head_dim: int
 ) -> PreTrainedConfig:

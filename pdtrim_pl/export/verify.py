@@ -73,7 +73,8 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
         UserError: the plan or a tensor differs, or the logits by more than `TOLERANCE`; the message names it.
     """
     dtype = dtype or staged.model.dtype
-    if load_plan_and_policy(export)[0] != staged.plan:
+    plan = load_plan_and_policy(export)[0]
+    if plan != replace(staged.plan, layout=plan.layout):
         raise UserError(f"{export / PLAN_FILE} is not the student's plan. Export again.")
     warn_of_slow_bf16("cpu", dtype)  # the pair will compute in it wherever a CPU serves it
     config = staged.model.config
@@ -149,11 +150,11 @@ def sliced_stage(staged: StagedCausalLM, plan: StagePlan, stage: Stage) -> Stage
     """
     tensors = stage_tensors(staged, stage, plan=plan)
     model = assembled(type(staged.model), exported_config(staged, plan, stage), tensors)
-    blocks = [_buffers(staged.gates[index].block) for index in plan.blocks(stage)]
+    blocks = [_buffers(staged.gates[index].block) for index in plan.held(stage)]
     fill_buffers(model, stock_tensors(staged, _buffers(staged.model), blocks))
     own = replace(plan, untied={}, widths={})
     return StagedCausalLM(
-        model, own, originals=plan.blocks(stage), architecture=staged.architecture
+        model, own, originals=plan.held(stage), architecture=staged.architecture
     ).eval().to(staged.model.device)  # fmt: skip
 
 
@@ -218,10 +219,36 @@ def _worker(export: Path, stage: Stage, staged: StagedCausalLM, dtype: torch.dty
     """Load one stage of the export and compare its tensors with the student's."""
     attention = attention_of(staged.model)
     worker = load_stage(export, stage, attn_implementation=attention, architecture=staged.architecture)
-    _compare(export / stage, stage_tensors(worker, stage), stage_tensors(staged, stage, dtype))
+    plan = replace(staged.plan, layout=worker.plan.layout)
+    _compare(export / stage, stage_tensors(worker, stage), stage_tensors(staged, stage, dtype, plan))
     if stage == "prefill":
         _compare(export / stage, kv_only_tensors(worker), kv_only_tensors(staged, dtype))
-    return compute_in_float32(worker)
+    worker = compute_in_float32(worker)
+    if plan.layout == "padded":
+        check_padding(worker, stage)
+    return worker
+
+
+def check_padding(worker: StagedCausalLM, stage: Stage) -> None:
+    """Run a loaded stage as an engine does that knows no plan: blocks that are there for padding must change nothing.
+
+    Raises:
+        UserError: one of them changes its input.
+    """
+    plan = worker.plan
+    held = plan.held(stage)
+    every = StagePlan(plan.model, held, held, "unified", plan.boundary)
+
+    def look(index: int, before: Tensor, after: Tensor) -> None:
+        if index not in plan.blocks(stage) and not torch.equal(before, after):
+            raise UserError(
+                f"`layout: padded` needs blocks that pass their input on, and a block of {plan.model.model_type} with "
+                f"weights of zero does not (block {index} of {stage}). Use `layout: compact`."
+            )
+
+    config = worker.model.config
+    probe = Probe.of(config.vocab_size, usable_context(config.to_dict()))
+    worker.prefill(probe.prompt_ids, probe.prompt_mask, plan=every, observer=look)
 
 
 def _compare(directory: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from pdtrim_pl.plan.codec import NO_CODEC
 from pdtrim_pl.plan.json_files import check_format, read_json, write_whole
 from pdtrim_pl.plan.retention import KEEP_ALL, Retention
 from pdtrim_pl.plan.stage_plan import StagePlan
-from pdtrim_pl.plan.stages import Boundary
+from pdtrim_pl.plan.stages import STAGES, Boundary
 
 POLICY_FORMAT = "pdtrim.kv_policy/2"
 FIRST_POLICY_FORMAT = "pdtrim.kv_policy/1"
@@ -137,10 +137,10 @@ class KVRetentionPolicy:
     def to_json(self, plan: StagePlan) -> dict[str, Any]:
         """The policy as the `pdtrim.kv_policy/2` object, with positions in the exported checkpoints of `plan`."""
         self.check(plan)
-        prefill = {block: position for position, block in enumerate(plan.prefill)}
+        prefill, decode = ({block: at for at, block in enumerate(plan.held(stage))} for stage in STAGES)
         blocks = [
-            {"original": block, "prefill": prefill.get(block), "decode": position, **self.rule(block).to_json()}
-            for position, block in enumerate(plan.decode)
+            {"original": block, "prefill": prefill.get(block), "decode": decode[block], **self.rule(block).to_json()}
+            for block in plan.decode
         ]
         return {
             "format": POLICY_FORMAT,

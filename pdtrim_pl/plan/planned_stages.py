@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan.json_files import check_format, read_json, write_whole
-from pdtrim_pl.plan.stages import PARTS, STAGES, Boundary, ModelRef, Part, Relation, Removal, Stage
+from pdtrim_pl.plan.stages import PARTS, STAGES, Boundary, Layout, ModelRef, Part, Relation, Removal, Stage
 from pdtrim_pl.plan.validity import plan_faults
 from pdtrim_pl.plan.width import Width, canonical, width_faults
 
@@ -46,11 +46,15 @@ class PlannedStages:
     """Every removal that led to this plan, in order."""
     widths: Mapping[Stage, Mapping[int, Width]] = field(default_factory=lambda: _EMPTY)
     """Per stage: narrowed block -> the MLP channels and query heads that it keeps."""
+    layout: Layout = "compact"
+    """How the checkpoints of an export hold the blocks. It changes nothing that is computed."""
 
     def __post_init__(self) -> None:
         blocks: dict[Stage, tuple[int, ...]] = {"prefill": self.prefill, "decode": self.decode}
         faults = plan_faults(self.model.num_blocks, blocks, self.relation, self.boundary, self.merged, self.untied)
         faults += width_faults(self.model, blocks, self.relation, self.widths)
+        if self.layout not in get_args(Layout):
+            faults.append(f"`layout` is {self.layout!r}, not one of {', '.join(get_args(Layout))}")
         if faults:
             raise UserError("This stage plan cannot be run: " + "; ".join(faults) + ".")
         merged = {stage: MappingProxyType(dict(self.merged.get(stage, {}))) for stage in STAGES}
@@ -65,7 +69,7 @@ class PlannedStages:
         merged = {stage: dict(runs) for stage, runs in self.merged.items()}
         widths = {stage: dict(cut) for stage, cut in self.widths.items()}
         shared = (self.model, self.prefill, self.decode, self.relation, self.boundary)
-        return type(self), (*shared, merged, dict(self.untied), self.history, widths)
+        return type(self), (*shared, merged, dict(self.untied), self.history, widths, self.layout)
 
     @classmethod
     def full(cls, model: ModelRef, relation: Relation = "nested", boundary: Boundary = "prefill") -> Self:
@@ -76,6 +80,14 @@ class PlannedStages:
     def blocks(self, stage: Stage) -> tuple[int, ...]:
         """Original indices of the blocks that `stage` runs, in order."""
         return self.prefill if stage == "prefill" else self.decode
+
+    def held(self, stage: Stage) -> tuple[int, ...]:
+        """Original indices of the blocks in the checkpoint of `stage`, in order.
+
+        `compact`: those that the stage runs. `padded`: those that either stage runs, so that both checkpoints have
+        equally many; a block that a stage does not run passes its input on unchanged.
+        """
+        return self.blocks(stage) if self.layout == "compact" else tuple(sorted({*self.prefill, *self.decode}))
 
     def removed(self, stage: Stage) -> tuple[int, ...]:
         """Original indices of the blocks that `stage` no longer runs, in order."""
@@ -133,6 +145,8 @@ class PlannedStages:
             out["untied"] = {stage: list(self.untied[stage]) for stage in STAGES}
         if any(self.widths.values()):
             out["widths"] = {s: {str(k): v.to_json() for k, v in self.widths[s].items()} for s in STAGES}
+        if self.layout != "compact":
+            out["layout"] = self.layout
         return out
 
     @classmethod
@@ -157,6 +171,7 @@ class PlannedStages:
                     s: {_block(k): Width.from_json(v) for k, v in data.get("widths", {}).get(s, {}).items()}
                     for s in STAGES
                 },
+                layout=data.get("layout", "compact"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"The stage plan is malformed near {error}. Write it with `StagePlan.save`.") from error

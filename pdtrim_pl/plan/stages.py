@@ -11,6 +11,8 @@ Stage = Literal["prefill", "decode"]
 Target = Literal["prefill", "decode", "both"]
 Relation = Literal["nested", "unified", "prefill_only", "free"]
 Boundary = Literal["prefill", "decode"]
+Layout = Literal["compact", "padded"]
+"""How the checkpoints of an export hold their blocks, see `PlannedStages.held`."""
 Action = Literal["drop", "merge", "narrow"]
 Part = Literal["channels", "heads"]
 """The parts of a block that can leave one by one: MLP channels, and query heads."""
