@@ -10,9 +10,12 @@ import torch
 from transformers import AutoTokenizer
 
 from pdtrim_pl.cli import main as cli
-from pdtrim_pl.export import export_pair, load_plan_and_policy
+from pdtrim_pl.export import export_pair, load_plan_and_policy, load_stage
 from pdtrim_pl.models.pretrained import load_causal_lm
+from pdtrim_pl.plan import STAGES, Codec, KVRetentionPolicy, Retention
 from pdtrim_pl.serving.bench import Load, spread
+from pdtrim_pl.serving.peaks import growth
+from pdtrim_pl.serving.wire_times import Cargo, wire_times
 from pdtrim_pl.sizing.cost import CostModel
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -56,8 +59,41 @@ def test_a_pair_is_timed_beside_its_dense_model(
     full, sent = told["wire"]["ms"]["10 Gbit/s"]
     assert full / sent == pytest.approx(told["wire_reduction"], abs=1e-4)
     assert told["two_processes"]["decode_ms"]["value"] > 0
+    assert told["two_processes"]["ttft_ms"]["value"] < told["two_processes"]["request_ms"]["value"]
+    full, sent = told["wire"]["measured_ms"]["1 Gbit/s"]
+    assert full["value"] > told["wire"]["ms"]["1 Gbit/s"][0], "a socket and its frames take no less"
+    assert sent["value"] > told["wire"]["ms"]["1 Gbit/s"][1]
+    for stage in STAGES:
+        assert told["peak_memory"]["trimmed"][stage] >= told["memory"][stage]
+    assert told["peak_memory"]["batch_size"] == 2
+    assert told["cells"][0]["dense"]["tpot_ms"]["value"] > 0
     assert cli.main(["bench", *args]) == 0
     assert "batch 2, prompt 20: prefill " in capsys.readouterr().out
+
+
+def test_a_handover_over_a_slow_link_takes_as_long_as_its_bytes(export: Path) -> None:
+    prefill = load_stage(export, "prefill").eval()
+    assert prefill.policy is not None
+    plan, rules = prefill.plan, {0: Retention("first_last", 4, 8), 1: Retention(codec=Codec("int4", "int4"))}
+    policy = KVRetentionPolicy(plan.boundary, prefill.policy.kv, rules)
+    with torch.no_grad():
+        cache = prefill.prefill(torch.arange(400)[None] % 250 + 3).cache
+    rate = 0.02
+    for sent in (KVRetentionPolicy(plan.boundary, policy.kv), policy):
+        least = sent.sent_bytes(plan, 400) * 8 / (rate * 1e9)
+        (times,) = wire_times({"cache": Cargo(cache, plan, sent)}, [rate], 1)[rate].values()
+        assert least < times[0] / 1e3 < least + 0.5
+
+
+def test_the_growth_of_memory_is_that_of_what_was_held_at_once() -> None:
+    def hold() -> None:
+        for _ in range(3):
+            torch.ones(40 * 2**20, dtype=torch.uint8)  # each is freed before the next one comes
+        both = [torch.ones(40 * 2**20, dtype=torch.uint8) for _ in range(2)]
+        assert len(both) == 2
+
+    found = growth(hold, torch.device("cpu"))
+    assert found is None or 79 * 2**20 < found < 120 * 2**20
 
 
 def test_the_spread_are_the_quartiles() -> None:

@@ -208,14 +208,25 @@ def test_the_report_shows_what_was_measured_on_its_own_pair_and_warns(
     cells = [{"batch_size": 8, "prompt_tokens": 256, "prefill_bound": 1.5, "decode_bound": 1.6,
               **dict.fromkeys(names, cell)}]  # fmt: skip
     both = {"prompt_tokens": 256, "new_tokens": 32, **dict.fromkeys(("prefill_ms", "transfer_ms", "decode_ms"), cell)}
-    bench = {"pair": measured["pair"], "cells": cells, "wire_reduction": 4.5, "two_processes": both, "device": "cpu",
-             "wire": {"prompt_tokens": 256, "full_bytes": 4096, "sent_bytes": 1024}, "dtype": "float32", "threads": 1,
-             }  # fmt: skip
+    bench: dict[str, Any] = {
+        "pair": measured["pair"], "cells": cells, "wire_reduction": 4.5, "two_processes": both, "device": "cpu",
+        "wire": {"prompt_tokens": 256, "full_bytes": 4096, "sent_bytes": 1024}, "dtype": "float32", "threads": 1,
+    }  # fmt: skip
     save_measurement(pair, BENCH_FILE, bench)
     page = (pair / "report.html").read_text()
     assert page.count("<h2>Evaluation</h2>") == page.count("<h2>Measured speed</h2>") == 1
     assert "1.25x (1.20 to 1.30)" in page
     assert "4.00 KiB unpruned, 1.00 KiB sent (4.50 times fewer)" in page
+    assert "Most memory" not in page
+    peaks = {name: {"prefill": size, "decode": size // 2} for name, size in (("dense", 4096), ("trimmed", 2048))}
+    more = {
+        "wire": {**bench["wire"], "measured_ms": {"1 Gbit/s": [cell, cell]}},
+        "peak_memory": {"batch_size": 8, "prompt_tokens": 256, **peaks},
+    }
+    save_measurement(pair, BENCH_FILE, {**bench, **more})
+    page = (pair / "report.html").read_text()
+    assert "1 Gbit/s, 1.25 (1.20 to 1.30) ms unpruned and 1.25 (1.20 to 1.30) ms as the policy says." in page
+    assert "prefill 4.00 KiB dense, 2.00 KiB trimmed; decode 2.00 KiB dense, 1.00 KiB trimmed." in page
 
     save_measurement(pair, BENCH_FILE, {**bench, "pair": "another"})
     page = (pair / "report.html").read_text()

@@ -164,10 +164,13 @@ class FramedLink:
         header = Header(kind, self._request, self._place, len(data), zlib.crc32(data), self.pair)
         self._place += 1
         try:
-            self.connection.sendall(header.packed(self.key))
-            self.connection.sendall(data)
+            self._write(header.packed(self.key))
+            self._write(data)
         except OSError as error:
             raise LinkError(f"Sending to the other worker failed: {error}") from error
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self.connection.sendall(data)
 
     def _receive(self, kind: Kind, size: int | None, *, own_pair: bool) -> bytes:
         self.connection.settimeout(SILENCE)
