@@ -234,7 +234,8 @@ def _two_processes(export: Path, device: str, prompt_ids: list[int], load: Load)
             assert isinstance(done, Done)
             done.raise_fault()
             stats = done.stats
-            assert stats is not None
+            if stats is None:
+                raise RuntimeError("The prefill worker died before it had told its times.")
             if turn > 0:
                 seconds = (stats.prefill_seconds, stats.transfer_seconds, stats.decode_seconds, first, whole)
                 for name, value in zip(found, seconds, strict=True):

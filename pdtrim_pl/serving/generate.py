@@ -74,10 +74,10 @@ def generate_text(
         for event in heard:
             if isinstance(event, Ended):
                 event.raise_fault()
-                assert event.stats is not None
                 out.write("\n")
                 out.flush()
-                err.write(figures(event.stats))
+                if event.stats is not None:  # else prefill has died after it had sent the prompt
+                    err.write(figures(event.stats))
             else:
                 out.write(event)
                 out.flush()
