@@ -113,9 +113,10 @@ class Engine:
             os.close(end)
 
     @property
-    def healthy(self) -> bool:
-        """Whether both workers are there and connected."""
-        return self._connected.is_set() and self._fault is None and not self._closing
+    def trouble(self) -> str:
+        """Why it cannot serve now; empty if both workers are there and connected."""
+        healthy = self._connected.is_set() and self._fault is None and not self._closing
+        return "" if healthy else "a worker is starting"
 
     def submit(self, ask: Ask, tell: Listener) -> int:
         """Queue a request; returns its number, for `cancel`.
@@ -129,9 +130,7 @@ class Engine:
             Overloaded: the queue is full.
             RuntimeError: the engine does not run.
         """
-        self.pair.check_prompt(len(ask.prompt_ids), ask.max_new_tokens)
-        if outside := [token for token in ask.prompt_ids if not 0 <= token < self.pair.vocabulary]:
-            raise UserError(f"`prompt` has token {outside[0]}, outside the vocabulary 0..{self.pair.vocabulary - 1}.")
+        self.pair.check_ids(ask.prompt_ids, ask.max_new_tokens)
         with self._lock:
             if self._over or not self._thread.is_alive():
                 raise self._fault or RuntimeError("The engine does not run: use it in a `with` block.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pdtrim_pl.serving.engine.engine import Engine
+from pdtrim_pl.serving.engine.interface import TokenEngine
 from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Reason, Token
 from pdtrim_pl.serving.text import Decode, TextStream
 
@@ -37,7 +37,7 @@ class Response:
     """
 
     def __init__(
-        self, engine: Engine, ask: Ask, decode: Decode, stop: Sequence[str], tell: Callable[[str | Ended], None]
+        self, engine: TokenEngine, ask: Ask, decode: Decode, stop: Sequence[str], tell: Callable[[str | Ended], None]
     ) -> None:  # fmt: skip
         self._engine, self._tell = engine, tell
         self._text = TextStream(decode, stop)
