@@ -241,7 +241,7 @@ def test_a_dead_engine_is_status_503_with_its_name(export: Path, tmp_path: Path)
     (dead,) = free_ports(1)
     with stack(export, tmp_path / "wire") as running:
         for stage in ("prefill", "decode"):
-            engine = running.router._prefill if stage == "prefill" else running.router._decode
+            engine = running.router._engines[stage == "decode"]
             assert engine._client is not None
             alive, engine._client.base_url = engine._client.base_url, f"http://127.0.0.1:{dead}"
             with pytest.raises(openai.APIStatusError, match=f"The {stage} engine at .* cannot be reached") as refused:
@@ -380,6 +380,29 @@ def test_options_of_the_other_engine_are_refused(
 ) -> None:
     assert main(["serve", "--export", str(export), "--port", "0", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_an_engine_that_does_not_start_ends_the_command(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 3\n")
+    python.chmod(0o755)
+    before = signal.getsignal(signal.SIGTERM)
+    options = ["--engine", "vllm", "--vllm_python", str(python), "--port", "0"]
+    assert main(["serve", "--export", str(export), *options]) == 1
+    assert "engine ended with status 3; its own output above tells why" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(
+    export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options = ["--engine", "vllm", "--vllm_python", "/no/python", "--port", port]
+        assert main(["serve", "--export", str(export), *options]) == 1
+    assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
 
 
 @dataclass
