@@ -17,6 +17,7 @@ from pdtrim_pl.export.pair import export_pair
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.plan import Codec, KVRetentionPolicy, Retention, StagePlan
 from pdtrim_pl.plan.stages import Boundary
+from pdtrim_pl.serving.generate import decoded, stop_ids_of
 from pdtrim_pl.serving.runtime import DisaggregatedRuntime
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
@@ -61,14 +62,17 @@ def make(folder: Path, boundary: Boundary) -> list[dict]:
     plan = StagePlan(reference, prefill=kept["prefill"], decode=kept["decode"], boundary=boundary)
     policy = KVRetentionPolicy(boundary, kv_shape_of(model), RULES)
     export = export_pair(StagedCausalLM(model, plan, policy), folder / "pair", tokenizer=tokenizer)
-    found = []
+    stop_ids, found = stop_ids_of(export, tokenizer), []
     with DisaggregatedRuntime(export, devices=("cpu", "cpu")) as runtime:
         for text in prompts():
             ids = tokenizer(text)["input_ids"]
             tokens = list(runtime.stream(ids, max_new_tokens=NEW_TOKENS))
             assert runtime.stats is not None
+            stops = [at for at, token in enumerate(tokens) if token in stop_ids]
+            answer = tokens[: stops[0] + 1] if stops else tokens
             found.append({
-                "prompt": text, "prompt_ids": ids, "tokens": tokens, "text": tokenizer.decode(tokens),
+                "prompt": text, "prompt_ids": ids, "tokens": tokens,
+                "answer": decoded(tokenizer, answer), "answer_tokens": len(answer),
                 "kv_bytes": policy.sent_bytes(plan, len(ids)), "sent_bytes": runtime.stats.kv_bytes,
             })  # fmt: skip
     return found
