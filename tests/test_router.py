@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -426,7 +426,10 @@ class Command:
 
 
 @contextmanager
-def command(export: Path, log: Path, *options: str, **environment: str) -> Iterator[Command]:
+def command(
+    export: Path, log: Path, *options: str, ready: Callable[[Command], object] = lambda found: found.is_up,
+    **environment: str,
+) -> Iterator[Command]:  # fmt: skip
     (port,) = free_ports(1)
     words = [sys.executable, "-m", "pdtrim_pl", "serve", "--export", str(export), "--engine", "vllm", "--name", "pair"]
     with log.open("wb") as out:
@@ -435,7 +438,7 @@ def command(export: Path, log: Path, *options: str, **environment: str) -> Itera
         )
     try:
         found = Command(process, port, log)
-        until(lambda: found.is_up, 120)
+        until(lambda: ready(found), 120)
         yield found
     finally:
         process.kill()
@@ -474,3 +477,22 @@ def test_the_command_starts_both_engines_and_ends_with_them(end: str, tiny_llama
             os.kill(engine, 0)
     if end == "engine dies":
         assert "The decode engine ended with status -9; its own output above tells why" in served.log.read_text()
+
+
+def test_the_command_ends_its_engines_if_it_is_ended_before_they_serve(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    export, python = exported(tmp_path, tiny_llama_dir, "prefill"), tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/$3.pid\nexec sleep 300\n")
+    python.chmod(0o755)
+    files = [tmp_path / f"{stage}.pid" for stage in ("prefill", "decode")]
+
+    def both_run(found: Command) -> bool:
+        assert found.process.poll() is None, found.log.read_text()
+        return all(file.is_file() and file.read_text().strip() for file in files)
+
+    with command(export, tmp_path / "log", "--vllm_python", str(python), ready=both_run) as served:
+        assert not served.is_up
+        served.process.terminate()
+        assert served.process.wait(60) == 128 + signal.SIGTERM, served.log.read_text()
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
