@@ -84,7 +84,7 @@ def test_vllm() -> int:
     if not (directory / ".installed").exists():
         shutil.rmtree(directory, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-        pip(python, VLLM, "pytest")
+        pip(python, VLLM, "pytest", "openai", "httpx2")  # the last is the router's
         # As installed, vLLM does not import: these packages are of another build of torch.
         subprocess.run([python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"], check=True)
         pip(python, "--no-deps", "-e", ".")

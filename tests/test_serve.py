@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from http_server import listening
 from transformers import AutoTokenizer
 
 from pdtrim_pl.cli.main import main
@@ -185,21 +184,11 @@ def engine(export: Path) -> Iterator[Engine]:
 
 def serving(engine: Engine, tokenizer: Any, **settings: Any) -> Iterator[Client]:
     """A real server in a thread of its own."""
-    import uvicorn
-
     from pdtrim_pl.serving.web.app import Served, application
 
     served = Served(engine, tokenizer, "tiny", stop_ids_of(engine.pair.path, tokenizer), **settings)
-    server = uvicorn.Server(uvicorn.Config(application(served), log_level="error", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        limit = time.monotonic() + 20
-        while not server.started and time.monotonic() < limit:
-            time.sleep(0.01)
-        yield Client(listening.getsockname()[1])
-        server.should_exit = True
-        thread.join()
+    with listening(application(served)) as port:
+        yield Client(port)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ commands:
   bench      times and bytes of an exported pair, compared with its dense model
   report     show in an export's report what `eval --save` and `bench --save` measured
   generate   stream text from an exported pair: a prefill and a decode process
-  serve      an exported pair behind OpenAI's HTTP interface
+  serve      an exported pair behind OpenAI's HTTP interface, on the engine of this package or on two of vLLM
   eval       tasks of lm-evaluation-harness and measures of generation on an exported pair, beside its dense model
   answer     a model's own responses to prompts, as a data set for distillation
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)

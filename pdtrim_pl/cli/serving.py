@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import Namespace
 
@@ -79,16 +80,49 @@ def serve(args: Sequence[str]) -> int:
     parser.add_argument("--host", type=str, default="127.0.0.1", help="beyond this machine only with PDTRIM_SECRET")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--name", type=str | None, help="of the model, as callers see it")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--max_batch", type=int, default=8, help="requests that decode together")
+    parser.add_argument("--max_batch", type=int, default=8, help="requests that run together")
     parser.add_argument("--max_waiting", type=int, default=64, help="requests in the queue; one more gets status 503")
     parser.add_argument("--deadline", type=float | None, help="seconds for a request")
+    parser.add_argument("--engine", type=Literal["builtin", "vllm"], default="builtin")
+    parser.add_argument("--device", type=str | None, help="builtin: auto, cpu or cuda (default: auto)")
+    parser.add_argument("--vllm_python", type=str | None, help="vllm: python of vLLM's environment (default: this one)")
+    parser.add_argument(
+        "--vllm_args", type=list[str], default=[], help="vllm: of both servers: '[\"--enforce-eager\"]'"
+    )
+    parser.add_argument("--prefill", type=str | None, help="vllm: URL of a prefill engine that runs already")
+    parser.add_argument("--decode", type=str | None, help="vllm: URL of a decode engine that runs already")
     options = parser.parse_args(list(args))
-    from pdtrim_pl.serving.web.serve import serve as run
+    _check_engine(options)
+    from pdtrim_pl.serving.web import serve as web
 
+    front = web.Front(
+        options.host, options.port, options.name, options.max_batch, options.max_waiting, options.deadline
+    )  # fmt: skip
     try:
-        run(**options.as_dict())
+        if options.engine == "builtin":
+            web.serve(options.export, front, device=options.device or "auto")
+        elif options.prefill is not None:
+            web.serve_running_vllm(options.export, front, options.prefill, options.decode)
+        else:
+            web.serve_vllm(options.export, front, options.vllm_python or sys.executable, options.vllm_args)
     except RuntimeError as error:
         print(f"pdtrim: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_engine(options: Namespace) -> None:
+    """Refuse options that the chosen engine does not have.
+
+    Raises:
+        UserError: there is such an option, or one without the other.
+    """
+    own = {"builtin": ["device"], "vllm": ["vllm_python", "vllm_args", "prefill", "decode"]}
+    for engine, names in own.items():
+        given = [name for name in names if options[name]]
+        if engine != options.engine and given:
+            raise UserError(f"`{given[0]}` is a setting of `--engine {engine}`, and the engine is {options.engine}.")
+    if (options.prefill is None) != (options.decode is None):
+        raise UserError("Give both `--prefill` and `--decode`, the URLs of two engines that run; or neither.")
+    if options.prefill is not None and (options.vllm_python or options.vllm_args):
+        raise UserError("`vllm_python` and `vllm_args` start engines, and `prefill` and `decode` name running ones.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,3 +67,13 @@ class ExportedPair:
                 f"`prompt` has {tokens} tokens and `{setting}` asks for {new_tokens} more, but the model's context is "
                 f"{self.context}. Shorten the prompt, or lower `{setting}` to at most {self.context - tokens}."
             )
+
+    def check_ids(self, prompt_ids: Sequence[int], new_tokens: int) -> None:
+        """Refuse a request that the model's context cannot hold, or that has tokens which the model does not know.
+
+        Raises:
+            UserError: see `check_prompt`; or a token is outside the vocabulary.
+        """
+        self.check_prompt(len(prompt_ids), new_tokens)
+        if outside := [token for token in prompt_ids if not 0 <= token < self.vocabulary]:
+            raise UserError(f"`prompt` has token {outside[0]}, outside the vocabulary 0..{self.vocabulary - 1}.")

@@ -19,6 +19,7 @@ from pdtrim_pl.plan import Codec, KVRetentionPolicy, Retention, StagePlan
 from pdtrim_pl.plan.stages import Boundary
 from pdtrim_pl.serving.engine.engine import Engine
 from pdtrim_pl.serving.engine.requests import Ask, Done, Token
+from pdtrim_pl.serving.generate import decoded, stop_ids_of
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 
@@ -62,7 +63,7 @@ def make(folder: Path, boundary: Boundary) -> list[dict]:
     plan = StagePlan(reference, prefill=kept["prefill"], decode=kept["decode"], boundary=boundary)
     policy = KVRetentionPolicy(boundary, kv_shape_of(model), RULES)
     export = export_pair(StagedCausalLM(model, plan, policy), folder / "pair", tokenizer=tokenizer)
-    found = []
+    stop_ids, found = stop_ids_of(export, tokenizer), []
     with Engine(export) as engine:
         for text in prompts():
             ids = tokenizer(text)["input_ids"]
@@ -70,8 +71,11 @@ def make(folder: Path, boundary: Boundary) -> list[dict]:
             tokens = [event.id for event in events if isinstance(event, Token)]
             assert isinstance(done, Done)
             assert done.stats is not None
+            stops = [at for at, token in enumerate(tokens) if token in stop_ids]
+            answer = tokens[: stops[0] + 1] if stops else tokens
             found.append({
-                "prompt": text, "prompt_ids": ids, "tokens": tokens, "text": tokenizer.decode(tokens),
+                "prompt": text, "prompt_ids": ids, "tokens": tokens,
+                "answer": decoded(tokenizer, answer), "answer_tokens": len(answer),
                 "kv_bytes": policy.sent_bytes(plan, len(ids)), "sent_bytes": done.stats.kv_bytes,
             })  # fmt: skip
     return found

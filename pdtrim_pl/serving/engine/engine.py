@@ -117,9 +117,10 @@ class Engine:
             os.close(end)
 
     @property
-    def healthy(self) -> bool:
-        """Whether both workers are there and connected."""
-        return self._connected.is_set() and self._fault is None and not self._closing
+    def trouble(self) -> str:
+        """Why it cannot serve now; empty if both workers are there and connected."""
+        healthy = self._connected.is_set() and self._fault is None and not self._closing
+        return "" if healthy else "a worker is starting"
 
     def submit(self, ask: Ask, tell: Listener) -> int:
         """Queue a request; returns its number, for `cancel`.
@@ -133,12 +134,9 @@ class Engine:
             Overloaded: the queue is full.
             RuntimeError: the engine does not run.
         """
-        self.pair.check_prompt(len(ask.prompt_ids), ask.max_new_tokens)
-        for name, ids in (("prompt", ask.prompt_ids), ("response", ask.forced or ())):
-            if outside := [token for token in ids if not 0 <= token < self.pair.vocabulary]:
-                raise UserError(
-                    f"`{name}` has token {outside[0]}, outside the vocabulary 0..{self.pair.vocabulary - 1}."
-                )
+        self.pair.check_ids(ask.prompt_ids, ask.max_new_tokens)
+        if outside := [token for token in ask.forced or () if not 0 <= token < self.pair.vocabulary]:
+            raise UserError(f"`response` has token {outside[0]}, outside the vocabulary 0..{self.pair.vocabulary - 1}.")
         with self._lock:
             if self._over or not self._thread.is_alive():
                 raise self._fault or RuntimeError("The engine does not run: use it in a `with` block.")

@@ -14,8 +14,9 @@ from pdtrim_pl.serving.engine.messages import Encoded
 from pdtrim_pl.serving.exported import ExportedPair
 from pdtrim_pl.serving.sampling import Sampling
 
-Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
-"""Why a request ended: at a stop token, at its most tokens, by its caller, by its time, or by a fault."""
+Reason = Literal["stop", "length", "cancelled", "deadline", "error", "unavailable"]
+"""Why a request ended: at a stop token, at its most tokens, by its caller, by its time, by a fault, or because an
+engine that it needs is gone."""
 
 
 class Overloaded(RuntimeError):

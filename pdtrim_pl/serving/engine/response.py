@@ -6,7 +6,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pdtrim_pl.serving.engine.engine import Engine
+from pdtrim_pl.serving.engine.interface import TokenEngine
 from pdtrim_pl.serving.engine.requests import Ask, Done, Event, Token
 from pdtrim_pl.serving.text import Decode, TextStream
 
@@ -35,7 +35,7 @@ class Response:
     """
 
     def __init__(
-        self, engine: Engine, ask: Ask, decode: Decode, stop: Sequence[str], tell: Callable[[str | Ended], None]
+        self, engine: TokenEngine, ask: Ask, decode: Decode, stop: Sequence[str], tell: Callable[[str | Ended], None]
     ) -> None:  # fmt: skip
         self._engine, self._tell = engine, tell
         self._text = TextStream(decode, stop)

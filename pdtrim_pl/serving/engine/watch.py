@@ -5,13 +5,25 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import get_args
 
 from pdtrim_pl.serving.engine.requests import Reason, Running
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper ends of the buckets of a histogram, seconds."""
+
+
+COUNTERS = {
+    "kv_bytes": "Bytes of keys and values that crossed.",
+    "header_bytes": "Other bytes of the transfers.",
+    "prompt_tokens": "Tokens of prompts.",
+    "tokens": "Tokens of responses.",
+    "refused": "Requests that found the queue full.",
+    "lost": "Transfers that were refused or lost.",
+    "restarts": "Workers that died.",
+}
+"""Name of a counter -> what it counts."""
 
 
 class Histogram:
@@ -37,10 +49,15 @@ class Histogram:
 
 
 class Watch:
-    """Hears what happens to requests. Its methods may be called from any thread."""
+    """Hears what happens to requests. Its methods may be called from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        unknown: names of `COUNTERS` that this engine cannot count.
+    """
+
+    def __init__(self, unknown: Collection[str] = ()) -> None:
         self._lock = threading.Lock()
+        self._unknown = unknown
         self._first, self._each, self._prefill = Histogram(), Histogram(), Histogram()
         self._ended: Counter[Reason] = Counter(dict.fromkeys(get_args(Reason), 0))
         self._counts: Counter[str] = Counter()
@@ -100,16 +117,9 @@ class Watch:
         yield from _lines("pdtrim_requests_decoding", "gauge", "Requests that decode.", [("", self._decoding)])
         ended = [(f'{{reason="{reason}"}}', count) for reason, count in self._ended.items()]
         yield from _lines("pdtrim_requests_total", "counter", "Requests that ended, by the reason.", ended)
-        for name, text in (
-            ("kv_bytes", "Bytes of keys and values that crossed."),
-            ("header_bytes", "Other bytes of the transfers."),
-            ("prompt_tokens", "Tokens of prompts."),
-            ("tokens", "Tokens of responses."),
-            ("refused", "Requests that found the queue full."),
-            ("lost", "Transfers that were refused or lost."),
-            ("restarts", "Workers that died."),
-        ):
-            yield from _lines(f"pdtrim_{name}_total", "counter", text, [("", self._counts[name])])
+        for name, text in COUNTERS.items():
+            if name not in self._unknown:
+                yield from _lines(f"pdtrim_{name}_total", "counter", text, [("", self._counts[name])])
 
 
 def _lines(name: str, kind: str, text: str, values: Sequence[tuple[str, int]]) -> Iterator[str]:

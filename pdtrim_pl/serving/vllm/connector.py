@@ -46,7 +46,8 @@ class PairConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        transfer = self._kv_transfer_config
+        self.config, transfer = vllm_config, vllm_config.kv_transfer_config
+        assert transfer is not None
         if transfer.kv_role not in ("kv_producer", "kv_consumer"):
             raise UserError(f"`kv_role` is {transfer.kv_role}: an engine serves one half of a pair.")
         self.settings: dict[str, Any] = transfer.kv_connector_extra_config
@@ -81,7 +82,7 @@ class PairConnector(KVConnectorBase_V1):
 
     @override
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        config, pair = self._vllm_config, self.pair
+        config, pair = self.config, self.pair
         layers = {name: index for name, index in layers_of(kv_caches).items() if pair.block(index) is not None}
         first = next(iter(layers))
         layout, size = layout_of(config, first, kv_caches[first]), config.cache_config.block_size
@@ -107,7 +108,7 @@ class PairConnector(KVConnectorBase_V1):
         if self.worker.groups and is_forward_context_available():
             context = get_forward_context()
             if context.attn_metadata:
-                compact(context, self.worker.groups, self.worker.cuts, self.worker.kernel_size, self._vllm_config)
+                compact(context, self.worker.groups, self.worker.cuts, self.worker.kernel_size, self.config)
 
     @override
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:

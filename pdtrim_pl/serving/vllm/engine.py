@@ -1,4 +1,4 @@
-"""Everything of vLLM that is not its public connector interface. tests/with_vllm runs it.
+"""Everything of vLLM that is not its connector interface. tests/with_vllm runs it, and looks for each name.
 
 Written for vLLM 0.32. The CPU backend was run; the GPU part follows the source of its FlashAttention backend.
 """
@@ -16,6 +16,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.serving.vllm.compaction import cut_lengths, cut_slots
@@ -73,6 +74,22 @@ def windows_of(config: VllmConfig, names: Iterable[str]) -> dict[str, int]:
         if window not in (None, -1):
             found[name] = window
     return found
+
+
+def progress_of(output: SchedulerOutput) -> dict[str, int]:
+    """Request of a scheduler's step -> how many of its tokens are computed when the step ends."""
+    before = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+    cached = output.scheduled_cached_reqs
+    before.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return {request: count + output.num_scheduled_tokens[request] for request, count in before.items()}
+
+
+def table_of(output: SchedulerOutput, request: str) -> list[int]:
+    """Block table of a request of a scheduler's step."""
+    assert output.kv_connector_block_state is not None
+    tables = output.kv_connector_block_state.get_block_ids(request)
+    assert tables is not None
+    return list(tables[0])
 
 
 def layout_of(config: VllmConfig, name: str, cache: Tensor) -> CacheLayout:

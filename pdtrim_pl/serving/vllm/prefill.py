@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from pdtrim_pl.serving.vllm.compaction import kept_positions, slots_of
+from pdtrim_pl.serving.vllm.engine import progress_of, table_of
 from pdtrim_pl.serving.vllm.greeting import Address
 from pdtrim_pl.serving.vllm.layout import CacheLayout
 from pdtrim_pl.serving.vllm.pair import ServedPair
@@ -68,18 +69,11 @@ class PrefillScheduler:
 
     def step(self, output: SchedulerOutput) -> Saves:
         """The prompts that this step completes."""
-        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         found = []
-        for name, before in computed.items():
-            if name not in self._waiting or before + output.num_scheduled_tokens[name] < self._waiting[name][2]:
-                continue
-            transfer, target, positions = self._waiting.pop(name)
-            assert output.kv_connector_block_state is not None
-            tables = output.kv_connector_block_state.get_block_ids(name)
-            assert tables is not None
-            found.append(Save(transfer, target, positions, list(tables[0])))
+        for name, computed in progress_of(output).items():
+            if name in self._waiting and computed >= self._waiting[name][2]:
+                transfer, target, positions = self._waiting.pop(name)
+                found.append(Save(transfer, target, positions, table_of(output, name)))
         return Saves(found)
 
     def finished(self, request: Request) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.serving.engine.engine import Engine
+from pdtrim_pl.serving.engine.interface import TokenEngine
 from pdtrim_pl.serving.engine.requests import Overloaded
 from pdtrim_pl.serving.engine.response import Ended, Response
 from pdtrim_pl.serving.generate import decoded
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LARGEST_BODY = 16 * 2**20
 """Bytes."""
-STATUS = {"deadline": 504, "error": 500, "cancelled": 503}
+STATUS = {"deadline": 504, "error": 500, "cancelled": 503, "unavailable": 503}
 """Reasons for which a request without a stream has no answer -> HTTP status."""
 LOOK = 1.0
 """Seconds between looks whether the caller of a request is still there."""
@@ -41,7 +41,7 @@ LOOK = 1.0
 class Served:
     """What the application serves."""
 
-    engine: Engine
+    engine: TokenEngine
     tokenizer: PreTrainedTokenizerBase
     name: str
     """Of the model, as callers see it."""
@@ -82,8 +82,8 @@ class _Pages:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(self, request: Request) -> HttpResponse:
-        healthy = self.engine.healthy
-        return JSONResponse({"status": "ok" if healthy else "a worker is starting"}, 200 if healthy else 503)
+        trouble = self.engine.trouble
+        return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
 
     async def metrics(self, request: Request) -> HttpResponse:
         return PlainTextResponse(self.engine.watch.metrics(), media_type="text/plain; version=0.0.4")
