@@ -25,6 +25,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.export import export_pair
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.plan import Codec, KVRetentionPolicy, PairManifest, Retention, StagePlan
+from pdtrim_pl.serving.engine.requests import Ask
 from pdtrim_pl.serving.generate import decoded
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
@@ -321,6 +322,11 @@ def test_the_shorter_context_of_an_engine_is_the_limit(running: Stack, export: P
     for body, message in ({"n": 2}, "does not know `n`"), ({"max_tokens": 600}, "the model's context is"):
         with pytest.raises(openai.BadRequestError, match=message):
             running.caller.completions.create(**GREEDY, prompt="The sky", **body)
+
+
+def test_a_known_response_is_refused(running: Stack) -> None:
+    with pytest.raises(UserError, match="cannot tell the logits of a known response"):
+        running.router.submit(Ask.scoring([5, 6], [7]), lambda _: None)
 
 
 def test_metrics_count_times_and_the_policys_bytes(running: Stack) -> None:

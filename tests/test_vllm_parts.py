@@ -18,7 +18,7 @@ from tiny_models import tiny_model
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.pair import export_pair
-from pdtrim_pl.plan import Codec, KVRetentionPolicy, Retention, StagePlan
+from pdtrim_pl.plan import Codec, KVRetentionPolicy, Layout, Retention, StagePlan
 from pdtrim_pl.serving.vllm.compaction import cut_lengths, cut_slots, kept_positions, slots_of
 from pdtrim_pl.serving.vllm.greeting import PROTOCOL, Address, Hello, greet, secret_for
 from pdtrim_pl.serving.vllm.inbox import Inbox
@@ -33,13 +33,13 @@ HELLO = Hello(PROTOCOL, 1, 0)
 SIZE = 4
 
 
-def exported(folder: Path, prefill: tuple[int, ...] = (0, 1, 3)) -> Path:
+def exported(folder: Path, prefill: tuple[int, ...] = (0, 1, 3), layout: Layout = "compact") -> Path:
     model = tiny_model("llama")
     relation = "nested" if set(prefill) >= {0, 3} else "free"
     plan = StagePlan(reference_to(model, "tiny"), prefill=prefill, decode=(0, 3), relation=relation)
     rules = {0: Retention("first_last", 2, 3), 3: Retention(codec=Codec("int8", "int8"))}
     staged = StagedCausalLM(model, plan, KVRetentionPolicy("prefill", kv_shape_of(model), rules))
-    return export_pair(staged, folder / "pair", tokenizer=None)
+    return export_pair(staged, folder / "pair", tokenizer=None, layout=layout)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,13 @@ def test_a_layer_is_paired_by_its_original_block(export: Path) -> None:
 def test_a_plan_with_kv_only_blocks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"decode runs block\(s\) \[3\] that prefill does not run"):
         ServedPair.read(exported(tmp_path, prefill=(0, 1)), "prefill")
+
+
+def test_a_padded_pair_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="has `layout: padded`, which is for stock connectors. Give this one the compact"
+    ):
+        ServedPair.read(exported(tmp_path, layout="padded"), "prefill")
 
 
 def test_an_engine_of_another_size_is_refused_with_what_differs(export: Path) -> None:

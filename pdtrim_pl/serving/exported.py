@@ -68,12 +68,13 @@ class ExportedPair:
                 f"{self.context}. Shorten the prompt, or lower `{setting}` to at most {self.context - tokens}."
             )
 
-    def check_ids(self, prompt_ids: Sequence[int], new_tokens: int) -> None:
+    def check_ids(self, prompt_ids: Sequence[int], new_tokens: int, response_ids: Sequence[int] = ()) -> None:
         """Refuse a request that the model's context cannot hold, or that has tokens which the model does not know.
 
         Raises:
             UserError: see `check_prompt`; or a token is outside the vocabulary.
         """
         self.check_prompt(len(prompt_ids), new_tokens)
-        if outside := [token for token in prompt_ids if not 0 <= token < self.vocabulary]:
-            raise UserError(f"`prompt` has token {outside[0]}, outside the vocabulary 0..{self.vocabulary - 1}.")
+        for name, ids in (("prompt", prompt_ids), ("response", response_ids)):
+            if outside := [token for token in ids if not 0 <= token < self.vocabulary]:
+                raise UserError(f"`{name}` has token {outside[0]}, outside the vocabulary 0..{self.vocabulary - 1}.")

@@ -134,9 +134,7 @@ class Engine:
             Overloaded: the queue is full.
             RuntimeError: the engine does not run.
         """
-        self.pair.check_ids(ask.prompt_ids, ask.max_new_tokens)
-        if outside := [token for token in ask.forced or () if not 0 <= token < self.pair.vocabulary]:
-            raise UserError(f"`response` has token {outside[0]}, outside the vocabulary 0..{self.pair.vocabulary - 1}.")
+        self.pair.check_ids(ask.prompt_ids, ask.max_new_tokens, ask.forced or ())
         with self._lock:
             if self._over or not self._thread.is_alive():
                 raise self._fault or RuntimeError("The engine does not run: use it in a `with` block.")

@@ -94,6 +94,8 @@ class Router:
 
     def submit(self, ask: Ask, tell: Listener) -> int:
         """Queue a request; returns its number, for `cancel`. Arguments and errors as for `Engine.submit`."""
+        if ask.forced is not None:
+            raise UserError("The router cannot tell the logits of a known response: use the engine of this package.")
         self.pair.check_ids(ask.prompt_ids, ask.max_new_tokens)
         with self._lock:
             if not self._open:

@@ -30,6 +30,10 @@ class ServedPair:
         policy = KVRetentionPolicy.load(export / POLICY_FILE, plan)
         manifest = PairManifest.load(export)
         manifest.check(export, (stage,))
+        if plan.layout == "padded":
+            raise UserError(
+                f"{export} has `layout: padded`, which is for stock connectors. Give this one the compact export."
+            )
         if plan.kv_only:
             raise UserError(
                 f"In the plan of {export}, decode runs block(s) {list(plan.kv_only)} that prefill does not run. vLLM "
