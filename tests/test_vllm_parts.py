@@ -86,9 +86,7 @@ def test_a_plan_with_kv_only_blocks_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_padded_pair_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="`layout: padded`, which is for stock connectors"
-    ):
+    with pytest.raises(UserError, match="`layout: padded`, which is for stock connectors"):
         ServedPair.read(exported(tmp_path, layout="padded"), "prefill")
 
 
