@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +61,18 @@ class LossTerm(ABC):
         UserError: the weight is not positive.
     """
 
-    name: ClassVar[str]
+    name: str
     """Name of the loss. It is logged as `train/<name>`."""
 
     def __init__(self, weight: float = 1.0) -> None:
         if not weight > 0:
             raise UserError(f"`weight` of the loss {self.name} is {weight}: give a positive number or drop the loss.")
         self.weight = weight
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether this loss needs anything of the teacher."""
+        return True
 
     @property
     def watches_blocks(self) -> bool:

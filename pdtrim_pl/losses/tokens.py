@@ -15,7 +15,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses.base import TokenLoss
 
 
-class _Tempered(TokenLoss):
+class Tempered(TokenLoss):
     """A divergence between distributions softened by a temperature, times the temperature squared.
 
     Source: Hinton et al. (arXiv 1503.02531).
@@ -38,7 +38,7 @@ class _Tempered(TokenLoss):
         """The divergence [n] from log-probabilities of student and teacher, [n, V] each."""
 
 
-class KL(_Tempered):
+class KL(Tempered):
     """Forward divergence KL(teacher || student)."""
 
     name = "kl"
@@ -59,7 +59,7 @@ class KL(_Tempered):
         return losses, gradient
 
 
-class ReverseKL(_Tempered):
+class ReverseKL(Tempered):
     """Reverse divergence KL(student || teacher), which is mode seeking."""
 
     name = "reverse_kl"
@@ -68,7 +68,7 @@ class ReverseKL(_Tempered):
         return _kl(student, teacher)
 
 
-class JSD(_Tempered):
+class JSD(Tempered):
     """Jensen-Shannon divergence: the mean of the two divergences from the mixture; at most log 2 nats."""
 
     name = "jsd"
@@ -82,6 +82,10 @@ class CrossEntropy(TokenLoss):
     """Cross-entropy of the response tokens; the teacher is not used."""
 
     name = "ce"
+
+    @property
+    def reads_teacher(self) -> bool:
+        return False
 
     def per_token(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(student, targets, reduction="none")
