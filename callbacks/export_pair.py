@@ -76,6 +76,11 @@ class ExportPair(Callback, TellsLoad):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.measure:
+            assert isinstance(pl_module, PDTrimModule)
+            pl_module.check_teacher(
+                "ExportPair with `measure: true`", "Set `measure: false` and measure with `pdtrim eval`"
+            )
         self._exported = trial_batches(trainer) is not None  # which writes nothing, so nothing is in its way
         if stage == "fit" and not self._exported:
             check_target(self.output, self.overwrite, Origin.of(self.output))  # no checkpoint has said yet who we are

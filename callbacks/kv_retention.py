@@ -64,6 +64,9 @@ class KVRetention(Callback, TellsLoad):
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         if any(isinstance(callback, RemovalRounds) for callback in callbacks[callbacks.index(self) :]):
             raise MisconfigurationException("KVRetention must stand after every BlockDrop in `trainer.callbacks`.")
+        if stage == "fit":
+            assert isinstance(pl_module, PDTrimModule)
+            pl_module.check_teacher("KVRetention", "Choose the policy afterwards with `pdtrim policy`")
         due, last = self._due(trainer), _last_round(trainer)
         if due < last:
             raise MisconfigurationException(

@@ -70,6 +70,10 @@ class RemovalRounds(Callback, TellsLoad):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            assert isinstance(pl_module, PDTrimModule)
+            pl_module.check_teacher(
+                f"The {self.title}", "Choose the blocks in a run of its own and start from its plan (`structure.plan`)"
+            )
             check_drops(trainer.strategy)
         if stage == "fit" and not lasts_until(self.last_round, trainer):
             raise MisconfigurationException(

@@ -1,6 +1,6 @@
 """The LightningModule: it builds teacher and student, distils the student, and measures it.
 
-Saving and resuming is in the base class, `checkpoints/resumable.py`.
+The base classes measure it (`evaluation/measured.py`), and save and resume a run (`checkpoints/resumable.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from typing_extensions import override
 
 from pdtrim_pl.checkpoints.continuation import check_same_checkpoint
 from pdtrim_pl.checkpoints.fast_dev_run import save_nothing_in_a_trial
-from pdtrim_pl.checkpoints.resumable import ResumableModule
 from pdtrim_pl.data import Batch, PromptResponseDataModule
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.evaluation.metrics import QualityMeans
+from pdtrim_pl.evaluation.measured import MeasuredModule
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.spread import shared_step
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, training_loss
@@ -31,6 +30,7 @@ from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
+from pdtrim_pl.models.placement import Placement, TeacherPlace
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Structure
 from pdtrim_pl.staged import StagedCausalLM
@@ -38,9 +38,10 @@ from pdtrim_pl.staged.decoding import generate, stop_ids_of
 from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, parallel_of
 from pdtrim_pl.strategies.schedule import Schedule
+from pdtrim_pl.teacher_cache import OfflineTeacher
 
 
-class PDTrimModule(ResumableModule):
+class PDTrimModule(MeasuredModule):
     """Distils a student, whose stages lose blocks, from a frozen teacher that keeps all blocks.
 
     Args:
@@ -53,12 +54,14 @@ class PDTrimModule(ResumableModule):
         chunk_tokens: number of response tokens whose logits are in memory at once.
         architecture: adapter of the model's family, if the package has none. A teacher of this family uses it too.
         schedule: how the learning rate rises and falls over the run. By default it is constant.
+        teacher: where the teacher lives: a copy, or on disk. Its name is in `loading`.
 
     Raises:
         UserError: a setting is invalid.
     """
 
     teacher: StagedCausalLM
+    """Absent under `teacher.placement: offline`."""
 
     def __init__(
         self,
@@ -71,11 +74,15 @@ class PDTrimModule(ResumableModule):
         chunk_tokens: int = 256,
         architecture: Architecture | None = None,
         schedule: Schedule | None = None,
+        teacher: TeacherPlace = TeacherPlace(),
     ) -> None:
         super().__init__()
         self.model_name = model
         self.losses = [KL()] if losses is None else list(losses)
         check_terms(self.losses)
+        self.place = teacher
+        self.offline: OfflineTeacher | None = None
+        """The teacher on disk, while a run with `teacher.placement: offline` trains."""
         if chunk_tokens < 1:
             raise UserError(f"`chunk_tokens` is {chunk_tokens}: give at least 1.")
         if schedule is not None and lr_scheduler is not None:
@@ -85,7 +92,6 @@ class PDTrimModule(ResumableModule):
         check_adapter(architecture)
         self.architecture = architecture
         self._checked = False
-        self._means: QualityMeans | None = None
 
     @property
     @override
@@ -96,6 +102,34 @@ class PDTrimModule(ResumableModule):
     def pair(self) -> ModelPair:
         """Settings of the models that are loaded."""
         return ModelPair(self.model_name, self.structure, self.loading, self.architecture)
+
+    @property
+    @override
+    def is_alone(self) -> bool:
+        return self.placement == "offline"
+
+    @property
+    def placement(self) -> Placement:
+        """Where the teacher lives."""
+        if self.place.placement != "auto":
+            return self.place.placement
+        return "copy" if self.place.cache is None else "offline"
+
+    def check_teacher(self, reader: str, way_out: str) -> None:
+        """Refuse something that runs the teacher in a run that has none.
+
+        Args:
+            reader: what runs the teacher, for the message.
+            way_out: what to do instead, for the message.
+
+        Raises:
+            UserError: the teacher is offline.
+        """
+        if self.placement == "offline":
+            raise UserError(
+                f"{reader} runs the teacher, and under `teacher.placement: offline` none is loaded. {way_out}, or use "
+                "`teacher.placement: copy`."
+            )
 
     # Building
 
@@ -118,6 +152,8 @@ class PDTrimModule(ResumableModule):
         check_same_checkpoint(self.parallel, self.found_checkpoint)
         if "student" not in self._modules:
             self.check_models()  # not in `configure_model`, where ZeRO-3 shards every model that is built
+        if stage == "fit" and self.placement == "offline":
+            self.offline = self._offline_teacher()
         save_nothing_in_a_trial(self.trainer)
         self.run_name = self.trainer.strategy.broadcast(uuid4().hex)
 
@@ -128,12 +164,15 @@ class PDTrimModule(ResumableModule):
         model, plan, policy = self.pair.student()
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_masters(self._trainer.strategy, str(self._trainer.precision), model.dtype)  # `auto` is resolved
-        teacher = self.pair.teacher(plan.boundary, model.config.vocab_size)
+        vocabulary: int = model.config.vocab_size
+        teacher = None if self.placement == "offline" else self.pair.teacher(plan.boundary, vocabulary)
         if self._trainer is not None and self._trainer.is_global_zero:
             device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
-            warn_of_slow_bf16(device, model.dtype, teacher.model.dtype, precision)
+            dtypes = [model.dtype] if teacher is None else [model.dtype, teacher.model.dtype]
+            warn_of_slow_bf16(device, *dtypes, precision)
         self.student = StagedCausalLM(model, architecture=self.architecture).train()
-        self.student.compared_tokens = teacher.compared_tokens
+        compared = self.pair.compared_tokens() if teacher is None else teacher.compared_tokens
+        self.student.compared_tokens = compared
         self._untie(plan.untied)
         self.student.apply_plan(plan)
         self.student.apply_policy(policy)
@@ -143,10 +182,23 @@ class PDTrimModule(ResumableModule):
         if self._trainer is None or not self._trainer.strategy.restore_checkpoint_after_setup:
             # DeepSpeed must be set up with the same parameters in every run: there `on_fit_start` freezes.
             self.student.freeze_unused()
-        self.teacher = teacher
+        if teacher is not None:
+            self.teacher = teacher
         data = self._data()
         if data is not None:
             data.check_fits(model.config)
+
+    def _offline_teacher(self) -> OfflineTeacher:
+        data = self._data()
+        if data is None:
+            raise UserError(
+                "`teacher.placement: offline` finds the teacher's distributions by the examples of a "
+                "PromptResponseDataModule, and this run has none. Use one, or `teacher.placement: copy`."
+            )
+        assert self.place.cache is not None, "`TeacherPlace` refuses this"
+        found = OfflineTeacher(self.place.cache, self.pair, data, self.losses)
+        data.on_batch = lambda batch: found.fetch(batch) if self.trainer.training else None
+        return found
 
     def _data(self) -> PromptResponseDataModule | None:
         data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
@@ -180,7 +232,8 @@ class PDTrimModule(ResumableModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, values = training_loss(self.losses, self.distilled(batch), chunk_tokens=self.chunk_tokens)
+        terms = self.losses if self.offline is None else self.offline.terms
+        loss, values = training_loss(terms, self.distilled(batch), chunk_tokens=self.chunk_tokens)
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch[0]))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
         self.note_loss(loss.detach())
@@ -189,38 +242,14 @@ class PDTrimModule(ResumableModule):
     def distilled(self, batch: Batch) -> Distilled:
         """Run student and teacher on one batch, and collect the input of the losses."""
         batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens)
+        if self.offline is not None:
+            return self.offline.distilled(self.student, batch, min_chunks)
         return run_pair(
             self.student, self.teacher, batch, watch_blocks=any(term.watches_blocks for term in self.losses),
             keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks,
         )  # fmt: skip
 
-    # Evaluation
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._means = QualityMeans(self.device)
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure(batch)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        values = self._log_quality("val")
-        if not self.trainer.sanity_checking:
-            self.record.validations.append((self.global_step, values))
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._means = QualityMeans(self.device)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure(batch)
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_quality("test")
+    # Generation
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -232,17 +261,6 @@ class PDTrimModule(ResumableModule):
             self.student, batch.prompt_ids, batch.prompt_mask, max_new_tokens=batch.response_ids.shape[1],
             stop_ids=stop_ids,
         )  # fmt: skip
-
-    def _measure(self, batch: Batch) -> None:
-        assert self._means is not None
-        batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens)
-        self._means.measure(self.student, self.teacher, batch, self.chunk_tokens, min_chunks)
-
-    def _log_quality(self, prefix: str) -> dict[str, float]:
-        assert self._means is not None
-        values = self._means.compute()
-        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, rank_zero_only=False)
-        return values
 
 
 @contextmanager

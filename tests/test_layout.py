@@ -22,7 +22,7 @@ FLOORS = (
     {"models", "data", "wire"},
     {"staged"},
     {"losses", "checkpoints"},
-    {"strategies", "evaluation"},
+    {"strategies", "evaluation", "teacher_cache"},
     {"criteria", "selectors", "merging", "export"},
     {"module", "sizing", "serving"},
     {"search", "harness"},

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,9 +14,8 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from transformers import AutoConfig, PreTrainedConfig
-from typing_extensions import override
 
-from pdtrim_pl.cli.lightning_cli import PDTrimCLI
+from pdtrim_pl.cli.parsed import ParsedRun
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
@@ -34,22 +32,6 @@ ASSUMED_GPU = 79 * GIB
 """Bytes of a card sold as 80 GB; used if there is no GPU to ask."""
 
 
-class _Parsed(PDTrimCLI):
-    """The command line up to the trainer, which may need GPUs that this machine does not have."""
-
-    @override
-    def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
-        self.trainer_settings: Namespace = self._get(self.config_init, "trainer")
-        self.config_files: list[Any] = self._get(self.config, "config") or []
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing runs."""
-
-
 def run(args: Sequence[str], out: TextIO | None = None) -> int:
     """Print the memory per process of `pdtrim fit` with these arguments.
 
@@ -61,13 +43,8 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     own.add_argument("--device_memory", type=float, default=None, metavar="GIB")
     own.add_argument("--host_memory", type=float, default=None, metavar="GIB")
     options, rest = own.parse_known_args(list(args))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # `--dry_run` is not its to parse
-        parsed = _Parsed(rest)
-    assert isinstance(parsed.model, PDTrimModule)
-    assert isinstance(parsed.datamodule, PromptResponseDataModule)
-    folders = [Path(str(file)).parent / "shapes" for file in parsed.config_files]
-    adapter = parsed.model.architecture
+    parsed = ParsedRun(rest)
+    folders, adapter = parsed.shape_folders, parsed.model.architecture
     config = model_config(parsed.model.model_name, folders, adapter)
     teacher = parsed.model.loading.teacher
     teacher_config = config if teacher is None else model_config(teacher, folders, adapter)

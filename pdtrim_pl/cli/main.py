@@ -39,6 +39,7 @@ commands:
   eval       tasks of lm-evaluation-harness and measures of generation on an exported pair, beside its dense model
   answer     a model's own responses to prompts, as a data set for distillation
   compare    several methods on one model, text and training budget: tables and pictures (`--quick` for a small one)
+  cache-teacher  write the teacher's distributions over a run's training text, which then trains without a teacher
   submit     run fit as a SLURM job, which saves before its time ends and continues until it is done
 
 `pdtrim fit --dry_run --config X` counts memory and refuses a run that a GPU cannot hold (`--device_memory GiB`), or the
@@ -48,7 +49,7 @@ first node (`--host_memory GiB`).
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
     *TRAINER_COMMANDS, "export", "policy", "bench", "report", "generate", "serve", "eval", "answer", "compare",
-    "submit",
+    "cache-teacher", "submit",
 )  # fmt: skip
 
 
@@ -126,6 +127,10 @@ def _run(command: str, args: list[str]) -> int:
         from pdtrim_pl.cli.compare import run as compare
 
         return compare(args[1:])
+    if command == "cache-teacher":
+        from pdtrim_pl.cli.cache_teacher import run as cache_teacher
+
+        return cache_teacher(args[1:])
     if command == "submit":
         from pdtrim_pl.slurm.submit import run
 

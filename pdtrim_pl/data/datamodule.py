@@ -1,5 +1,6 @@
 """The data module: it reads a source of text and makes loaders of prompt and response batches."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from pdtrim_pl.data.collate import Collator
+from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example, RepeatedPrompts, TokenExamples
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.loader import ResumableLoader
@@ -96,6 +97,8 @@ class PromptResponseDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.on_batch: Callable[[Batch], None] = _nothing
+        """Called with every batch of the trainer while it is still in host memory."""
         self._examples: TokenExamples | None = None
         self._parts: dict[str, Subset[Example]] = {}
 
@@ -157,6 +160,11 @@ class PromptResponseDataModule(LightningDataModule):
         if len(subset) == 0:
             raise UserError(f"The data has no {name} part; set `parts.{name}` to a count or a share above 0.")
         return subset
+
+    @override
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        self.on_batch(batch)
+        return batch
 
     @override
     def train_dataloader(self) -> ResumableLoader:
@@ -249,3 +257,7 @@ class PromptResponseDataModule(LightningDataModule):
         if "vocab_size" in config:
             own = set(self.tokenizer.get_vocab().values()) - self.tokenizer.added_tokens_decoder.keys()
             check_vocabulary(max(own, default=-1) + 1, config["vocab_size"])
+
+
+def _nothing(batch: Batch) -> None:
+    """What is done with a batch by default."""

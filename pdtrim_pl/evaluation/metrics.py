@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.evaluation.tokens import final_hidden, score_tokens
+from pdtrim_pl.losses import chunks
 from pdtrim_pl.staged import StagedCausalLM
 
 
@@ -17,11 +19,14 @@ class QualityMeans:
 
     Args:
         device: device of the scores.
+        alone: whether there is no teacher.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
         exact = torch.float32 if device.type == "mps" else torch.float64
-        self._means = {name: MeanMetric() for name in ("nll", "teacher_nll", "kl", "agreement")}
+        self.alone = alone
+        names = ("nll",) if alone else ("nll", "teacher_nll", "kl", "agreement")
+        self._means = {name: MeanMetric() for name in names}
         for mean in self._means.values():
             mean.set_dtype(exact).to(device)
 
@@ -36,8 +41,20 @@ class QualityMeans:
         for name, column in vars(scores).items():
             self._means[name].update(column)
 
+    def measure_alone(self, student: StagedCausalLM, batch: Batch, chunk_tokens: int, min_chunks: int) -> None:
+        """Run the student on one batch where there is no teacher, and add the likelihoods of its response tokens."""
+        hidden, targets = final_hidden(student, batch), batch.response_ids[batch.response_mask]
+        for part in chunks(len(targets), chunk_tokens, min_chunks):
+            nll = F.cross_entropy(student.compared_logits(hidden[part]).float(), targets[part], reduction="none")
+            self._means["nll"].update(nll)
+
     def compute(self) -> dict[str, float]:
-        """Response perplexities, KL in nats and top-1 agreement. With several ranks this is a collective."""
+        """Response perplexities, KL in nats and top-1 agreement; without a teacher, the student's perplexity alone.
+
+        With several ranks this is a collective.
+        """
+        if self.alone:
+            return {"ppl": float(self._means["nll"].compute().exp())}
         means = {name: float(metric.compute()) for name, metric in self._means.items()}
         return {
             "ppl": float(torch.tensor(means["nll"]).exp()),

@@ -70,7 +70,7 @@ def stored_tensors(path: str) -> dict[str, Tensor]:
         path: a directory or a Hub id.
     """
     tensors: dict[str, Tensor] = {}
-    for file in _weight_files(path):
+    for file in weight_files(path):
         tensors |= tensors_of_file(file)
     return tensors
 
@@ -164,7 +164,7 @@ def _silent() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _weight_files(path: str) -> list[str]:
+def weight_files(path: str) -> list[str]:
     """The weight files that transformers would read. Files of a Hub model are downloaded into its cache."""
     for whole, index in _FILES:
         if has_model_file(path, whole):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import DType, Loading, dtype_of
-from pdtrim_pl.models.pretrained import check_model, load_causal_lm, load_tokenizer, model_type_of
+from pdtrim_pl.models.pretrained import check_model, load_causal_lm, load_tokenizer, model_type_of, usable_config
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, StagePlan, Structure
 from pdtrim_pl.staged.description import reference_to
 from pdtrim_pl.staged.model import StagedCausalLM
@@ -40,7 +40,7 @@ class ModelPair:
         """
         check_model(self.name, self.architecture)
         if self.teacher_name != self.name:
-            check_model(self.teacher_name, self._adapter_of_teacher())
+            check_model(self.teacher_name, self.adapter_of_teacher())
 
     def student(self) -> tuple[PreTrainedModel, StagePlan, KVRetentionPolicy | None]:
         """Load the model to trim, and the plan and the policy that it starts under. None as policy sends everything.
@@ -69,12 +69,27 @@ class ModelPair:
         Raises:
             UserError: the teacher has another vocabulary, or see `load_causal_lm`.
         """
-        adapter = self._adapter_of_teacher()
+        adapter = self.adapter_of_teacher()
         model = self._load(self.teacher_name, self.loading.teacher_dtype, adapter)
         plan = StagePlan.full(reference_to(model, self.teacher_name), boundary=boundary)
         teacher = StagedCausalLM(model, plan, architecture=adapter).eval().requires_grad_(False)
         teacher.compared_tokens = self._compared_tokens(vocabulary, model.config.vocab_size)
         return teacher
+
+    def compared_tokens(self) -> int | None:
+        """Number of token ids, from 0, on which both models are compared; None for all of them. Loads no weights.
+
+        Raises:
+            UserError: the teacher has another vocabulary.
+        """
+        ours, theirs = self.vocabularies
+        return self._compared_tokens(ours, theirs)
+
+    @property
+    def vocabularies(self) -> tuple[int, int]:
+        """Number of rows of the student's embedding and of the teacher's, from their configurations."""
+        student = usable_config(self.name, self.architecture)
+        return student.vocab_size, usable_config(self.teacher_name, self.adapter_of_teacher()).vocab_size
 
     def _compared_tokens(self, student: int, teacher: int) -> int | None:
         """Number of token ids, from 0, on which both models are compared; None for all of them.
@@ -121,7 +136,7 @@ class ModelPair:
         attention = self.loading.attn_implementation
         return load_causal_lm(name, dtype=dtype_of(dtype), attn_implementation=attention, architecture=adapter)
 
-    def _adapter_of_teacher(self) -> Architecture | None:
+    def adapter_of_teacher(self) -> Architecture | None:
         """The model's adapter, if the teacher is of the same family; else None (the package's own adapter)."""
         if self.architecture is None or model_type_of(self.teacher_name) == model_type_of(self.name):
             return self.architecture
