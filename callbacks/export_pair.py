@@ -21,6 +21,7 @@ from pdtrim_pl.evaluation.summary import Summary, summarise
 from pdtrim_pl.evaluation.timing import Timing, measure_timing
 from pdtrim_pl.export import check_target, export_pair
 from pdtrim_pl.export.documents import write_documents
+from pdtrim_pl.export.merged import without_adapters
 from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.verify import sliced_stage
 from pdtrim_pl.export.whole import whole_copy
@@ -148,7 +149,7 @@ class ExportPair(Callback, TellsLoad):
         def export() -> None:
             assert student is not None
             measured = self._summary(trainer, module) if self.measure and parallel.whole else summary
-            self._write(trainer, module, student, measured)
+            self._write(trainer, module, without_adapters(student), measured)
 
         on_first_rank(parallel, export)
 

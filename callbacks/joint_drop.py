@@ -115,6 +115,8 @@ class JointDrop(RemovalRounds):
                 "KVRetention. Leave KVRetention out, or set `wire_bytes: 1.0`."
             )
         if stage == "fit" and self.width is not None:
+            assert isinstance(pl_module, PDTrimModule)
+            pl_module.check_whole("JointDrop with `width`")
             check_new_widths(trainer.strategy)
 
     @override

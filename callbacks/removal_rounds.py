@@ -81,6 +81,8 @@ class RemovalRounds(Callback, TellsLoad):
                 f"`trainer.max_epochs` is {trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
             )
         if stage == "fit" and self.merging is not None:
+            assert isinstance(pl_module, PDTrimModule)
+            pl_module.check_whole(f"The {self.title} with `merging`")
             check_merges(trainer.strategy, self.merging.tied)
 
     @override

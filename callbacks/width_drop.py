@@ -94,6 +94,8 @@ class WidthDrop(RemovalRounds):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.repair is not None:
+            assert isinstance(pl_module, PDTrimModule)
+            pl_module.check_whole(f"The {self.title} with `repair`")
             check_refits(trainer.strategy, self.repair.tied)
 
     @override

@@ -35,8 +35,10 @@ from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Structure
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.decoding import generate, stop_ids_of
+from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
-from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, parallel_of
+from pdtrim_pl.staged.trainable import Trainable
+from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, check_trainable, parallel_of
 from pdtrim_pl.strategies.schedule import Schedule
 from pdtrim_pl.teacher_cache import OfflineTeacher
 
@@ -55,6 +57,8 @@ class PDTrimModule(MeasuredModule):
         architecture: adapter of the model's family, if the package has none. A teacher of this family uses it too.
         schedule: how the learning rate rises and falls over the run. By default it is constant.
         teacher: where the teacher lives: a copy, or on disk. Its name is in `loading`.
+        trainable: `all` weights; those of blocks that stand for several (`merged`); the `norms`; or low-rank adapters
+            (`lora`, or their settings), which an export merges.
 
     Raises:
         UserError: a setting is invalid.
@@ -75,12 +79,14 @@ class PDTrimModule(MeasuredModule):
         architecture: Architecture | None = None,
         schedule: Schedule | None = None,
         teacher: TeacherPlace = TeacherPlace(),
+        trainable: Trainable | LoRA = "all",
     ) -> None:
         super().__init__()
         self.model_name = model
         self.losses = [KL()] if losses is None else list(losses)
         check_terms(self.losses)
         self.place = teacher
+        self.trainable: Trainable | LoRA = LoRA() if trainable == "lora" else trainable
         self.offline: OfflineTeacher | None = None
         """The teacher on disk, while a run with `teacher.placement: offline` trains."""
         if chunk_tokens < 1:
@@ -131,6 +137,21 @@ class PDTrimModule(MeasuredModule):
                 "`teacher.placement: copy`."
             )
 
+    def check_whole(self, writer: str) -> None:
+        """Refuse something that writes weights of blocks in a run that trains adapters beside them.
+
+        Args:
+            writer: what writes weights, for the message.
+
+        Raises:
+            UserError: adapters train.
+        """
+        if isinstance(self.trainable, LoRA):
+            raise UserError(
+                f"{writer} writes fitted weights into blocks, and `trainable: lora` trains adapters that were made for "
+                "the old ones. Use `trainable: all` or `merged`, or drop blocks without fitting others."
+            )
+
     # Building
 
     def check_models(self) -> None:
@@ -147,8 +168,9 @@ class PDTrimModule(MeasuredModule):
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
+        check_trainable(self.trainer.strategy, self.trainable)
         if stage == "fit":
-            check_masters(self.trainer.strategy, str(self.trainer.precision), dtype_of(self.loading.dtype))
+            self._check_masters(dtype_of(self.loading.dtype))
         check_same_checkpoint(self.parallel, self.found_checkpoint)
         if "student" not in self._modules:
             self.check_models()  # not in `configure_model`, where ZeRO-3 shards every model that is built
@@ -163,7 +185,7 @@ class PDTrimModule(MeasuredModule):
             return
         model, plan, policy = self.pair.student()
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            check_masters(self._trainer.strategy, str(self._trainer.precision), model.dtype)  # `auto` is resolved
+            self._check_masters(model.dtype)  # `auto` is resolved
         vocabulary: int = model.config.vocab_size
         teacher = None if self.placement == "offline" else self.pair.teacher(plan.boundary, vocabulary)
         if self._trainer is not None and self._trainer.is_global_zero:
@@ -181,12 +203,17 @@ class PDTrimModule(MeasuredModule):
             self.student.freeze_embeddings()
         if self._trainer is None or not self._trainer.strategy.restore_checkpoint_after_setup:
             # DeepSpeed must be set up with the same parameters in every run: there `on_fit_start` freezes.
-            self.student.freeze_unused()
+            self.student.train_only(self.trainable)
         if teacher is not None:
             self.teacher = teacher
         data = self._data()
         if data is not None:
             data.check_fits(model.config)
+
+    def _check_masters(self, dtype: torch.dtype | None) -> None:
+        """Refuse training in 16 bits alone. Frozen weights may have any type: adapters are in fp32."""
+        adapters = isinstance(self.trainable, LoRA)
+        check_masters(self.trainer.strategy, str(self.trainer.precision), None if adapters else dtype)
 
     def _offline_teacher(self) -> OfflineTeacher:
         data = self._data()
@@ -234,6 +261,11 @@ class PDTrimModule(MeasuredModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.losses if self.offline is None else self.offline.terms
         loss, values = training_loss(terms, self.distilled(batch), chunk_tokens=self.chunk_tokens)
+        if not loss.requires_grad:
+            raise UserError(
+                "`trainable` leaves nothing that trains: no block of the plan stands for several others. Merge blocks "
+                "before the first step, start from a plan with merges (`structure.plan`), or use `trainable: all`."
+            )
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch[0]))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
         self.note_loss(loss.detach())

@@ -80,6 +80,8 @@ class Continuation:
             for stage, blocks in state.untied.items():
                 for block in blocks:
                     student.gates[block].untie(stage)
+            if state.lora is not None:
+                student.train_only(state.lora)
         return student
 
     @cached_property

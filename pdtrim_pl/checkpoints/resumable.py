@@ -147,7 +147,7 @@ class ResumableModule(LightningModule):
         processes, untied, added = self.trainer.world_size, self.student.untied, tuple(self._added)
         state = CheckpointState(
             self.plan, self.policy, self.record, self.run_config, processes, untied, added, self.run_name,
-            self.global_step,
+            self.global_step, self.student.lora,
         )  # fmt: skip
         checkpoint[CheckpointState.KEY] = state.to_json()
         checkpoint[RANDOM_STATES] = random_states(self.device)
@@ -157,6 +157,7 @@ class ResumableModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = CheckpointState.of(checkpoint)
         state.check_model(self.plan.model)
+        state.check_adapters(self.student.lora)
         if not self.trainer.strategy.restore_checkpoint_after_setup:  # DeepSpeed cannot add weights after its setup
             self._untie(state.untied)
         self.student.apply_plan(replace(state.plan, model=self.plan.model))  # the path of the model may have changed

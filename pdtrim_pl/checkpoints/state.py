@@ -25,6 +25,7 @@ from pdtrim_pl.checkpoints.sharded import ShardedCheckpoint
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, ModelRef, Stage, StagePlan
 from pdtrim_pl.plan.json_files import check_format, write_whole
+from pdtrim_pl.staged.lora import LoRA
 
 CHECKPOINT_FORMAT = "pdtrim.checkpoint/1"
 _UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -51,6 +52,8 @@ class CheckpointState:
     """Name of the run. It stays the same when the run is continued."""
     step: int = 0
     """Number of optimizer steps that the run has made."""
+    lora: LoRA | None = None
+    """Settings of the student's adapters; None if it has none."""
 
     def to_json(self) -> dict[str, Any]:
         """The state as JSON values, so that a checkpoint loads with `weights_only`."""
@@ -61,6 +64,7 @@ class CheckpointState:
             "config": self.config, "processes": self.processes,
             "untied": {stage: list(blocks) for stage, blocks in self.untied.items()},
             "added": [list(entry) for entry in self.added], "run": self.run, "step": self.step,
+            "lora": None if self.lora is None else dict(vars(self.lora)),
         }  # fmt: skip
 
     @classmethod
@@ -84,7 +88,8 @@ class CheckpointState:
         untied, run = _untied(data["untied"]), data.get("run", "")
         check_run_name(run)
         step = data.get("step", record.losses[-1][0] if record.losses else 0)
-        return cls(plan, policy, record, data["config"], data["processes"], untied, added, run, step)
+        lora = LoRA(**data["lora"]) if data.get("lora") else None
+        return cls(plan, policy, record, data["config"], data["processes"], untied, added, run, step, lora)
 
     @classmethod
     def at(cls, checkpoint: str | os.PathLike[str] | None) -> CheckpointState | None:
@@ -110,6 +115,18 @@ class CheckpointState:
             policy.unlink(missing_ok=True)
         else:
             self.policy.save(policy, self.plan)
+
+    def check_adapters(self, lora: LoRA | None) -> None:
+        """Refuse a checkpoint whose adapters are not those of this run.
+
+        Raises:
+            UserError: only one of them has adapters, or their settings differ.
+        """
+        if self.lora != lora:
+            raise UserError(
+                f"The checkpoint was trained with {self.lora or 'no adapters'}, and `trainable` gives "
+                f"{lora or 'none'}. Set it as it was when the run was started."
+            )
 
     def check_model(self, model: ModelRef) -> None:
         """Refuse a checkpoint of another model.

@@ -13,6 +13,7 @@ from pdtrim_pl.checkpoints.sharded import read_sharded
 from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, check_weights
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.documents import write_documents
+from pdtrim_pl.export.merged import without_adapters
 from pdtrim_pl.export.pair import check_target, export_pair
 from pdtrim_pl.models.adapters import adapter_at
 from pdtrim_pl.models.loading import TORCH_DTYPES
@@ -55,15 +56,18 @@ def export_checkpoint(
     for stage, blocks in state.untied.items():
         for block in blocks:
             student.gates[block].untie(stage)
+    if state.lora is not None:
+        student.train_only(state.lora)
     saved = checkpoint["state_dict"]
     weights = {key.removeprefix("student."): v for key, v in saved.items() if key.startswith("student.")}
     check_weights(weights, student.state_dict())
     student.load_state_dict(weights)
     target_dtype: torch.dtype = TORCH_DTYPES[dtype]
+    whole = without_adapters(student)
     return export_pair(
-        student, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite, layout=layout,
+        whole, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite, layout=layout,
         extras=lambda folder: write_documents(
-            folder, student, state.record, None, target=output, dtype=target_dtype, layout=layout
+            folder, whole, state.record, None, target=output, dtype=target_dtype, layout=layout
         ),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ Shapes: B batch, T new tokens, N cached entries, H hidden, K key/value heads, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,25 +22,15 @@ from pdtrim_pl.plan import STAGES, Stage, StagePlan, Width
 from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, attention_mask
 from pdtrim_pl.staged.copies import copy_of
+from pdtrim_pl.staged.lora import Adapters, adapted, adapters_of
 from pdtrim_pl.staged.narrowed import Lost, lost_inputs, narrowed
 from pdtrim_pl.staged.preallocated import PreallocatedCache, PreallocatedKV
+from pdtrim_pl.staged.resume import Resume
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """A function that is called with a block's original index, its input and its output, each [B, T, H]."""
 KVListener = Callable[[int, BlockKV], None]
 """A function that is called with a block's original index and its keys and values."""
-
-
-@dataclass(frozen=True, eq=False)
-class Resume:
-    """Start a pass at a block in the middle. An earlier pass over the same tokens has run the blocks before it."""
-
-    block: int
-    """Original index of the block to start at."""
-    hidden: Tensor
-    """Hidden state that reaches this block, [B, T, H]."""
-    cached: Mapping[int, BlockKV]
-    """Original index -> keys and values of the earlier pass, for the blocks before this one that later passes need."""
 
 
 @dataclass
@@ -163,6 +153,8 @@ class Gate(nn.Module):
         """Projects the keys and values of a KV-only block. A strategy that shards weights replaces this function."""
         self.untied = nn.ModuleDict()
         """Stage -> the block with weights of its own for that stage."""
+        self.adapters = nn.ModuleDict()
+        """Stage, or `both` -> adapters of the block; empty unless adapters train."""
         self.offers: dict[tuple[Stage, int, tuple[int, ...]], nn.Module] = {}
         """Fitted weights for merges that a search may choose; the key is stage, block that stays and run. They are not
         parameters of the model."""
@@ -256,8 +248,10 @@ class Gate(nn.Module):
             if self.index == current.resume.block:
                 hidden = current.resume.hidden
         block = self.weights(current.stage, current.plan)
+        adapters = adapters_of(self.adapters, current.stage)
         if self.index in current.projects:
-            keys, values = self.project(block, hidden, rope_among(kwargs))
+            with adapted(block, adapters):
+                keys, values = self.project(block, hidden, rope_among(kwargs))
             current.store(self.index, BlockKV(keys, values, current.tokens))
             return hidden
         if self.index not in current.runs:
@@ -268,7 +262,7 @@ class Gate(nn.Module):
         new_cache = OneBlockCache if past is None else past.attention_cache
         width = current.plan.widths[current.stage].get(self.index)
         lost = lost_inputs(block, self.architecture.cuts, current.plan.model.sizes, width)
-        call = partial(self._run, block, kwargs, current.placeholder, mask, new_cache, lost)
+        call = partial(self._run, block, kwargs, current.placeholder, mask, new_cache, lost, adapters)
         if current.recompute and torch.is_grad_enabled():
             out, keys, values = checkpoint(call, hidden, use_reentrant=False)
         else:
@@ -282,10 +276,10 @@ class Gate(nn.Module):
 
     def _run(
         self, block: nn.Module, given: dict[str, Any], placeholder: Tensor, mask: Tensor | None,
-        new_cache: Callable[[], OneBlockCache], lost: Lost, hidden: Tensor,
+        new_cache: Callable[[], OneBlockCache], lost: Lost, adapters: Adapters, hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         cache = new_cache()  # made here, so that a recomputed block starts from the same past
-        with narrowed(block, lost):  # here too, so that a recomputed block is as narrow
+        with narrowed(block, lost), adapted(block, adapters):  # here too, for a block that is recomputed
             out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
         if cache.keys is None or cache.values is None:
             raise UserError(

@@ -135,7 +135,8 @@ class StagedCausalLM(GatedCausalLM):
         if plan is None:
             plan, policy = self.plan, self.policy
         self.check_length(prompt_ids, prompt_mask, response_ids.shape[1], response_mask)
-        if not keep_cache and not observers and plan.stages_are_alike and (policy is None or policy.sends_everything):
+        alike = plan.stages_are_alike and (self.lora is None or self.lora.tied)
+        if not keep_cache and not observers and alike and (policy is None or policy.sends_everything):
             return self._at_once(prompt_ids, response_ids, prompt_mask, response_mask, plan)
         watch = observers or {}
         request = Request.of(prompt_ids, response_ids, prompt_mask, response_mask, plan.boundary)

@@ -18,8 +18,10 @@ from pdtrim_pl.staged.copies import with_layer
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
 from pdtrim_pl.staged.fitted_run import FittedRun
 from pdtrim_pl.staged.gate import Gate
+from pdtrim_pl.staged.lora import LoRA, new_adapters
 from pdtrim_pl.staged.narrowed import check_widths
 from pdtrim_pl.staged.refit import Refit
+from pdtrim_pl.staged.trainable import Trainable, freeze_outside, trained_in
 
 WriteWeight = Callable[[nn.Parameter, Tensor], None]
 """A function that writes a value into a parameter."""
@@ -60,6 +62,7 @@ class GatedCausalLM(nn.Module):
             blocks[position] = Gate(block, index, self.architecture.window(model.config, position), self.architecture)
         self.model = model
         self.gradient_checkpointing = False
+        self.trainable: Trainable | LoRA = "all"
         self.compared_tokens: int | None = None
         """Number of token ids, from 0, on which this model is compared with another; None for all. Models with the same
         tokenizer may have embeddings padded to different sizes."""
@@ -73,6 +76,11 @@ class GatedCausalLM(nn.Module):
         """Original block index -> its gate."""
         gates = self.architecture.blocks(self.model)
         return {index: gate for index, gate in zip(self.originals, gates, strict=True) if isinstance(gate, Gate)}
+
+    @property
+    def lora(self) -> LoRA | None:
+        """Settings of the adapters; None if there are none."""
+        return self.trainable if isinstance(self.trainable, LoRA) else None
 
     @property
     def untied(self) -> dict[Stage, tuple[int, ...]]:
@@ -178,16 +186,21 @@ class GatedCausalLM(nn.Module):
             gate.offers.clear()
             gate.refit_offers.clear()
 
+    def train_only(self, trainable: Trainable | LoRA) -> None:
+        """Train only a part of the weights from now on; `lora` creates adapters, in fp32."""
+        self.trainable = LoRA() if trainable == "lora" else trainable
+        if isinstance(self.trainable, LoRA):
+            for gate in self.gates.values():
+                gate.adapters.update(new_adapters(gate.block, self.trainable))
+        self.freeze_unused()
+
     def freeze_unused(self) -> None:
-        """Enable gradients only for block weights that some stage of the plan uses."""
-        for index, gate in self.gates.items():
-            users = [gate.weights(stage, self.plan) for stage in STAGES if index in self.plan.blocks(stage)]
-            if index in self.plan.kv_only:
-                block = gate.weights("prefill", self.plan)
-                users += [block.get_submodule(name) for name in self.architecture.kv_modules]
-            used = {id(parameter) for user in users for parameter in user.parameters()}
+        """Enable gradients only for the weights that train: see `train_only`, and only where a stage uses the block."""
+        for gate in self.gates.values():
+            trained = {id(parameter) for parameter in trained_in(gate, self.plan, self.trainable)}
             for parameter in gate.parameters():
-                parameter.requires_grad_(id(parameter) in used)
+                parameter.requires_grad_(id(parameter) in trained)
+        freeze_outside(self.model, list(self.gates.values()), self.trainable)
 
     def freeze_embeddings(self) -> None:
         """Disable gradients of the token embeddings and of the head."""

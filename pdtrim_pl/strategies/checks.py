@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pdtrim_pl import compat
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.staged.lora import LoRA
+from pdtrim_pl.staged.trainable import Trainable
 from pdtrim_pl.strategies.deepspeed import PDTrimDeepSpeedStrategy
 from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
 
@@ -101,6 +103,27 @@ def check_freezing(strategy: Strategy | str, freeze_embeddings: bool) -> None:
         raise UserError(
             "`loading.freeze_embeddings` does not go with a strategy that shards weights or optimizer: DeepSpeed's "
             "checkpoints leave frozen weights out. Leave it off, or use `strategy: ddp`."
+        )
+
+
+def check_trainable(strategy: Strategy | str, trainable: Trainable | LoRA) -> None:
+    """Refuse frozen weights under strategies that cannot do without gradients of some weights.
+
+    Raises:
+        UserError: a part of the weights trains under DeepSpeed or FSDP, or a part that grows during the run under DDP.
+    """
+    if trainable == "all":
+        return
+    if isinstance(strategy, PDTrimDeepSpeedStrategy | PDTrimFSDPStrategy):
+        raise UserError(
+            "`trainable` freezes weights, and this `trainer.strategy` shards weights or optimizer: DeepSpeed's "
+            "checkpoints leave frozen weights out. Use `trainable: all`, or `strategy: "
+            "ddp_find_unused_parameters_true`."
+        )
+    if trainable == "merged" and (isinstance(strategy, DDPStrategy) or "ddp" in str(strategy)):
+        raise UserError(
+            "`trainable: merged` lets weights train that were frozen when the run began, and DDP sums gradients only "
+            "of those that trained then. Use `trainable: all`, or one device."
         )
 
 
