@@ -1,6 +1,7 @@
 """The LightningModule: it builds teacher and student, distils the student, and measures it.
 
-The base classes measure it (`evaluation/measured.py`), and save and resume a run (`checkpoints/resumable.py`).
+The base classes place the teacher (`teacher/placed.py`), measure the student (`evaluation/measured.py`), and save and
+resume a run (`checkpoints/resumable.py`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from typing_extensions import override
 
 from pdtrim_pl.checkpoints.continuation import check_same_checkpoint
 from pdtrim_pl.checkpoints.fast_dev_run import save_nothing_in_a_trial
-from pdtrim_pl.data import Batch, PromptResponseDataModule
+from pdtrim_pl.data import Batch
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.evaluation.measured import MeasuredModule
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.spread import shared_step
 from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, training_loss
@@ -30,7 +30,7 @@ from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
-from pdtrim_pl.models.placement import Placement, TeacherPlace
+from pdtrim_pl.models.placement import TeacherPlace
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Structure
 from pdtrim_pl.staged import StagedCausalLM
@@ -40,10 +40,10 @@ from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.staged.trainable import Trainable
 from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, check_trainable, parallel_of
 from pdtrim_pl.strategies.schedule import Schedule
-from pdtrim_pl.teacher_cache import OfflineTeacher
+from pdtrim_pl.teacher.placed import PlacedModule
 
 
-class PDTrimModule(MeasuredModule):
+class PDTrimModule(PlacedModule):
     """Distils a student, whose stages lose blocks, from a frozen teacher that keeps all blocks.
 
     Args:
@@ -56,7 +56,7 @@ class PDTrimModule(MeasuredModule):
         chunk_tokens: number of response tokens whose logits are in memory at once.
         architecture: adapter of the model's family, if the package has none. A teacher of this family uses it too.
         schedule: how the learning rate rises and falls over the run. By default it is constant.
-        teacher: where the teacher lives: a copy, or on disk. Its name is in `loading`.
+        teacher: where the teacher lives: a copy, the student's own weights, or on disk. Its name is in `loading`.
         trainable: `all` weights; those of blocks that stand for several (`merged`); the `norms`; or low-rank adapters
             (`lora`, or their settings), which an export merges.
 
@@ -81,14 +81,10 @@ class PDTrimModule(MeasuredModule):
         teacher: TeacherPlace = TeacherPlace(),
         trainable: Trainable | LoRA = "all",
     ) -> None:
-        super().__init__()
+        super().__init__(teacher, trainable)
         self.model_name = model
         self.losses = [KL()] if losses is None else list(losses)
         check_terms(self.losses)
-        self.place = teacher
-        self.trainable: Trainable | LoRA = LoRA() if trainable == "lora" else trainable
-        self.offline: OfflineTeacher | None = None
-        """The teacher on disk, while a run with `teacher.placement: offline` trains."""
         if chunk_tokens < 1:
             raise UserError(f"`chunk_tokens` is {chunk_tokens}: give at least 1.")
         if schedule is not None and lr_scheduler is not None:
@@ -105,52 +101,10 @@ class PDTrimModule(MeasuredModule):
         return Parallel() if self._trainer is None else parallel_of(self._trainer.strategy)
 
     @property
+    @override
     def pair(self) -> ModelPair:
         """Settings of the models that are loaded."""
         return ModelPair(self.model_name, self.structure, self.loading, self.architecture)
-
-    @property
-    @override
-    def is_alone(self) -> bool:
-        return self.placement == "offline"
-
-    @property
-    def placement(self) -> Placement:
-        """Where the teacher lives."""
-        if self.place.placement != "auto":
-            return self.place.placement
-        return "copy" if self.place.cache is None else "offline"
-
-    def check_teacher(self, reader: str, way_out: str) -> None:
-        """Refuse something that runs the teacher in a run that has none.
-
-        Args:
-            reader: what runs the teacher, for the message.
-            way_out: what to do instead, for the message.
-
-        Raises:
-            UserError: the teacher is offline.
-        """
-        if self.placement == "offline":
-            raise UserError(
-                f"{reader} runs the teacher, and under `teacher.placement: offline` none is loaded. {way_out}, or use "
-                "`teacher.placement: copy`."
-            )
-
-    def check_whole(self, writer: str) -> None:
-        """Refuse something that writes weights of blocks in a run that trains adapters beside them.
-
-        Args:
-            writer: what writes weights, for the message.
-
-        Raises:
-            UserError: adapters train.
-        """
-        if isinstance(self.trainable, LoRA):
-            raise UserError(
-                f"{writer} writes fitted weights into blocks, and `trainable: lora` trains adapters that were made for "
-                "the old ones. Use `trainable: all` or `merged`, or drop blocks without fitting others."
-            )
 
     # Building
 
@@ -175,7 +129,7 @@ class PDTrimModule(MeasuredModule):
         if "student" not in self._modules:
             self.check_models()  # not in `configure_model`, where ZeRO-3 shards every model that is built
         if stage == "fit" and self.placement == "offline":
-            self.offline = self._offline_teacher()
+            self._open_cache()
         save_nothing_in_a_trial(self.trainer)
         self.run_name = self.trainer.strategy.broadcast(uuid4().hex)
 
@@ -186,15 +140,7 @@ class PDTrimModule(MeasuredModule):
         model, plan, policy = self.pair.student()
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._check_masters(model.dtype)  # `auto` is resolved
-        vocabulary: int = model.config.vocab_size
-        teacher = None if self.placement == "offline" else self.pair.teacher(plan.boundary, vocabulary)
-        if self._trainer is not None and self._trainer.is_global_zero:
-            device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
-            dtypes = [model.dtype] if teacher is None else [model.dtype, teacher.model.dtype]
-            warn_of_slow_bf16(device, *dtypes, precision)
         self.student = StagedCausalLM(model, architecture=self.architecture).train()
-        compared = self.pair.compared_tokens() if teacher is None else teacher.compared_tokens
-        self.student.compared_tokens = compared
         self._untie(plan.untied)
         self.student.apply_plan(plan)
         self.student.apply_policy(policy)
@@ -204,8 +150,12 @@ class PDTrimModule(MeasuredModule):
         if self._trainer is None or not self._trainer.strategy.restore_checkpoint_after_setup:
             # DeepSpeed must be set up with the same parameters in every run: there `on_fit_start` freezes.
             self.student.train_only(self.trainable)
+        teacher = self._loaded_teacher(self.student)
         if teacher is not None:
             self.teacher = teacher
+        if self._trainer is not None and self._trainer.is_global_zero:
+            device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
+            warn_of_slow_bf16(device, model.dtype, (teacher or self.student).model.dtype, precision)
         data = self._data()
         if data is not None:
             data.check_fits(model.config)
@@ -214,22 +164,6 @@ class PDTrimModule(MeasuredModule):
         """Refuse training in 16 bits alone. Frozen weights may have any type: adapters are in fp32."""
         adapters = isinstance(self.trainable, LoRA)
         check_masters(self.trainer.strategy, str(self.trainer.precision), None if adapters else dtype)
-
-    def _offline_teacher(self) -> OfflineTeacher:
-        data = self._data()
-        if data is None:
-            raise UserError(
-                "`teacher.placement: offline` finds the teacher's distributions by the examples of a "
-                "PromptResponseDataModule, and this run has none. Use one, or `teacher.placement: copy`."
-            )
-        assert self.place.cache is not None, "`TeacherPlace` refuses this"
-        found = OfflineTeacher(self.place.cache, self.pair, data, self.losses)
-        data.on_batch = lambda batch: found.fetch(batch) if self.trainer.training else None
-        return found
-
-    def _data(self) -> PromptResponseDataModule | None:
-        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        return data if isinstance(data, PromptResponseDataModule) else None
 
     @override
     def train(self, mode: bool = True) -> PDTrimModule:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, Repair, SpanMerge, WidthDrop
 from pdtrim_pl.cli import main as cli
-from pdtrim_pl.cli.dry_run import load_of, model_config, run
+from pdtrim_pl.cli.dry_run import run
 from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.merging import Merging
@@ -33,6 +33,7 @@ from pdtrim_pl.sizing.memory import (
     block_elements,
     memory_per_process,
 )
+from pdtrim_pl.sizing.of_run import load_of, model_config
 from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.staged import StagedCausalLM
 
@@ -320,7 +321,7 @@ def test_a_dry_run_counts_the_untrained_student_where_the_teacher_is_another_mod
         return memory_per_process(student, teacher, layout, load)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pdtrim_pl.cli.dry_run.memory_per_process", kept)
+        patch.setattr("pdtrim_pl.sizing.of_run.memory_per_process", kept)
         for teacher in (tiny_llama_dir, other):
             dry_run(ROOT / "configs" / "quickstart.yaml", *names, f"--model.loading.teacher={teacher}")
     assert [load.untrained_bytes for load in asked] == [0, 4]

@@ -32,7 +32,7 @@ from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import Structure
 from pdtrim_pl.selectors import NoSelector
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.teacher_cache import (
+from pdtrim_pl.teacher import (
     CacheIndex,
     Making,
     StoredTeacher,
@@ -42,7 +42,7 @@ from pdtrim_pl.teacher_cache import (
     training_keys,
     write_cache,
 )
-from pdtrim_pl.teacher_cache.index import INDEX_FILE, shard_name
+from pdtrim_pl.teacher.index import INDEX_FILE, shard_name
 
 VOCABULARY = 259
 WHOLE = Making(kept=VOCABULARY, shard_examples=4)

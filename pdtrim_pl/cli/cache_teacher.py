@@ -14,7 +14,7 @@ import torch
 from pdtrim_pl.cli.parsed import ParsedRun
 from pdtrim_pl.losses.stored import stored_terms, temperature_of
 from pdtrim_pl.models.loading import warn_of_slow_bf16
-from pdtrim_pl.teacher_cache import CacheIndex, Making, Writing, identity_of, training_keys, write_cache
+from pdtrim_pl.teacher import CacheIndex, Making, Writing, identity_of, training_keys, write_cache
 
 log = logging.getLogger(__name__)
 

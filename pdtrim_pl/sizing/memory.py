@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from math import ceil
 
 from pdtrim_pl.merging import Merging
+from pdtrim_pl.models.placement import Placement
 from pdtrim_pl.selectors import SelectorLoad
 from pdtrim_pl.sizing.shape import Shape
 
 GIB = 2**30
 LOGIT_COPIES = 8
 """Number of fp32 tensors [tokens of a chunk, V] in memory at once: logits and log-probabilities of both models, and
-their gradients."""
+their gradients. Half as many where the teacher is offline."""
 HOST_BYTES = 2 * GIB
 """Python, its libraries and the data of one process; not measured on a machine with GPUs."""
 CONTEXT_BYTES = 2 * GIB
@@ -55,6 +56,12 @@ class Layout:
     """Number of state tensors per weight: 2 for Adam."""
     frozen_embeddings: bool = False
     """Whether token embeddings and head have neither gradients nor optimizer states."""
+    placement: Placement = "copy"
+    """Where the teacher lives: only `copy` and `sharded` hold weights of it."""
+    trained: int | None = None
+    """Number of weights with gradients, if only a part trains; None for all, or all but frozen embeddings."""
+    adapters: int = 0
+    """Number of weights of adapters, which are in fp32; then only these train."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +126,14 @@ class MemoryEstimate:
 def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Load) -> MemoryEstimate:
     """Peak memory of one process over a whole run."""
     trained = student.parameters - (student.embeddings if layout.frozen_embeddings else 0)
+    trained = trained if layout.trained is None else layout.trained
+    theirs = teacher.parameters if layout.placement in ("copy", "sharded") else 0
+    width = 4 if layout.adapters else layout.student_bytes
     device = {
-        "student": student.parameters * layout.student_bytes // _shards(layout, 3),
-        "teacher": teacher.parameters * layout.teacher_bytes // _shards(layout, 3),
-        "gradients": trained * layout.student_bytes // _shards(layout, 2),
-        "optimizer": trained * _optimizer_bytes(layout) // _shards(layout, 1),
+        "student": student.parameters * layout.student_bytes // _shards(layout, 3) + 4 * layout.adapters,
+        "teacher": theirs * layout.teacher_bytes // _shards(layout, 3),
+        "gradients": trained * width // _shards(layout, 2),
+        "optimizer": trained * _optimizer_bytes(layout, width) // _shards(layout, 1),
     }
     host = {}
     if layout.offload_optimizer:
@@ -133,10 +143,12 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
     if layout.offload_parameters:
         host["student"], host["teacher"] = device.pop("student"), device.pop("teacher")
     if layout.autocast:
-        device["autocast copies"] = student.parameters * layout.compute_bytes
-    device["communication"] = _communication(student, teacher, layout)
+        # Autocast keeps copies of weights that have gradients only.
+        cast = student.parameters if layout.trained is None else layout.trained
+        device["autocast copies"] = cast * layout.compute_bytes
+    device["communication"] = _communication(student, teacher, layout, trained * width)
     device["activations or search"] = max(
-        _activations(student, layout, load) + _activations(teacher, layout, load, kept=False) + _logits(student, load),
+        _step(student, teacher, layout, load),
         _search(student, layout, load) + _logits(student, load) + _offers(student, layout, load),
         _selection(student, layout, load) + _logits(student, load),
         _fits(student, layout, load) + _offers(student, layout, load),
@@ -147,8 +159,17 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
     )
     device["reserve"] = CONTEXT_BYTES
     # FSDP shards models that are loaded whole in host memory. The others load to the device, ZeRO-3 layer by layer.
-    whole = (student.parameters * layout.loaded_bytes[0], teacher.parameters * layout.loaded_bytes[1])
+    whole = (student.parameters * layout.loaded_bytes[0], theirs * layout.loaded_bytes[1])
     return MemoryEstimate(device, host, sum(whole) if layout.fsdp else 0, _first(student, layout))
+
+
+def _step(student: Shape, teacher: Shape, layout: Layout, load: Load) -> int:
+    """Activations and logits of a training step."""
+    if layout.placement == "offline":
+        return _activations(student, layout, load) + _logits(student, load) // 2
+    return (
+        _activations(student, layout, load) + _activations(teacher, layout, load, kept=False) + _logits(student, load)
+    )
 
 
 def _first(student: Shape, layout: Layout) -> int:
@@ -166,21 +187,21 @@ def _shards(layout: Layout, from_stage: int) -> int:
     return layout.processes if layout.zero_stage >= from_stage else 1
 
 
-def _optimizer_bytes(layout: Layout) -> int:
+def _optimizer_bytes(layout: Layout, width: int) -> int:
     """Bytes of optimizer states per weight. DeepSpeed adds an fp32 copy of 16-bit weights; its states are in fp32."""
     if layout.zero_stage and not layout.fsdp and layout.student_bytes < 4:
         return 4 * (layout.optimizer_states + 1)
-    return layout.student_bytes * layout.optimizer_states
+    return width * layout.optimizer_states
 
 
-def _communication(student: Shape, teacher: Shape, layout: Layout) -> int:
+def _communication(student: Shape, teacher: Shape, layout: Layout, gradients: int) -> int:
     if layout.zero_stage == 3:
         whole = max(GATHERED_PARAMETERS, 2 * max(student.largest, teacher.largest))
         width = layout.compute_bytes if layout.fsdp else layout.student_bytes
         return min(whole, student.parameters + teacher.parameters) * width
     if layout.zero_stage or layout.offload_optimizer:
         return min(10**9, student.parameters) * layout.student_bytes  # two buckets of 5e8 elements
-    return student.parameters * layout.student_bytes if layout.processes > 1 else 0  # DDP's buckets
+    return gradients if layout.processes > 1 else 0  # DDP's buckets
 
 
 def _activations(shape: Shape, layout: Layout, load: Load, *, kept: bool = True) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses.rows import Kind
 from pdtrim_pl.plan.json_files import check_format, read_json, write_whole
-from pdtrim_pl.teacher_cache.identity import CacheIdentity
+from pdtrim_pl.teacher.identity import CacheIdentity
 
 INDEX_FILE = "index.json"
 CACHE_FORMAT = "pdtrim.teacher_cache/1"

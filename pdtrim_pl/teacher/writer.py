@@ -24,8 +24,8 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses import chunks
 from pdtrim_pl.losses.rows import Rows
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.teacher_cache.identity import KEY_BYTES, example_key
-from pdtrim_pl.teacher_cache.index import INDEX_FILE, CacheIndex, Making, shard_name
+from pdtrim_pl.teacher.identity import KEY_BYTES, example_key
+from pdtrim_pl.teacher.index import INDEX_FILE, CacheIndex, Making, shard_name
 
 
 @dataclass(frozen=True)

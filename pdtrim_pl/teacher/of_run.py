@@ -9,7 +9,7 @@ from pdtrim_pl.models.fingerprint import model_fingerprint, tokenizer_fingerprin
 from pdtrim_pl.models.loading import dtype_of
 from pdtrim_pl.models.pretrained import usable_config
 from pdtrim_pl.staged.pair import ModelPair
-from pdtrim_pl.teacher_cache.identity import CacheIdentity, data_fingerprint, example_key
+from pdtrim_pl.teacher.identity import CacheIdentity, data_fingerprint, example_key
 
 
 def training_keys(data: PromptResponseDataModule) -> list[bytes]:

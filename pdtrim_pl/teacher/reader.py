@@ -16,8 +16,8 @@ from torch import Tensor
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses.rows import Rows
-from pdtrim_pl.teacher_cache.identity import CacheIdentity, example_key
-from pdtrim_pl.teacher_cache.index import CacheIndex
+from pdtrim_pl.teacher.identity import CacheIdentity, example_key
+from pdtrim_pl.teacher.index import CacheIndex
 
 
 class StoredTeacher:

@@ -12,8 +12,8 @@ from pdtrim_pl.losses import Distilled, LossTerm
 from pdtrim_pl.losses.stored import run_alone, stored_terms, temperature_of
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.pair import ModelPair
-from pdtrim_pl.teacher_cache.of_run import identity_of, training_keys
-from pdtrim_pl.teacher_cache.reader import StoredTeacher
+from pdtrim_pl.teacher.of_run import identity_of, training_keys
+from pdtrim_pl.teacher.reader import StoredTeacher
 
 
 class OfflineTeacher:

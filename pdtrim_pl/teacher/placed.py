@@ -1,0 +1,151 @@
+"""The part of the module that knows where its teacher lives."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+
+from lightning.pytorch.cli import OptimizerCallable
+from typing_extensions import override
+
+from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.evaluation.measured import MeasuredModule
+from pdtrim_pl.losses import LossTerm
+from pdtrim_pl.models.architectures import Architecture
+from pdtrim_pl.models.loading import Loading
+from pdtrim_pl.models.placement import Placement, TeacherPlace
+from pdtrim_pl.sizing.of_run import Processes, room_on_device, size_of
+from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.lora import LoRA
+from pdtrim_pl.staged.pair import ModelPair
+from pdtrim_pl.staged.shared import SharedTeacher
+from pdtrim_pl.staged.trainable import Trainable
+from pdtrim_pl.strategies import Sharding
+from pdtrim_pl.teacher.choice import Allowed, Choice, choose
+from pdtrim_pl.teacher.offline import OfflineTeacher
+
+log = logging.getLogger(__name__)
+
+
+class PlacedModule(MeasuredModule):
+    """Chooses the teacher's place, and refuses what cannot be done with it. A subclass has the settings.
+
+    Args:
+        place: where the teacher is to live.
+        trainable: what trains.
+    """
+
+    model_name: str
+    loading: Loading
+    losses: list[LossTerm]
+    optimizer_of: OptimizerCallable
+    architecture: Architecture | None
+
+    def __init__(self, place: TeacherPlace, trainable: Trainable | LoRA) -> None:
+        super().__init__()
+        self.place = place
+        self.trainable: Trainable | LoRA = LoRA() if trainable == "lora" else trainable
+        self.offline: OfflineTeacher | None = None
+        """The teacher on disk, while a run with `teacher.placement: offline` trains."""
+        self._choice: Choice | None = None
+
+    @property
+    @abstractmethod
+    def pair(self) -> ModelPair:
+        """Settings of the models that are loaded."""
+
+    @property
+    def placement(self) -> Placement:
+        """Where the teacher lives; never `auto`.
+
+        Raises:
+            UserError: the place that was asked for is not possible.
+        """
+        if self._choice is None:
+            self._choice = self.parallel.agree(self._chosen())
+            if self.place.placement == "auto" and self._trainer is not None:
+                log.info("Place of the teacher: %s (%s).", self._choice.placement, self._choice.why)
+        return self._choice.placement
+
+    @property
+    @override
+    def is_alone(self) -> bool:
+        return self.placement == "offline"
+
+    @property
+    def allowed(self) -> Allowed:
+        """What the settings say of the teacher's place."""
+        shards = self._trainer is not None and Sharding.of(self._trainer.strategy).zero_stage == 3
+        return Allowed(isinstance(self.trainable, LoRA), self.pair.teacher_name == self.model_name, shards)
+
+    def check_teacher(self, reader: str, way_out: str) -> None:
+        """Refuse something that runs the teacher in a run that has none.
+
+        Args:
+            reader: what runs the teacher, for the message.
+            way_out: what to do instead, for the message.
+
+        Raises:
+            UserError: the teacher is offline.
+        """
+        if self.is_alone:
+            raise UserError(
+                f"{reader} runs the teacher, and under `teacher.placement: offline` none is loaded. {way_out}, or use "
+                "`teacher.placement: copy`."
+            )
+
+    def check_whole(self, writer: str) -> None:
+        """Refuse something that writes weights of blocks in a run that trains adapters beside them.
+
+        Args:
+            writer: what writes weights, for the message.
+
+        Raises:
+            UserError: adapters train.
+        """
+        if isinstance(self.trainable, LoRA):
+            raise UserError(
+                f"{writer} writes fitted weights into blocks, and `trainable: lora` trains adapters that were made for "
+                "the old ones. Use `trainable: all` or `merged`, or drop blocks without fitting others."
+            )
+
+    def _loaded_teacher(self, student: StagedCausalLM) -> StagedCausalLM | None:
+        """The teacher at its place, and the student's side of the comparison; None if it is offline."""
+        placement, boundary = self.placement, student.plan.boundary
+        if placement == "offline":
+            student.compared_tokens = self.pair.compared_tokens()
+            return None
+        if placement == "shared":
+            return SharedTeacher(student)
+        teacher = self.pair.teacher(boundary, student.model.config.vocab_size)
+        student.compared_tokens = teacher.compared_tokens
+        return teacher
+
+    def _data(self) -> PromptResponseDataModule | None:
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        return data if isinstance(data, PromptResponseDataModule) else None
+
+    def _open_cache(self) -> None:
+        """Read the teacher's cache, whose rows take the teacher's place in training."""
+        data = self._data()
+        if data is None:
+            raise UserError(
+                "`teacher.placement: offline` finds the teacher's distributions by the examples of a "
+                "PromptResponseDataModule, and this run has none. Use one, or `teacher.placement: copy`."
+            )
+        assert self.place.cache is not None, "`TeacherPlace` refuses this"
+        offline = OfflineTeacher(self.place.cache, self.pair, data, self.losses)
+        data.on_batch = lambda batch: offline.fetch(batch) if self.trainer.training else None
+        self.offline = offline
+
+    def _chosen(self) -> Choice:
+        places, data = self.allowed.places(self.place), self._data()
+        if len(places) == 1 or data is None or self._trainer is None:
+            return choose(places[:1], lambda _: 0, 0)
+        trainer = self._trainer
+        processes = Processes(trainer.strategy, str(trainer.precision), trainer.world_size)
+        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        size = size_of(self, data, callbacks, processes)
+        room = room_on_device(trainer.strategy.root_device.type, trainer.world_size // trainer.num_nodes)
+        return choose(places, lambda place: size.memory(place).total, room)
