@@ -87,6 +87,9 @@ class Parallel:
     def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
         """Reset the optimizer states of `written` parameters, and add `created` parameters to the optimizers."""
 
+    def release(self, unused: Sequence[nn.Parameter]) -> None:
+        """Free the optimizer states of weights that will not train again, where the strategy lets them."""
+
     def forget_gradients(self) -> None:
         """Clear stored gradients after a change of plan, so that dropped blocks are not updated with old ones."""
 

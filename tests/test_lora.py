@@ -237,6 +237,23 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(settings: LoRA, tiny_lla
         fit(module_of(tiny_llama_dir, LoRA(2)), tiny_llama_dir, tmp_path / "other", drops(), ckpt_path=last)
 
 
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_a_block_that_has_left_both_stages_leaves_the_optimizer_too(
+    trainable: Any, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    both = [BlockDrop("both", GreedyKL(), {1: 1}, Guards(0, 0)) for _ in range(2)]
+    whole, second = (module_of(tiny_llama_dir, trainable) for _ in range(2))
+    trainer = fit(whole, tiny_llama_dir, tmp_path / "whole", both[0], epochs=3)
+    (left,) = set(range(4)) - set(whole.plan.prefill)
+    held = set(trainer.optimizers[0].state)
+    assert not held & set(whole.student.gates[left].parameters())
+    assert {p for p in whole.student.parameters() if p.requires_grad} <= held
+    last = tmp_path / "whole" / "checkpoints" / "epoch=1.ckpt"
+    fit(second, tiny_llama_dir, tmp_path / "rest", both[1], ckpt_path=last, epochs=3)
+    for name, parameter in whole.student.named_parameters():
+        assert torch.equal(parameter, second.student.get_parameter(name)), name
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_frozen_base_may_be_in_16_bits(precision: Any, tiny_llama_dir: Path, tmp_path: Path) -> None:
     module = module_of(tiny_llama_dir, "lora", loading=Loading("bfloat16"))

@@ -83,6 +83,8 @@ class ResumableModule(LightningModule):
         added = [key for key in self._own_weights() if key not in before]
         self._added += added
         parallel.renew_optimizer(written, self._weights_of(added))
+        left = [gate for index, gate in self.student.gates.items() if index not in {*plan.prefill, *plan.decode}]
+        parallel.release([parameter for gate in left for parameter in gate.parameters()])
         self.record.removals += [(self.global_step, removal) for removal in plan.history[known:]]
 
     def apply_policy(self, policy: KVRetentionPolicy | None) -> None:

@@ -30,6 +30,12 @@ class DataParallel(OptimizerOfLightning[Strategy]):
     """One device, or DDP."""
 
     @override
+    def release(self, unused: Sequence[nn.Parameter]) -> None:
+        for optimizer in self.strategy.optimizers:
+            for parameter in unused:
+                optimizer.state.pop(parameter, None)
+
+    @override
     def write_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         with torch.no_grad():
             parameter.copy_(self._agreed_weight(value, parameter))
