@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from pdtrim_pl.losses import KL, CrossEntropy
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Retention, Stage
+from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Retention, Stage, Width
 from pdtrim_pl.search import Guards
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.lora import LoRA, LowRank, adapters_of
@@ -82,6 +83,16 @@ def test_the_copy_with_merged_adapters_computes_what_the_student_computes(family
     assert not adapter_parameters(merged)
     assert merged.plan.untied["decode"] == (() if settings.tied else student.plan.decode)
     torch.testing.assert_close(outputs(merged), outputs(student), atol=2e-4, rtol=2e-4)
+
+
+@APART
+def test_the_copy_of_a_narrow_student_with_weights_of_its_own_in_a_stage_computes_the_same(settings: LoRA) -> None:
+    student = adapted_model(settings)
+    plan = student.plan.narrow("decode", 0, Width(channels=(0, 3, 5, 40)))
+    student.apply_plan(replace(plan, untied={"decode": (3,)}))
+    for parameter in student.gates[3].untied["decode"].parameters():
+        parameter.data += 0.1
+    torch.testing.assert_close(outputs(without_adapters(student)), outputs(student), atol=2e-4, rtol=2e-4)
 
 
 @APART
