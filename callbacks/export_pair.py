@@ -77,11 +77,6 @@ class ExportPair(Callback, TellsLoad):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.measure:
-            assert isinstance(pl_module, PDTrimModule)
-            pl_module.check_teacher(
-                "ExportPair with `measure: true`", "Set `measure: false` and measure with `pdtrim eval`"
-            )
         self._exported = trial_batches(trainer) is not None  # which writes nothing, so nothing is in its way
         if stage == "fit" and not self._exported:
             check_target(self.output, self.overwrite, Origin.of(self.output))  # no checkpoint has said yet who we are
@@ -124,7 +119,8 @@ class ExportPair(Callback, TellsLoad):
 
     @override
     def load(self) -> CallbackLoad:
-        return CallbackLoad(untrained_student=self.measure)
+        way_out = "set `measure: false` and measure with `pdtrim eval`" if self.measure else ""
+        return CallbackLoad(untrained_student=self.measure, without_teacher=way_out)
 
     def _export_once(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PDTrimModule)

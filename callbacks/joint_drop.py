@@ -103,7 +103,12 @@ class JointDrop(RemovalRounds):
             return load
         # Prefill alone, decode alone, and both where they lose the same.
         offered = sum(share > 0 for share in self.width.shares) * (3 if self.width.shared else 2)
-        return replace(load, narrowed_on=self.width.examples, widths_offered=offered if self.width.examples else 0)
+        return replace(
+            load,
+            narrowed_on=self.width.examples,
+            widths_offered=offered if self.width.examples else 0,
+            writes_weights=True,
+        )
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,8 +120,6 @@ class JointDrop(RemovalRounds):
                 "KVRetention. Leave KVRetention out, or set `wire_bytes: 1.0`."
             )
         if stage == "fit" and self.width is not None:
-            assert isinstance(pl_module, PDTrimModule)
-            pl_module.check_whole("JointDrop with `width`")
             check_new_widths(trainer.strategy)
 
     @override

@@ -57,16 +57,13 @@ class KVRetention(Callback, TellsLoad):
 
     @override
     def load(self) -> CallbackLoad:
-        return CallbackLoad(selection=self.selector.load())
+        return CallbackLoad(selection=self.selector.load(), without_teacher="choose it afterwards with `pdtrim policy`")
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         if any(isinstance(callback, RemovalRounds) for callback in callbacks[callbacks.index(self) :]):
             raise MisconfigurationException("KVRetention must stand after every BlockDrop in `trainer.callbacks`.")
-        if stage == "fit":
-            assert isinstance(pl_module, PDTrimModule)
-            pl_module.check_teacher("KVRetention", "Choose the policy afterwards with `pdtrim policy`")
         due, last = self._due(trainer), _last_round(trainer)
         if due < last:
             raise MisconfigurationException(

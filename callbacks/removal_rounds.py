@@ -32,6 +32,9 @@ from pdtrim_pl.strategies import check_drops, check_merges, parallel_of
 
 log = logging.getLogger(__name__)
 
+WITHOUT_TEACHER = "choose the blocks in a run of its own and start from its plan (`structure.plan`)"
+"""What to do in place of a removal where no teacher is loaded."""
+
 
 class RemovalRounds(Callback, TellsLoad):
     """Removes blocks at the start of some epochs. A subclass says which, in `remove`.
@@ -61,7 +64,10 @@ class RemovalRounds(Callback, TellsLoad):
     @override
     def load(self) -> CallbackLoad:
         # Each run of blocks is fitted twice, from its first block and from its last.
-        return CallbackLoad(self.memory, self.merging, 0 if self.merging is None else 2 * self.merging.pairs_at_once)
+        fitted = 0 if self.merging is None else 2 * self.merging.pairs_at_once
+        return CallbackLoad(
+            self.memory, self.merging, fitted, without_teacher=WITHOUT_TEACHER, writes_weights=self.merging is not None
+        )
 
     @abstractmethod
     def remove(self, trainer: Trainer, module: PDTrimModule, round: int) -> None:
@@ -70,10 +76,6 @@ class RemovalRounds(Callback, TellsLoad):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            assert isinstance(pl_module, PDTrimModule)
-            pl_module.check_teacher(
-                f"The {self.title}", "Choose the blocks in a run of its own and start from its plan (`structure.plan`)"
-            )
             check_drops(trainer.strategy)
         if stage == "fit" and not lasts_until(self.last_round, trainer):
             raise MisconfigurationException(
@@ -81,8 +83,6 @@ class RemovalRounds(Callback, TellsLoad):
                 f"`trainer.max_epochs` is {trainer.max_epochs}: epochs count from 0. Raise it or shorten the schedule."
             )
         if stage == "fit" and self.merging is not None:
-            assert isinstance(pl_module, PDTrimModule)
-            pl_module.check_whole(f"The {self.title} with `merging`")
             check_merges(trainer.strategy, self.merging.tied)
 
     @override

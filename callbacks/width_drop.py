@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from callbacks.removal_rounds import RemovalRounds, refitting_batches, scoring_context
+from callbacks.removal_rounds import WITHOUT_TEACHER, RemovalRounds, refitting_batches, scoring_context
 from pdtrim_pl.criteria import ActivationTimesWeight, WidthCriterion
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
@@ -88,14 +88,15 @@ class WidthDrop(RemovalRounds):
 
     @override
     def load(self) -> CallbackLoad:
-        return CallbackLoad(narrowed_on=0 if self.repair is None else self.repair.examples)
+        return CallbackLoad(
+            narrowed_on=0 if self.repair is None else self.repair.examples, without_teacher=WITHOUT_TEACHER,
+            writes_weights=self.repair is not None,
+        )  # fmt: skip
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.repair is not None:
-            assert isinstance(pl_module, PDTrimModule)
-            pl_module.check_whole(f"The {self.title} with `repair`")
             check_refits(trainer.strategy, self.repair.tied)
 
     @override

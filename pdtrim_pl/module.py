@@ -128,8 +128,10 @@ class PDTrimModule(PlacedModule):
         check_same_checkpoint(self.parallel, self.found_checkpoint)
         if "student" not in self._modules:
             self.check_models()  # not in `configure_model`, where ZeRO-3 shards every model that is built
-        if stage == "fit" and self.placement == "offline":
-            self._open_cache()
+        if stage == "fit":
+            self._check_callbacks()
+            if self.is_alone:
+                self._open_cache()
         save_nothing_in_a_trial(self.trainer)
         self.run_name = self.trainer.strategy.broadcast(uuid4().hex)
 

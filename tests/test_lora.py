@@ -307,8 +307,8 @@ def test_a_run_in_which_nothing_trains_is_refused(tiny_llama_dir: Path, tmp_path
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (lambda: SpanMerge(1), r"The span merge with `merging` writes fitted weights.*`trainable: all`"),
-        (lambda: WidthDrop("both", {0: 4}), r"The both channels with `repair` writes fitted weights"),
+        (lambda: SpanMerge(1), r"SpanMerge would write fitted weights.*`trainable: all`"),
+        (lambda: WidthDrop("both", {0: 4}), r"WidthDrop would write fitted weights"),
     ],
 )
 def test_what_writes_weights_is_refused_beside_adapters(

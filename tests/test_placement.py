@@ -243,3 +243,12 @@ def test_the_dry_run_tells_the_place_what_trains_and_less_memory(tiny_llama_dir:
     assert "  teacher                     0.00" in tight
     asked = told(*memory, "79", "--model.teacher.placement=offline", "--model.teacher.cache=somewhere")
     assert "teacher: offline (nothing else is possible with these settings)" in asked
+
+
+def test_the_dry_run_refuses_callbacks_that_would_run_a_teacher_that_is_not_there() -> None:
+    config = ROOT / "configs" / "llama3_8b_1gpu.yaml"
+    offline = ["--model.teacher.placement=offline", "--model.teacher.cache=somewhere", "--device_memory=79"]
+    with pytest.raises(
+        ValueError, match=r"BlockDrop \(.*; BlockDrop \(.*; KVRetention \(.*; ExportPair \(.*\)\. Leave"
+    ):
+        dry_run(["fit", "--dry_run", "--config", str(config), *offline], io.StringIO())

@@ -272,9 +272,12 @@ def test_losses_that_need_more_of_the_teacher_are_refused_before_the_first_step(
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (lambda: BlockDrop("decode", CosineRedundancy(), {0: 1}), r"The decode drops runs the teacher.*structure.plan"),
-        (lambda: KVRetention(NoSelector()), r"KVRetention runs the teacher.*`pdtrim policy`"),
-        (lambda: ExportPair(Path("nowhere")), r"ExportPair with `measure: true`.*`pdtrim eval`"),
+        (
+            lambda: BlockDrop("decode", CosineRedundancy(), {0: 1}),
+            r"run it: BlockDrop \(choose the blocks.*structure.plan.*placement: copy`",
+        ),
+        (lambda: KVRetention(NoSelector()), r"KVRetention \(choose it afterwards with `pdtrim policy`\)"),
+        (lambda: ExportPair(Path("nowhere")), r"ExportPair \(set `measure: false` and measure with `pdtrim eval`\)"),
     ],
 )
 def test_callbacks_that_run_the_teacher_are_refused_with_the_way_out(

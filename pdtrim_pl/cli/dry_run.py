@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from pdtrim_pl.cli.parsed import ParsedRun
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.sizing.callback_load import check_callbacks
 from pdtrim_pl.sizing.memory import GIB, Layout, MemoryEstimate
 from pdtrim_pl.sizing.of_run import Processes, RunSize, room_on_device, size_of
 from pdtrim_pl.staged.lora import LoRA
@@ -38,6 +39,9 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     same = module.loading.teacher in (None, module.model_name)
     allowed = Allowed(isinstance(module.trainable, LoRA), same, size.layout.zero_stage == 3)
     choice = choose(allowed.places(module.place), lambda place: size.memory(place).total, limit)
+    check_callbacks(
+        trainer.callbacks or [], offline=choice.placement == "offline", adapters=isinstance(module.trainable, LoRA)
+    )
     memory, layout = size.memory(choice.placement), size.layout
     on_host = trainer.accelerator == "cpu"
     host = on_a_node * memory.total if on_host else memory.of_host(on_a_node)

@@ -1,10 +1,14 @@
-"""The memory that a callback needs while it works, for `pdtrim fit --dry_run`."""
+"""What a callback needs while it works: memory, for `pdtrim fit --dry_run`, and a teacher."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning.pytorch import Callback
+
+from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.selectors import SelectorLoad
@@ -29,6 +33,10 @@ class CallbackLoad:
     untrained_student: bool = False
     """Whether it measures the student's weights as they were before training. Usually they are the teacher's weights.
     If the teacher is another model, they are loaded again, whole, on every process."""
+    without_teacher: str = ""
+    """What to do in a run that loads no teacher; empty if it runs none."""
+    writes_weights: bool = False
+    """Whether it writes fitted weights into blocks."""
 
 
 class TellsLoad(ABC):
@@ -37,3 +45,29 @@ class TellsLoad(ABC):
     @abstractmethod
     def load(self) -> CallbackLoad:
         """What this callback needs under its settings."""
+
+
+def check_callbacks(callbacks: Sequence[Callback], *, offline: bool, adapters: bool) -> None:
+    """Refuse callbacks that cannot work in a run.
+
+    Args:
+        callbacks: those of the run.
+        offline: whether no teacher is loaded.
+        adapters: whether adapters train beside frozen blocks.
+
+    Raises:
+        UserError: one of them cannot work. The message names all of these.
+    """
+    loads = [(type(callback).__name__, callback.load()) for callback in callbacks if isinstance(callback, TellsLoad)]
+    runs = [f"{name} ({load.without_teacher})" for name, load in loads if load.without_teacher]
+    if offline and runs:
+        raise UserError(
+            f"`teacher.placement: offline` loads no teacher, and these callbacks run it: {'; '.join(runs)}. Leave them "
+            "out, or use `teacher.placement: copy`."
+        )
+    if adapters and (writing := [name for name, load in loads if load.writes_weights]):
+        raise UserError(
+            f"{', '.join(writing)} would write fitted weights into blocks (`merging`, `repair`, `width`), and "
+            "`trainable: lora` trains adapters that were made for the old ones. Use `trainable: all`, or drop blocks "
+            "without fitting others."
+        )

@@ -15,6 +15,7 @@ from pdtrim_pl.losses import LossTerm
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.models.placement import Placement, TeacherPlace
+from pdtrim_pl.sizing.callback_load import check_callbacks
 from pdtrim_pl.sizing.of_run import Processes, room_on_device, size_of
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.lora import LoRA
@@ -79,36 +80,10 @@ class PlacedModule(MeasuredModule):
         shards = self._trainer is not None and Sharding.of(self._trainer.strategy).zero_stage == 3
         return Allowed(isinstance(self.trainable, LoRA), self.pair.teacher_name == self.model_name, shards)
 
-    def check_teacher(self, reader: str, way_out: str) -> None:
-        """Refuse something that runs the teacher in a run that has none.
-
-        Args:
-            reader: what runs the teacher, for the message.
-            way_out: what to do instead, for the message.
-
-        Raises:
-            UserError: the teacher is offline.
-        """
-        if self.is_alone:
-            raise UserError(
-                f"{reader} runs the teacher, and under `teacher.placement: offline` none is loaded. {way_out}, or use "
-                "`teacher.placement: copy`."
-            )
-
-    def check_whole(self, writer: str) -> None:
-        """Refuse something that writes weights of blocks in a run that trains adapters beside them.
-
-        Args:
-            writer: what writes weights, for the message.
-
-        Raises:
-            UserError: adapters train.
-        """
-        if isinstance(self.trainable, LoRA):
-            raise UserError(
-                f"{writer} writes fitted weights into blocks, and `trainable: lora` trains adapters that were made for "
-                "the old ones. Use `trainable: all` or `merged`, or drop blocks without fitting others."
-            )
+    def _check_callbacks(self) -> None:
+        """Refuse callbacks that cannot work with this place and with what trains."""
+        callbacks = list(self.trainer.callbacks)  # type: ignore[attr-defined]
+        check_callbacks(callbacks, offline=self.is_alone, adapters=isinstance(self.trainable, LoRA))
 
     def _loaded_teacher(self, student: StagedCausalLM) -> StagedCausalLM | None:
         """The teacher at its place, and the student's side of the comparison; None if it is offline."""
