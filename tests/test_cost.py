@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pdtrim_pl.cli.dry_run import model_config
 from pdtrim_pl.plan import Boundary, KVRetentionPolicy, ModelRef, Retention, StagePlan, handled_positions
 from pdtrim_pl.sizing.cost import CostModel, Costs, CostTarget
+from pdtrim_pl.sizing.of_run import model_config
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.cache import KVCache, Slots, attention_mask, keeper
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fsdp_worker import CASES, PROCESSES, STEPS, compare
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
 from process_group import end, start
 from test_criteria import batches
@@ -20,11 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.checkpoints.state import CheckpointState
-from pdtrim_pl.cli.dry_run import layout_of, run
+from pdtrim_pl.cli.dry_run import run
 from pdtrim_pl.cli.lightning_cli import _uses_checkpoint_io
 from pdtrim_pl.merging import Merging, fit_runs
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.sizing.memory import Load, memory_per_process
+from pdtrim_pl.sizing.of_run import Processes, layout_of
 from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import PDTrimFSDPStrategy, check_drops, check_strategy, fsdp, parallel_of
@@ -97,9 +98,9 @@ def test_a_dry_run_counts_fp32_shards_of_what_trains_under_mixed_precision() -> 
     config = tiny_model("llama").config
     config.dtype = torch.bfloat16
     module, shape = PDTrimModule("any"), Shape.of(config)
-    trainer = Namespace(strategy=PDTrimFSDPStrategy(), precision="bf16-mixed", devices=8, num_nodes=1)
+    processes = Processes(PDTrimFSDPStrategy(), "bf16-mixed", 8)
     load = Load(batch=1, eval_batch=1, tokens=8, chunk_tokens=8, gradient_checkpointing=False)
-    device = memory_per_process(shape, shape, layout_of(module, trainer, config, config), load).device
+    device = memory_per_process(shape, shape, layout_of(module, processes, config, config), load).device
     parts = [device[what] for what in ("student", "teacher", "gradients", "optimizer", "communication")]
     assert parts == [*(shape.parameters * width // 8 for width in (4, 2, 4, 8)), 2 * 2 * shape.parameters]
     assert "autocast copies" not in device
