@@ -349,3 +349,15 @@ def test_the_command_writes_what_fit_then_reads(
 def test_a_key_tells_where_the_prompt_ends() -> None:
     ids = torch.arange(9)
     assert example_key(ids[:4], ids[4:]) != example_key(ids[:5], ids[5:])
+
+
+def test_a_student_without_a_teacher_is_judged_alone_and_reads_no_cache(
+    lively: Path, plan: Path, tmp_path: Path
+) -> None:
+    settings: Any = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    found = [
+        Trainer(default_root_dir=tmp_path, **settings).validate(module, datamodule=data_of(lively))[0]
+        for module in (module_of(lively, plan, cache=tmp_path / "nowhere"), module_of(lively, plan))
+    ]
+    assert found[0].keys() == {"val/ppl"}
+    assert found[0]["val/ppl"] == pytest.approx(found[1]["val/ppl"], rel=1e-6)
