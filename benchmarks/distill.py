@@ -7,8 +7,9 @@ a teacher in the type of its checkpoint: ours in a Lightning trainer with its mo
 configurations of this package, our AdamW is torch's fused one; that of the plain recipe is torch's default, or with
 --plain_fused the fused one too. Half of the tokens are prompt. Steps alternate in one process. The ratio is the median
 over steps of the plain step's time to ours. Memory is the peak of the resident set beyond the one before the second
-step, each side in a process of its own; on a GPU, the peak of allocated memory. In the one object of --json,
-`tokens_per_second_ratio` is the least over the lengths, `memory_ratio` that of the last length.
+step, each side in a process of its own; on a GPU, the peak of allocated memory. `offline_ratio` is of our step with the
+teacher's distributions on disk (top 64 and the mass of all others), in a run of its own. In the one object of --json it
+and `tokens_per_second_ratio` are the least over the lengths, `memory_ratio` is that of the last length.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -30,10 +32,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pdtrim_pl.data import Batch
+from pdtrim_pl.data import Batch, Example
+from pdtrim_pl.losses import KL
+from pdtrim_pl.losses.stored import stored_terms
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.teacher import CacheIndex, Making, Writing, write_cache
+from pdtrim_pl.teacher.identity import CacheIdentity
+from pdtrim_pl.teacher.offline import OfflineTeacher
+from pdtrim_pl.teacher.reader import StoredTeacher
 
 MODEL, RATE = "smollm2-135m", 1e-5
 TINY = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -113,7 +121,8 @@ def main() -> int:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "precision": options.precision, "plain_fused": options.plain_fused,
         "tokens_per_second_ratio": min(row["tokens_per_second_ratio"] for row in rows),
-        "memory_ratio": rows[-1]["memory_ratio"], "rows": rows,
+        "offline_ratio": min(row["offline_ratio"] for row in rows), "memory_ratio": rows[-1]["memory_ratio"],
+        "rows": rows,
     }  # fmt: skip
     if options.json:
         print(json.dumps(found))
@@ -131,6 +140,8 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     train(options, tokens, turns)
     counted = turns.seconds[1:]
     ratios = sorted(plain / ours for ours, plain in counted)
+    offline = Turns(Plain(options))
+    train(options, tokens, offline, offline=True)
     memory = {side: measured_alone(options, tokens, side) for side in ("ours", "plain")}
     trained = options.batch_size * tokens
     return {
@@ -140,6 +151,7 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
         "tokens_per_second_ratio": median(ratios),
         "least_ratio": ratios[0],
         "largest_ratio": ratios[-1],
+        "offline_ratio": median(plain / ours for ours, plain in offline.seconds[1:]),
         "memory_mib": memory["ours"],
         "plain_memory_mib": memory["plain"],
         "memory_ratio": memory["ours"] / memory["plain"],
@@ -147,7 +159,16 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     }
 
 
-def train(options: argparse.Namespace, tokens: int, *callbacks: Callback) -> None:
+class Offline(OfflineTeacher):
+    """The stored teacher of this benchmark's batches."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stored = StoredTeacher(folder)
+        self.terms = stored_terms([KL()], "top_k")
+        self._next = None
+
+
+def train(options: argparse.Namespace, tokens: int, *callbacks: Callback, offline: bool = False) -> None:
     """Our side: the package's module in a trainer."""
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -156,11 +177,26 @@ def train(options: argparse.Namespace, tokens: int, *callbacks: Callback) -> Non
     module = PDTrimModule(MODEL, optimizer=optimizer, chunk_tokens=options.chunk_tokens)
     module.student = StagedCausalLM(model_of(options)).train()
     module.teacher = StagedCausalLM(teacher_of(options))
+    if offline:
+        folder = tempfile.TemporaryDirectory()
+        module.offline = Offline(stored(options, tokens, module.teacher, Path(folder.name)))
     trainer = Trainer(
         accelerator=options.accelerator, devices=1, precision=options.precision, max_steps=options.steps, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
     )  # fmt: skip
     trainer.fit(module, DataLoader(list(batches(options, tokens)), batch_size=None))
+
+
+def stored(options: argparse.Namespace, tokens: int, teacher: StagedCausalLM, folder: Path) -> Path:
+    """Write the teacher's distributions over the batches."""
+    examples = [Example(*pair) for batch in batches(options, tokens) for pair in zip(*batch[::2], strict=True)]
+    words = teacher.model.config.vocab_size
+    identity = CacheIdentity("", "", "", words, 1.0, tokens, tokens // 2, tokens // 2)
+    index = CacheIndex(identity, Making("top_k", 64), MODEL, len(examples))
+    write_cache(
+        folder, index, teacher.to(device_of(options)), examples, Writing(options.batch_size, device=device_of(options))
+    )
+    return folder
 
 
 def peak(options: argparse.Namespace) -> float:
