@@ -20,9 +20,10 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture, RoPE
 from pdtrim_pl.plan import STAGES, Stage, StagePlan, Width
 from pdtrim_pl.staged.block_call import BlockCall, rope_among
-from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots, attention_mask
+from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots
 from pdtrim_pl.staged.copies import copy_of
 from pdtrim_pl.staged.lora import Adapters, adapted, adapters_of
+from pdtrim_pl.staged.masks import additive_mask, fused_mask
 from pdtrim_pl.staged.narrowed import Lost, lost_inputs, narrowed
 from pdtrim_pl.staged.preallocated import PreallocatedCache, PreallocatedKV
 from pdtrim_pl.staged.resume import Resume
@@ -67,7 +68,6 @@ class StagePass:
         self.last = max(self.runs, default=-1)
         self.projects = frozenset(self.plan.kv_only) if self.stage == "prefill" else frozenset[int]()
         self.sends = frozenset(self.plan.decode)
-        self.all_valid = bool(self.tokens.valid.all())
         # Any 4D mask serves: transformers passes it on unchanged, and every gate replaces it with its own mask.
         self.placeholder = self.tokens.valid[:, None, None]
         if self.resume is not None:
@@ -98,27 +98,15 @@ class StagePass:
     def mask(self, slots: Slots, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Attention mask of the new tokens over `slots`, [B, 1, T, N]. Equal arguments get the same mask.
 
-        None if fused attention needs no mask: for a causal prompt without padding, or for one token that sees every
-        entry.
+        Fused attention gets a `LowerRight` or None where rows are whole (see `fused_mask`).
         """
         if window is not None and slots is self.tokens and window >= slots.positions.shape[1]:
             window = None  # the prompt fits into the window, so all blocks can share one mask
         key = (id(slots), window, dtype if self.additive_masks else torch.bool)
         if key not in self._masks:
-            self._masks[key] = self._build(slots, window, dtype)
+            build = additive_mask if self.additive_masks else fused_mask
+            self._masks[key] = build(self.tokens, slots, window, dtype)
         return self._masks[key]
-
-    def _build(self, slots: Slots, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        new, entries = self.tokens.positions.shape[1], slots.positions.shape[1]
-        plain = not self.additive_masks and self.all_valid and (new == 1 or new == entries)
-        if plain and window is None and (slots is self.tokens or bool(slots.valid.all())):
-            return None
-        seen = attention_mask(self.tokens, slots, window)
-        if not self.additive_masks:
-            return seen
-        lowest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(seen.logical_not_(), lowest)
 
 
 _CURRENT: ContextVar[StagePass] = ContextVar("current_pass")

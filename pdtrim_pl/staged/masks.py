@@ -1,0 +1,102 @@
+"""The attention mask of one pass. Fused attention gets none, or no dense one, where every row is whole.
+
+Shapes: B batch, T new tokens, N entries after them, C new tokens in a chunk, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from pdtrim_pl.staged.cache import Slots, attention_mask
+
+CHUNK = 1024
+"""New tokens in a chunk on a CPU. Small chunks are slower in backward: each adds to the gradients of all entries."""
+
+
+class LowerRight(Tensor):
+    """Says that new token t of T sees the first N - T + t + 1 entries. Give it to fused attention as its `attn_mask`.
+
+    On a GPU, PyTorch's `causal_lower_right` computes it, with the flash kernel where that takes the inputs. A CPU has
+    no such kernel: there the new tokens are computed in chunks. A chunk takes only the entries that its last token
+    sees, and its mask is the corner of one mask [C, N] that all chunks and blocks share, which is the content of this
+    tensor.
+    """
+
+    @classmethod
+    def of(cls, new: int, entries: int, dtype: torch.dtype, device: torch.device) -> LowerRight:
+        """The mask of `new` tokens T over `entries` N; `dtype` is the element type that attention computes in."""
+        rows = 0 if device.type == "cuda" else min(new, CHUNK)
+        hidden = torch.ones(rows, entries, dtype=torch.bool, device=device).triu_(entries - rows + 1)
+        mask = torch.zeros(rows, entries, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return mask.as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute fused attention. Every other function sees an ordinary tensor."""
+        if func is scaled_dot_product_attention:
+            return cls._attend(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @staticmethod
+    def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **settings: Any) -> Tensor:
+        """Attention of queries [B, H, T, D] over keys and values [B, H, N, D]."""
+        device, new, entries = query.device.type, query.shape[-2], key.shape[-2]
+        if torch.is_autocast_enabled(device):  # autocast knows fused attention, but not the kernels of a bias
+            query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
+        if device == "cuda":
+            bias = causal_lower_right(new, entries)
+            out: Tensor = scaled_dot_product_attention(query, key, value, attn_mask=bias, **settings)
+            return out
+        mask, parts = attn_mask.as_subclass(Tensor).to(query.dtype), list[Tensor]()
+        for chunk in query.split(len(mask), dim=-2):
+            rows, new = chunk.shape[-2], new - chunk.shape[-2]
+            seen = entries - new
+            keys, values, corner = key[..., :seen, :], value[..., :seen, :], mask[-rows:, -seen:]
+            parts.append(scaled_dot_product_attention(chunk, keys, values, attn_mask=corner, **settings))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def fused_mask(tokens: Slots, slots: Slots, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask for fused attention: a `LowerRight`, or None, where rows are whole; else boolean, [B, 1, T, N].
+
+    Rows are whole if they have padding only after their last token, and no window cuts them. What a padded position
+    then computes is arbitrary, and no other position sees it.
+
+    Args:
+        tokens: the new tokens, [B, T], in order.
+        slots: all entries, [B, N]; the new tokens are the last, and no other is at a later position.
+        window: entries that a token may see at most, by position; None for all.
+        dtype: element type of the hidden states.
+    """
+    new, entries = tokens.positions.shape[1], slots.positions.shape[1]
+    if not _whole(slots.valid) or not (window is None or _fits(slots.positions, window)):
+        return attention_mask(tokens, slots, window)
+    if new in (1, entries):
+        return None
+    device = tokens.positions.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return LowerRight.of(new, entries, dtype, device)
+
+
+def additive_mask(tokens: Slots, slots: Slots, window: int | None, dtype: torch.dtype) -> Tensor:
+    """The mask for eager attention, which adds it to the scores: 0 or a very low number, [B, 1, T, N]."""
+    seen = attention_mask(tokens, slots, window)
+    lowest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(seen.logical_not_(), lowest)
+
+
+def _whole(valid: Tensor) -> bool:
+    return bool((valid[:, :-1] | ~valid[:, 1:]).all())
+
+
+def _fits(positions: Tensor, window: int) -> bool:
+    return bool((positions.amax(dim=1) - positions.amin(dim=1) < window).all())
