@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from pdtrim_pl.data.by_length import ByLengthSampler
 from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example, RepeatedPrompts, TokenExamples
 from pdtrim_pl.data.formatting import encode
@@ -25,6 +26,8 @@ from pdtrim_pl.data.sources import TextSource, load_rows
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.models.pretrained import load_config, load_tokenizer, resolve_model
+
+Batches = Literal["shuffled", "by_length"]
 
 
 def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Subset[Example]]:
@@ -61,6 +64,7 @@ class PromptResponseDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         mixed_in: list[MixedIn] | None = None,
+        batches: Batches = "shuffled",
     ) -> None:
         """Store the settings. Nothing is read before `prepare_data`.
 
@@ -74,9 +78,10 @@ class PromptResponseDataModule(LightningDataModule):
             num_workers: number of processes that load batches; 0 loads in the main process.
             seed: seed of split points, parts and training order.
             mixed_in: more sources, each with its share of the examples; `source` has the rest.
+            batches: `shuffled`, or `by_length`: training batches of examples of like lengths, with little padding.
 
         Raises:
-            UserError: a batch size is below 1, or `num_workers` or `seed` is below 0.
+            UserError: a batch size is below 1, `num_workers` or `seed` is below 0, or `batches` is unknown.
         """
         super().__init__()
         for name, value, least in (
@@ -87,6 +92,8 @@ class PromptResponseDataModule(LightningDataModule):
         ):
             if value < least:
                 raise UserError(f"`{name}`={value} must be at least {least}.")
+        if batches not in get_args(Batches):
+            raise UserError(f"`batches`={batches!r} must be `shuffled` or `by_length`.")
         self.tokenizer_name = tokenizer
         self.source = source
         self.mixed_in = list(mixed_in or [])
@@ -97,6 +104,7 @@ class PromptResponseDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.batches = batches
         self.on_batch: Callable[[Batch], None] = _nothing
         """Called with every batch of the trainer while it is still in host memory."""
         self._examples: TokenExamples | None = None
@@ -169,11 +177,14 @@ class PromptResponseDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> ResumableLoader:
         """The training part, shuffled in every epoch and split among the ranks. A run can resume within an epoch."""
-        ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        given = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        ranks = given or {"num_replicas": 1, "rank": 0}
         part = self.part("train")
         # Lightning does not replace a DistributedSampler, and calls its `set_epoch` even on one device.
-        sampler: DistributedSampler[Example] = DistributedSampler(
-            part, **(ranks or {"num_replicas": 1, "rank": 0}), shuffle=True, seed=self.seed
+        sampler: DistributedSampler[Example] = (
+            ByLengthSampler(part, self.batch_size, **ranks, seed=self.seed)
+            if self.batches == "by_length"
+            else DistributedSampler(part, **ranks, shuffle=True, seed=self.seed)
         )
         return ResumableLoader(
             part,

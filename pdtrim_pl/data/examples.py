@@ -64,6 +64,11 @@ class TokenExamples(Dataset[Example]):
         return TokenExamples(self._ids, self._bounds[rows])
 
     @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in the prompt and in the response of every example, [examples, 2]."""
+        return np.diff(self._bounds, axis=1)
+
+    @property
     def largest_id(self) -> int:
         """The largest token id of all examples."""
         return int(self._ids.max())
@@ -94,6 +99,15 @@ class RepeatedPrompts(Dataset[Example]):
         changed, length = max(1, round(share * len(part))), len(part)
         self.changed = frozenset(index * length // changed for index in range(changed)) if spread else range(changed)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in the prompt and in the response of every example, [examples, 2]."""
+        lengths = lengths_of(self.part).copy()
+        changed = sorted(self.changed)
+        prompts = lengths[changed, 0]
+        lengths[changed, 1] = np.minimum(prompts, self.max_length - prompts)
+        return lengths
+
     def __len__(self) -> int:
         return len(self.part)
 
@@ -102,3 +116,11 @@ class RepeatedPrompts(Dataset[Example]):
         if index not in self.changed:
             return example
         return Example(example.prompt, example.prompt[: self.max_length - len(example.prompt)])
+
+
+def lengths_of(data: Dataset[Example]) -> NDArray[np.int64]:
+    """Tokens in the prompt and in the response of every example of a data part, [examples, 2]. Reads no tokens."""
+    if isinstance(data, Subset):
+        return lengths_of(data.dataset)[np.asarray(data.indices, dtype=np.int64)]
+    assert isinstance(data, TokenExamples | RepeatedPrompts)
+    return data.lengths
