@@ -65,6 +65,7 @@ class PromptResponseDataModule(LightningDataModule):
         seed: int = 0,
         mixed_in: list[MixedIn] | None = None,
         batches: Batches = "shuffled",
+        tokenize_workers: int = 1,
     ) -> None:
         """Store the settings. Nothing is read before `prepare_data`.
 
@@ -79,15 +80,18 @@ class PromptResponseDataModule(LightningDataModule):
             seed: seed of split points, parts and training order.
             mixed_in: more sources, each with its share of the examples; `source` has the rest.
             batches: `shuffled`, or `by_length`: training batches of examples of like lengths, with little padding.
+            tokenize_workers: number of processes that tokenise the sources, once; the result is then cached on disk.
 
         Raises:
-            UserError: a batch size is below 1, `num_workers` or `seed` is below 0, or `batches` is unknown.
+            UserError: a batch size or `tokenize_workers` is below 1, `num_workers` or `seed` is below 0, or `batches`
+                is unknown.
         """
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
             ("num_workers", num_workers, 0),
+            ("tokenize_workers", tokenize_workers, 1),
             ("seed", seed, 0),
         ):
             if value < least:
@@ -105,6 +109,7 @@ class PromptResponseDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.batches = batches
+        self.tokenize_workers = tokenize_workers
         self.on_batch: Callable[[Batch], None] = _nothing
         """Called with every batch of the trainer while it is still in host memory."""
         self._examples: TokenExamples | None = None
@@ -243,7 +248,8 @@ class PromptResponseDataModule(LightningDataModule):
 
     def _encode(self) -> TokenExamples:
         sources = [self.source, *(each.source for each in self.mixed_in)]
-        examples = [encode(load_rows(source), self.tokenizer, self.lengths, self.seed) for source in sources]
+        settings = self.tokenizer, self.lengths, self.seed, self.tokenize_workers
+        examples = [encode(load_rows(source), *settings) for source in sources]
         if not self.mixed_in:
             return examples[0]
         shares = [each.share for each in self.mixed_in]

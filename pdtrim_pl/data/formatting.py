@@ -33,7 +33,9 @@ _REQUEST = {"prompt": _IDS, "response": _IDS, "head": Value("int32")}
 is too long."""
 
 
-def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: int) -> TokenExamples:
+def encode(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: int, workers: int = 1
+) -> TokenExamples:
     """Tokenise a source and make its examples.
 
     Raw text: all documents are joined, with the end-of-sequence token after each, and cut into windows of
@@ -50,26 +52,29 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, see
             start every prompt and every window.
         lengths: lengths in tokens.
         seed: seed of the split points.
+        workers: number of processes that tokenise.
 
     Raises:
         UserError: a row cannot be read, or the text is shorter than one window. The message names the place.
     """
     if rows.kind == "text":
-        documents = _tokenize(rows, tokenizer, _text_ids, {"ids": _IDS})
+        documents = _tokenize(rows, tokenizer, _text_ids, {"ids": _IDS}, workers)
         return _windows(rows, documents.with_format("numpy")["ids"], tokenizer, lengths, seed)
     if rows.kind == "chat" and tokenizer.chat_template is None:
         raise UserError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
-    tokenized = _tokenize(rows, tokenizer, _pair_ids if rows.kind == "pairs" else _chat_ids, _REQUEST)
+    function = _pair_ids if rows.kind == "pairs" else _chat_ids
+    tokenized = _tokenize(rows, tokenizer, function, _REQUEST, workers)
     return TokenExamples.from_pairs(_truncated(tokenized, lengths))
 
 
 def _tokenize(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, function: Callable[..., Tokenized], columns: Mapping[str, Any]
-) -> Dataset:
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, function: Callable[..., Tokenized], columns: Mapping[str, Any],
+    workers: int,
+) -> Dataset:  # fmt: skip
     """Run `function` over all rows with `Dataset.map`, and leave out the bad rows.
 
     The key of the cache on disk is made here from everything that decides the result. The default key contains the hash
-    of the tokenizer object, which changes when the tokenizer is used.
+    of the tokenizer object, which changes when the tokenizer is used. The number of workers is no part of it.
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(vocabulary)
@@ -83,6 +88,7 @@ def _tokenize(
         fn_kwargs={"rows": rows, "tokenizer": tokenizer},
         features=Features({**columns, _ROW: Value("int64"), FAULT: Value("string")}),
         new_fingerprint=Hasher.hash(key),
+        num_proc=min(workers, len(rows.dataset)) if workers > 1 else None,  # a pool of one process would be slower
         desc="Tokenising",
     )
     bad = bad_rows(tokenized)
