@@ -71,19 +71,20 @@ def attention_of(model: PreTrainedModel) -> Any:
     return model.config._attn_implementation
 
 
-def has_model_file(path: str, name: str) -> bool:
+def has_model_file(path: str, name: str, revision: str | None = None) -> bool:
     """Whether a model has a file. In offline mode, only the local cache of the Hub is searched.
 
     Args:
         path: a directory or a Hub id.
         name: name of the file.
+        revision: git revision of a Hub model; `main` by default.
     """
     from transformers.utils.hub import has_file
 
-    return bool(has_file(path, name))
+    return bool(has_file(path, name, revision=revision))
 
 
-def model_file(path: str, name: str) -> str:
+def model_file(path: str, name: str, revision: str | None = None) -> str:
     """Local path of a file of a model. A file of a Hub model is downloaded unless the cache has it.
 
     Raises:
@@ -91,7 +92,7 @@ def model_file(path: str, name: str) -> str:
     """
     from transformers.utils.hub import cached_file
 
-    file = cached_file(path, name)
+    file = cached_file(path, name, revision=revision)
     assert file is not None, "it raises for a file that is not there"
     return file
 

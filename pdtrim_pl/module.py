@@ -82,7 +82,6 @@ class PDTrimModule(PlacedModule):
         trainable: Trainable | LoRA = "all",
     ) -> None:
         super().__init__(teacher, trainable)
-        self.model_name = model
         self.losses = [KL()] if losses is None else list(losses)
         check_terms(self.losses)
         if chunk_tokens < 1:
@@ -90,7 +89,8 @@ class PDTrimModule(PlacedModule):
         if schedule is not None and lr_scheduler is not None:
             raise UserError("`schedule` and `lr_scheduler` both set the learning rate: give one of them.")
         self.optimizer_of, self.schedule, self.lr_scheduler_of = optimizer, schedule, lr_scheduler
-        self.structure, self.loading, self.chunk_tokens = structure, loading, chunk_tokens
+        self.model_name, self.loading = loading.pinned(model)
+        self.structure, self.chunk_tokens = structure, chunk_tokens
         check_adapter(architecture)
         self.architecture = architecture
         self._checked = False

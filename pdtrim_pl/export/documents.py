@@ -11,6 +11,7 @@ from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.evaluation.summary import Summary
 from pdtrim_pl.export.card import write_card
 from pdtrim_pl.export.report import write_report
+from pdtrim_pl.models.names import split_revision
 from pdtrim_pl.plan import KVRetentionPolicy, Layout
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
@@ -37,4 +38,5 @@ def write_documents(
     name = plan.model.name_or_path
     title = f"{name}, trimmed"
     write_report(folder / "report.html", plan=plan, policy=policy, record=record, summary=summary, title=title)
-    write_card(folder / "README.md", plan=plan, policy=policy, summary=summary, base_model=name, export=target)
+    base, _ = split_revision(name)
+    write_card(folder / "README.md", plan=plan, policy=policy, summary=summary, base_model=base, export=target)

@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.compat import model_file
 from pdtrim_pl.models.model_files import weight_files
-from pdtrim_pl.models.pretrained import resolve_model
+from pdtrim_pl.models.pretrained import located
 
 SPOT = 2**12
 """Bytes that are read at the start, in the middle and at the end of a weight."""
@@ -25,12 +25,12 @@ def model_fingerprint(name_or_path: str) -> str:
     Args:
         name_or_path: see `resolve_model`.
     """
-    path = resolve_model(name_or_path)
+    path, revision = located(name_or_path)
     digest = hashlib.sha256()
-    settings = json.loads(Path(model_file(path, "config.json")).read_text(encoding="utf-8"))
+    settings = json.loads(Path(model_file(path, "config.json", revision)).read_text(encoding="utf-8"))
     named = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(named, sort_keys=True).encode())
-    for file in weight_files(path):
+    for file in weight_files(path, revision):
         digest.update(_spots(Path(file)) if file.endswith(".safetensors") else _whole(Path(file)))
     return digest.hexdigest()
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
 import torch
+
+from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.names import with_revision
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,28 @@ class Loading:
     freeze_embeddings: bool = False
     """Do not train the student's token embeddings and head. This saves memory and time, and few training tokens can do
     them more harm than good."""
+    revision: str | None = None
+    """Git revision of a Hub model: a branch, a tag or a commit; `main` by default. A teacher that is the model itself
+    has it too. The name `org/model@revision` says the same."""
+    teacher_revision: str | None = None
+    """The same for another teacher from the Hub."""
+
+    def pinned(self, model: str) -> tuple[str, Loading]:
+        """Name of the model with its revision, and these settings with that of the teacher.
+
+        Raises:
+            UserError: a revision is given for a model that is not from the Hub, or for no teacher.
+        """
+        name = with_revision(model, self.revision, "loading.revision")
+        if self.teacher is None or (self.teacher == model and self.teacher_revision is None):
+            if self.teacher_revision is not None:
+                raise UserError(
+                    "`loading.teacher_revision` is given without `loading.teacher`. The teacher is the model itself: "
+                    "set `loading.revision`."
+                )
+            return name, replace(self, teacher=None, revision=None)
+        teacher = with_revision(self.teacher, self.teacher_revision, "loading.teacher_revision")
+        return name, replace(self, teacher=teacher, revision=None, teacher_revision=None)
 
 
 def dtype_of(name: DType) -> torch.dtype | None:

@@ -61,16 +61,17 @@ def check_description(name: str, description: Mapping[str, Any], architecture: A
             )
 
 
-def stored_tensors(path: str) -> dict[str, Tensor]:
+def stored_tensors(path: str, revision: str | None = None) -> dict[str, Tensor]:
     """Weights of a checkpoint by name, on the meta device: shapes and element types only.
 
     Empty if the checkpoint has no file of a known name.
 
     Args:
         path: a directory or a Hub id.
+        revision: git revision of a Hub model; `main` by default.
     """
     tensors: dict[str, Tensor] = {}
-    for file in weight_files(path):
+    for file in weight_files(path, revision):
         tensors |= tensors_of_file(file)
     return tensors
 
@@ -164,12 +165,12 @@ def _silent() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def weight_files(path: str) -> list[str]:
+def weight_files(path: str, revision: str | None = None) -> list[str]:
     """The weight files that transformers would read. Files of a Hub model are downloaded into its cache."""
     for whole, index in _FILES:
-        if has_model_file(path, whole):
-            return [model_file(path, whole)]
-        if has_model_file(path, index):
-            shards = set(json.loads(Path(model_file(path, index)).read_text(encoding="utf-8"))["weight_map"].values())
-            return [model_file(path, shard) for shard in sorted(shards)]
+        if has_model_file(path, whole, revision):
+            return [model_file(path, whole, revision)]
+        if has_model_file(path, index, revision):
+            listed = json.loads(Path(model_file(path, index, revision)).read_text(encoding="utf-8"))
+            return [model_file(path, shard, revision) for shard in sorted(set(listed["weight_map"].values()))]
     return []

