@@ -75,6 +75,59 @@ def test_whole_rows_give_the_hidden_states_and_gradients_of_a_dense_mask(
     torch.testing.assert_close(found[0], found[1], atol=1e-5 * scale, rtol=1e-4)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("family", FUSED)
+def test_rows_padded_at_both_ends_give_the_hidden_states_and_gradients_of_a_dense_mask(
+    family: str, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks, "CHUNK", 3)
+    monkeypatch.setattr(masks, "DENSE", 0)
+    found: list[list[Tensor]] = []
+    real = right_padded(3, 8)
+    prompt = real.flip(1)
+    prompt[2, :-1] = False
+    staged = StagedCausalLM(tiny_model(family)).requires_grad_(grad)
+
+    def run() -> None:
+        staged.zero_grad()
+        hidden = [staged(ids(3, 8), ids(3, 8), prompt, real, keep_cache=keep).hidden[real] for keep in (True, False)]
+        torch.testing.assert_close(hidden[0], hidden[1], atol=1e-4, rtol=1e-4)
+        if grad:
+            hidden[0].square().sum().backward()
+        gradients = [weight.grad.clone() for weight in staged.parameters() if weight.grad is not None]
+        assert bool(gradients) == grad
+        found.append([hidden[0].detach(), *gradients])
+
+    run()
+    with dense(monkeypatch):
+        run()
+    scale = max(1.0, *(float(tensor.abs().max()) for tensor in found[1]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("past", "new"), [(4, 3), (0, 7), (2, 5)])
+def test_rows_that_are_padded_before_their_first_token_are_computed_one_by_one(
+    past: int, new: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks, "CHUNK", 2)
+    monkeypatch.setattr(masks, "DENSE", 0)
+    valid = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1], [0] * 7], device=device)
+    slots = Slots(torch.arange(7, device=device).expand(4, -1), valid.bool())
+    tokens = Slots(slots.positions[:, past:], slots.valid[:, past:])
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(4, 2, n, 8, generator=generator).to(device).requires_grad_() for n in (new, 7, 7)]
+    mask = fused_mask(tokens, slots, None, torch.float32)
+    assert isinstance(mask, LowerRight)
+    assert list(mask.starts) == [3, 0, 1, 0]
+    assert list(mask.to(torch.bfloat16).starts) == [3, 0, 1, 0], "a strategy that casts inputs loses nothing"
+    results = []
+    for each in (attention_mask(tokens, slots, None), mask):
+        out = scaled_dot_product_attention(*given, attn_mask=each).transpose(1, 2)[tokens.valid]
+        results.append([out, *torch.autograd.grad(out.square().sum(), given)])
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("new", "entries"), [(1, 7), (2, 7), (5, 7), (7, 20)])
@@ -109,14 +162,17 @@ def test_under_autocast_queries_keys_and_values_of_several_types_are_cast() -> N
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("new", "entries"), [(16_384, 32_768), (32_768, 32_768), (1, 32_768)])
-def test_at_32k_tokens_no_pass_over_whole_rows_builds_a_mask_of_tokens_times_entries(new: int, entries: int) -> None:
+def test_at_32k_tokens_no_pass_builds_a_mask_of_tokens_times_entries(new: int, entries: int, padded: bool) -> None:
     tokens, past = slots_of(new, entries - new, rows=2), slots_of(entries - new, rows=2)
+    if padded:
+        (past if new < entries else tokens).valid[1, :9] = False
     plan = StagePlan.full(ModelRef("tiny", "llama", 4))
     with Widest() as widest:
         current = StagePass("decode", plan, tokens, None, False)
         current.mask(past.extended(tokens), None, torch.bfloat16)
-    assert widest.bytes <= 2 * masks.CHUNK * entries
+    assert widest.bytes <= 8 * masks.CHUNK * entries
     assert widest.bytes < new * entries or new == 1
 
 
