@@ -10,6 +10,9 @@ over steps of the plain step's time to ours. Memory is the peak of the resident 
 step, each side in a process of its own; on a GPU, the peak of allocated memory. `offline_ratio` is of our step with the
 teacher's distributions on disk (top 64 and the mass of all others), in a run of its own. In the one object of --json it
 and `tokens_per_second_ratio` are the least over the lengths, `memory_ratio` is that of the last length.
+
+With --trl FOLDER (made by `pip install --no-deps --target FOLDER trl==1.16.0`) TRL's DistillationTrainer takes turns
+with the plain recipe too, on the same tokens as given responses. `tokens_per_second_vs_trl` is our ratio over its ratio.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from pdtrim_pl.data import Batch, Example
 from pdtrim_pl.losses import KL
 from pdtrim_pl.losses.stored import stored_terms
-from pdtrim_pl.models.pretrained import load_causal_lm
+from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.teacher import CacheIndex, Making, Writing, write_cache
@@ -109,9 +112,12 @@ def main() -> int:
     parser.add_argument("--chunk_tokens", type=int, default=256)
     parser.add_argument("--tiny", action="store_true", help="random weights of a tiny model")
     parser.add_argument("--plain_fused", action="store_true", help="the plain recipe uses the fused AdamW too")
+    parser.add_argument("--trl", metavar="FOLDER", help="folder with TRL in it")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("ours", "plain", "trl"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.trl:
+        sys.path.insert(0, options.trl)
     if options.only:
         print(json.dumps(peak(options)))
         return 0
@@ -122,7 +128,8 @@ def main() -> int:
         "threads": torch.get_num_threads(), "precision": options.precision, "plain_fused": options.plain_fused,
         "tokens_per_second_ratio": min(row["tokens_per_second_ratio"] for row in rows),
         "offline_ratio": min(row["offline_ratio"] for row in rows), "memory_ratio": rows[-1]["memory_ratio"],
-        "rows": rows,
+        "tokens_per_second_vs_trl": min(row["tokens_per_second_vs_trl"] for row in rows) if options.trl else None,
+        "memory_vs_trl": rows[-1]["memory_vs_trl"] if options.trl else None, "rows": rows,
     }  # fmt: skip
     if options.json:
         print(json.dumps(found))
@@ -144,7 +151,7 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     train(options, tokens, offline, offline=True)
     memory = {side: measured_alone(options, tokens, side) for side in ("ours", "plain")}
     trained = options.batch_size * tokens
-    return {
+    found = {
         "tokens": tokens,
         "tokens_per_second": trained / median(ours for ours, _ in counted),
         "plain_tokens_per_second": trained / median(plain for _, plain in counted),
@@ -157,6 +164,46 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
         "memory_ratio": memory["ours"] / memory["plain"],
         "largest_loss_difference": max(abs(ours - theirs) for ours, theirs in turns.losses),
     }
+    if options.trl:
+        seconds = trl_turns(options, tokens, Plain(options))[1:]
+        memory_of_trl = measured_alone(options, tokens, "trl")
+        found["trl_ratio"] = median(plain / theirs for theirs, plain in seconds)
+        found["tokens_per_second_vs_trl"] = found["tokens_per_second_ratio"] / found["trl_ratio"]
+        found["memory_vs_trl"] = memory["ours"] / memory_of_trl
+    return found
+
+
+def trl_turns(options: argparse.Namespace, tokens: int, plain: Plain | None, *hooks: Any) -> list[tuple[float, float]]:
+    """Seconds of every step of TRL and of the plain step after it.
+
+    Args:
+        options: those of the command.
+        tokens: prompt and response of an example.
+        plain: the plain recipe; None leaves its steps out.
+        hooks: called with the number of a step before it.
+    """
+    import distill_trl
+
+    given, found, began = list(batches(options, tokens)), list[tuple[float, float]](), [0.0]
+
+    def before(step: int) -> None:
+        for hook in hooks:
+            hook(step)
+        wait(device_of(options))
+        began[0] = time.perf_counter()
+
+    def after(step: int) -> None:
+        wait(device_of(options))
+        between = time.perf_counter()
+        if plain is not None:
+            plain.step(given[step])
+        found.append((between - began[0], time.perf_counter() - between))
+
+    distill_trl.train(
+        model_of(options).train(), teacher_of(options), load_tokenizer(MODEL), given, RATE,
+        options.precision == "bf16-mixed", before, after,
+    )  # fmt: skip
+    return found
 
 
 class Offline(OfflineTeacher):
@@ -210,6 +257,15 @@ def peak(options: argparse.Namespace) -> float:
         for batch in steps:
             plain.step(batch)
         return peak_since(device, before)
+    if options.only == "trl":
+        at_second = [0.0]
+
+        def second(step: int) -> None:
+            if step == 1:
+                at_second[0] = start_of_peak(device)
+
+        trl_turns(options, tokens, None, second)
+        return peak_since(device, at_second[0])
     meter = _Peak()
     train(options, tokens, meter)
     return meter.found
@@ -236,6 +292,7 @@ def measured_alone(options: argparse.Namespace, tokens: int, side: str) -> float
     command += ["--accelerator", options.accelerator, "--chunk_tokens", str(options.chunk_tokens)]
     command += ["--tiny"] if options.tiny else []
     command += ["--plain_fused"] if options.plain_fused else []
+    command += ["--trl", options.trl] if options.trl else []
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(json.loads(out.splitlines()[-1]))
 
