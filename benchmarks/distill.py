@@ -12,7 +12,7 @@ teacher's distributions on disk (top 64 and the mass of all others), in a run of
 and `tokens_per_second_ratio` are the least over the lengths, `memory_ratio` is that of the last length.
 
 With --trl FOLDER (made by `pip install --no-deps --target FOLDER trl==1.16.0`) TRL's DistillationTrainer takes turns
-with the plain recipe too, on the same tokens as given responses. `tokens_per_second_vs_trl` is our ratio over its ratio.
+with the plain recipe too, on the same tokens as given responses. `tokens_per_second_vs_trl` is our ratio over its own.
 """
 
 from __future__ import annotations
