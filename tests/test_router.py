@@ -298,7 +298,7 @@ def test_engines_of_another_pair_or_without_the_connector_are_refused(running: S
 
 
 def test_a_full_queue_is_status_503_and_a_late_answer_504(export: Path, tmp_path: Path) -> None:
-    with stack(export, tmp_path / "wire", max_batch=1, max_waiting=1, deadline=1.0) as running:
+    with stack(export, tmp_path / "wire", max_batch=1, max_waiting=1, deadline=5.0) as running:
         running.decode.pause = 60
 
         def ask(_: int) -> int:
@@ -309,7 +309,9 @@ def test_a_full_queue_is_status_503_and_a_late_answer_504(export: Path, tmp_path
             return 200
 
         with ThreadPoolExecutor(4) as callers:
-            assert sorted(callers.map(ask, range(4))) == [503, 503, 504, 504]
+            first = callers.submit(ask, 0)
+            until(lambda: running.decode.active)  # so the queue is empty
+            assert sorted([*callers.map(ask, range(1, 4)), first.result()]) == [503, 503, 504, 504]
         assert running.metric("pdtrim_refused_total") == 2
         until(lambda: not running.decode.active)
 
