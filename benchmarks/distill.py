@@ -40,6 +40,7 @@ from pdtrim_pl.losses import KL
 from pdtrim_pl.losses.stored import stored_terms
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.serving.peaks import peak_since, start_of_peak
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.teacher import CacheIndex, Making, Writing, write_cache
 from pdtrim_pl.teacher.identity import CacheIdentity
@@ -49,7 +50,7 @@ from pdtrim_pl.teacher.reader import StoredTeacher
 MODEL, RATE = "smollm2-135m", 1e-5
 TINY = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
                    num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True)  # fmt: skip
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MIB = 2**20
 
 
 class Plain:
@@ -256,16 +257,16 @@ def peak(options: argparse.Namespace) -> float:
         before = start_of_peak(device)
         for batch in steps:
             plain.step(batch)
-        return peak_since(device, before)
+        return peak_since(device, before) / MIB
     if options.only == "trl":
-        at_second = [0.0]
+        at_second = [0]
 
         def second(step: int) -> None:
             if step == 1:
                 at_second[0] = start_of_peak(device)
 
         trl_turns(options, tokens, None, second)
-        return peak_since(device, at_second[0])
+        return peak_since(device, at_second[0]) / MIB
     meter = _Peak()
     train(options, tokens, meter)
     return meter.found
@@ -275,14 +276,14 @@ class _Peak(Callback):
     """Measures the peak from the second step on."""
 
     def __init__(self) -> None:
-        self.before = self.found = 0.0
+        self.before, self.found = 0, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if batch_idx == 1:
             self.before = start_of_peak(pl_module.device)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.found = peak_since(pl_module.device, self.before)
+        self.found = peak_since(pl_module.device, self.before) / MIB
 
 
 def measured_alone(options: argparse.Namespace, tokens: int, side: str) -> float:
@@ -295,27 +296,6 @@ def measured_alone(options: argparse.Namespace, tokens: int, side: str) -> float
     command += ["--trl", options.trl] if options.trl else []
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(json.loads(out.splitlines()[-1]))
-
-
-def start_of_peak(device: torch.device) -> float:
-    """Begin to record the peak; return the memory in use now, in MiB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 2**20
-    CLEAR.write_text("5", encoding="ascii")  # the kernel starts VmHWM again
-    return _status("VmRSS")
-
-
-def peak_since(device: torch.device, before: float) -> float:
-    """The peak since `start_of_peak` beyond `before`, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20 - before
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> float:
-    lines = STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
 
 
 def batches(options: argparse.Namespace, tokens: int) -> Iterator[Batch]:

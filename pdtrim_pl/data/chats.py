@@ -61,18 +61,16 @@ def assistant_turns(chat: Sequence[Any]) -> list[Sequence[Any]]:
 def system_text(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> str:
     """The text of the system messages that begin a chat, as the template renders them; empty if there are none.
 
-    It is also empty if the template does not render them alone, or otherwise than at the start of the whole chat.
+    It is also empty if the template does not render them alone.
     """
     messages = [message_of(turn) for turn in chat]
     count = next((number for number, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
     if count == 0:
         return ""
     try:
-        text = chat_text(tokenizer, messages[:count], add_generation_prompt=False)
+        return chat_text(tokenizer, messages[:count], add_generation_prompt=False)
     except ValueError:  # some templates want a user's message
         return ""
-    whole = chat_text(tokenizer, messages[: count + 1], add_generation_prompt=False)
-    return text if whole.startswith(text) else ""
 
 
 def chat_ids(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> list[int]:

@@ -53,6 +53,26 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def read_prompts(path: Path) -> list[tuple[str, str | list[Any]]]:
+    """The rows of a file of prompts: the place of each, and its `prompt`, or else its `messages`.
+
+    Raises:
+        UserError: there is no row, or one of them has neither. The message names the place.
+    """
+    found: list[tuple[str, str | list[Any]]] = []
+    for line in read_lines(path):
+        place, prompt, messages = f"{path}, {line.place}", line.row.get("prompt"), line.row.get("messages")
+        if isinstance(prompt, str) and prompt:
+            found.append((place, prompt))
+        elif isinstance(messages, list) and messages:
+            found.append((place, messages))
+        else:
+            raise UserError(f"{place}: {line.fault or 'has neither a `prompt` nor `messages`'}.")
+    if not found:
+        raise UserError(f"{path} has no row: give rows with `prompt` or `messages`.")
+    return found
+
+
 def _text(path: Path, data: bytes) -> Iterator[Line]:
     _refuse_wide(path, data)
     try:

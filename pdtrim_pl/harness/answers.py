@@ -1,7 +1,4 @@
-"""A model's own responses to a user's prompts, as a data set for distillation.
-
-The student then learns on text that its teacher would write: that recovers generation better than other text does.
-"""
+"""A model's own responses to a user's prompts, as a data set: a student then learns on text of its teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pdtrim_pl.data.chats import chat_ids, message_of
-from pdtrim_pl.data.files import Line, read_lines
+from pdtrim_pl.data.files import read_prompts
 from pdtrim_pl.data.prompts import prompt_ids
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.harness.in_process import InProcessPair
@@ -81,17 +78,15 @@ def answer_file(
     Raises:
         UserError: a row cannot be used, a prompt is too long, or the output comes from another model, file or setting.
     """
-    lines = list(read_lines(prompts))
-    if not lines:
-        raise UserError(f"{prompts} has no row: give rows with `prompt` or `messages`.")
+    rows = read_prompts(prompts)
     tokenizer = load_tokenizer(model)
-    asked = [_Asked.of(line, f"{prompts}, {line.place}", tokenizer, settings.chat) for line in lines]
+    asked = [_Asked.of(said, place, tokenizer, settings.chat) for place, said in rows]
     context = usable_context(usable_config(model).to_dict())
-    for line, one in zip(lines, asked, strict=True):
+    for (place, _), one in zip(rows, asked, strict=True):
         if len(one.ids) + settings.max_new_tokens > context:
             raise UserError(
-                f"{prompts}, {line.place}: prompt and `max_new_tokens` take {len(one.ids) + settings.max_new_tokens} "
-                f"tokens, and the context of `model` is {context}. Shorten the prompt, or lower `max_new_tokens`."
+                f"{place}: prompt and `max_new_tokens` take {len(one.ids) + settings.max_new_tokens} tokens, and the "
+                f"context of `model` is {context}. Shorten the prompt, or lower `max_new_tokens`."
             )
     there = _begun(output, _origin(model, prompts, settings, dtype), len(asked))
     if there == len(asked):
@@ -104,8 +99,8 @@ def answer_file(
     size = settings.batch_size * WINDOW
     with output.open("a", encoding="utf-8") as out:
         for first in range(there, len(asked), size):
-            rows = _answered(pair, asked[first : first + size], settings, stops, first)
-            for one, ids in zip(asked[first : first + size], rows, strict=True):
+            window = asked[first : first + size]
+            for one, ids in zip(window, _answered(pair, window, settings, stops, first), strict=True):
                 out.write(json.dumps(one.answered(tokenizer, ids, stops), ensure_ascii=False) + "\n")
             out.flush()
             log.info("%d of %d prompts answered", min(first + size, len(asked)), len(asked))
@@ -121,14 +116,10 @@ class _Asked:
     """The row of the answer, but for the answer."""
 
     @classmethod
-    def of(cls, line: Line, place: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> _Asked:
-        prompt, messages = line.row.get("prompt"), line.row.get("messages")
-        if line.fault is None and isinstance(prompt, str) and prompt and not chat:
-            return cls(prompt_ids(tokenizer, prompt), {"prompt": prompt})
-        if line.fault is None and isinstance(prompt, str) and prompt:
-            messages = [{"role": "user", "content": prompt}]
-        if line.fault is not None or not isinstance(messages, list) or not messages:
-            raise UserError(f"{place}: {line.fault or 'has neither a `prompt` nor `messages`'}.")
+    def of(cls, said: str | list[Any], place: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> _Asked:
+        if isinstance(said, str) and not chat:
+            return cls(prompt_ids(tokenizer, said), {"prompt": said})
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
         if tokenizer.chat_template is None:
             raise UserError(f"{place}: `model` has no chat template. Give rows with `prompt`, without `--chat`.")
         try:

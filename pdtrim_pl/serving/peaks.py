@@ -57,23 +57,38 @@ def stage_peaks(
 
 def growth(run: Callable[[], None], device: torch.device) -> int | None:
     """Bytes by which memory grows at most while `run` runs; None if the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with suppress(AttributeError):  # a C library other than glibc
-        ctypes.CDLL(None).malloc_trim(0)  # else freed memory that is used again would not count
+    if device.type != "cuda":
+        with suppress(AttributeError):  # a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)  # else freed memory that is used again would not count
     try:
-        (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
-        before = _status("VmRSS")
+        before = start_of_peak(device)
     except OSError:
         run()
         return None
     run()
-    return max(_status("VmHWM") - before, 0)
+    return max(peak_since(device, before), 0)
+
+
+def start_of_peak(device: torch.device) -> int:
+    """Begin to record the peak anew; bytes in use now: allocated ones on a GPU, else the resident set.
+
+    Raises:
+        OSError: the system tells no peaks.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    (PROCESS / "clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_since(device: torch.device, before: int) -> int:
+    """Bytes of the peak since `start_of_peak`, which returned `before`, beyond that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    return _status("VmHWM") - before
 
 
 def parameter_bytes(model: StagedCausalLM) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import STAGES, Stage
+from pdtrim_pl.staged.layer_hooks import saying
 
 _MARK = "adds_an_adapter"
 """Name of an attribute that marks layers with the hook. A copy of a layer has both."""
@@ -117,19 +118,9 @@ def adapters_of(adapters: nn.ModuleDict, stage: Stage) -> Adapters:
     return chosen.by_name()
 
 
-@contextmanager
-def adapted(block: nn.Module, adapters: Adapters) -> Iterator[None]:
+def adapted(block: nn.Module, adapters: Adapters) -> AbstractContextManager[None]:
     """Inside the `with` block, this thread runs the block with these adapters, and with no others."""
-    for name in adapters:
-        layer = block.get_submodule(name)
-        if _MARK not in vars(layer):
-            layer.register_forward_hook(_Adding(name))
-            setattr(layer, _MARK, True)
-    token = _ADAPTERS.set(adapters)
-    try:
-        yield
-    finally:
-        _ADAPTERS.reset(token)
+    return saying(_ADAPTERS, adapters, block, _MARK, lambda layer, name: layer.register_forward_hook(_Adding(name)))
 
 
 @contextmanager

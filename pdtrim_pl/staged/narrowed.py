@@ -8,8 +8,8 @@ Shapes: I inputs of a last layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.cuts import Cuts
 from pdtrim_pl.plan import PARTS, STAGES, Part, StagePlan, Width
+from pdtrim_pl.staged.layer_hooks import saying
 
 Lost = Mapping[str, Tensor]
 """Name of a last layer in the block -> which of its inputs are lost, bool [I]."""
@@ -54,19 +55,9 @@ def lost_inputs(block: nn.Module, cuts: Cuts, sizes: Mapping[Part, int | None], 
     return lost
 
 
-@contextmanager
-def narrowed(block: nn.Module, lost: Lost) -> Iterator[None]:
+def narrowed(block: nn.Module, lost: Lost) -> AbstractContextManager[None]:
     """Inside the `with` block, this thread runs the block without the lost inputs."""
-    for name in lost:
-        layer = block.get_submodule(name)
-        if _MARK not in vars(layer):
-            layer.register_forward_pre_hook(_Zeroing(name))
-            setattr(layer, _MARK, True)
-    token = _LOST.set(lost)
-    try:
-        yield
-    finally:
-        _LOST.reset(token)
+    return saying(_LOST, lost, block, _MARK, lambda layer, name: layer.register_forward_pre_hook(_Zeroing(name)))
 
 
 def check_widths(block: nn.Module, index: int, architecture: Architecture, plan: StagePlan) -> None:

@@ -123,17 +123,7 @@ class Engine:
         return "" if healthy else "a worker is starting"
 
     def submit(self, ask: Ask, tell: Listener) -> int:
-        """Queue a request; returns its number, for `cancel`.
-
-        Args:
-            ask: what is asked.
-            tell: hears every token, and at last `Done`.
-
-        Raises:
-            UserError: the model cannot hold it.
-            Overloaded: the queue is full.
-            RuntimeError: the engine does not run.
-        """
+        """Queue a request; returns its number, for `cancel`. Arguments and errors as for `TokenEngine.submit`."""
         self.pair.check_ids(ask.prompt_ids, ask.max_new_tokens, ask.forced or ())
         with self._lock:
             if self._over or not self._thread.is_alive():

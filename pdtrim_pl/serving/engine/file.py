@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pdtrim_pl.data.chats import chat_ids
-from pdtrim_pl.data.files import read_lines
+from pdtrim_pl.data.files import read_prompts
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.serving.devices import devices_of
 from pdtrim_pl.serving.engine.engine import Engine
@@ -50,10 +50,7 @@ def generate_file(export: Path, prompts: Path, settings: FileSettings, *, device
     """
     tokenizer = load_export_tokenizer(export)
     stop_ids = stop_ids_of(export, tokenizer)
-    asked = [_prompt(tokenizer, line.row, line.fault, f"{prompts}, {line.place}", settings.chat)
-             for line in read_lines(prompts)]  # fmt: skip
-    if not asked:
-        raise UserError(f"{prompts} has no row: give rows with `prompt` or `messages`.")
+    asked = [_prompt(tokenizer, said, place, settings.chat) for place, said in read_prompts(prompts)]
     most = 2 * settings.max_batch
     with Engine(export, devices=devices_of(device), max_batch=settings.max_batch, max_waiting=most) as engine:
         for ids in asked:
@@ -82,13 +79,10 @@ def _write(heard: Heard, out: TextIO) -> None:
     out.flush()
 
 
-def _prompt(tokenizer: Any, row: dict[str, Any], fault: str | None, place: str, chat: bool) -> list[int]:
-    prompt, messages = row.get("prompt"), row.get("messages")
-    if fault is None and isinstance(prompt, str) and prompt:
-        return encode_prompt(tokenizer, prompt, chat=chat)
-    if fault is None and isinstance(messages, list) and messages:
-        try:
-            return chat_ids(tokenizer, messages)
-        except UserError as error:
-            raise UserError(f"{place}: `messages` {error}.") from error
-    raise UserError(f"{place}: {fault or 'has neither a `prompt` nor `messages`'}.")
+def _prompt(tokenizer: Any, said: str | list[Any], place: str, chat: bool) -> list[int]:
+    if isinstance(said, str):
+        return encode_prompt(tokenizer, said, chat=chat)
+    try:
+        return chat_ids(tokenizer, said)
+    except UserError as error:
+        raise UserError(f"{place}: `messages` {error}.") from error

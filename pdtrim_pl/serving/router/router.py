@@ -93,7 +93,7 @@ class Router:
         return "; ".join(self._troubles)
 
     def submit(self, ask: Ask, tell: Listener) -> int:
-        """Queue a request; returns its number, for `cancel`. Arguments and errors as for `Engine.submit`."""
+        """Queue a request; returns its number, for `cancel`. Arguments and errors as for `TokenEngine.submit`."""
         if ask.forced is not None:
             raise UserError("The router cannot tell the logits of a known response: use the engine of this package.")
         self.pair.check_ids(ask.prompt_ids, ask.max_new_tokens)
