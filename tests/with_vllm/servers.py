@@ -6,9 +6,10 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -41,17 +42,58 @@ class Served:
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """A port that is free, with those behind it: `count` in all."""
+    while True:
+        with ExitStack() as held:
+            probes = [held.enter_context(socket.socket()) for _ in range(count)]
+            probes[0].bind(("127.0.0.1", 0))
+            first = int(probes[0].getsockname()[1])
+            try:
+                for offset, probe in enumerate(probes[1:], start=1):
+                    probe.bind(("127.0.0.1", first + offset))
+            except OSError:
+                continue
+            return first
 
 
-def make_pair(folder: Path, boundary: str) -> list[dict]:
+def make_pair(folder: Path, boundary: str, *options: str) -> list[dict]:
     """Write the export `pair`; returns prompts with what is expected of them."""
-    make = [OURS, str(ROOT / "tests" / "with_vllm" / "make_pair.py"), str(folder), boundary]
+    make = [OURS, str(ROOT / "tests" / "with_vllm" / "make_pair.py"), str(folder), boundary, *options]
     subprocess.run(make, env={**os.environ, **SERVER}, check=True, timeout=300)
     return list(json.loads((folder / "expected.json").read_text()))
+
+
+@contextmanager
+def served_by_engines(
+    folder: Path, boundary: str, make: Sequence[str] = (), ranks: int = 1, own: Mapping[str, str] = OWN
+) -> Iterator[Served]:
+    """A new pair in two engines, with a router in front of them.
+
+    Args:
+        folder: for the pair and the logs.
+        boundary: of the pair.
+        make: further options of `make_pair.py`.
+        ranks: tensor-parallel ranks of each engine.
+        own: options of vLLM's server for each engine.
+    """
+    expected = make_pair(folder, boundary, *make)
+    export, kv, urls = str(folder / "pair"), f"127.0.0.1:{free_port(ranks)}", {}
+    with ExitStack() as held:
+        for stage in ("decode", "prefill"):
+            port = free_port()
+            urls[stage] = f"http://127.0.0.1:{port}"
+            command = [sys.executable, "-m", "pdtrim_pl.serving.vllm", stage, "--export", export]
+            command += ["--kv", kv, "--port", str(port), *COMMON.split(), *own[stage].split()]
+            command += ["--tensor-parallel-size", str(ranks)]
+            held.enter_context(process(command, folder / f"{stage}.log"))
+        port = free_port()
+        urls["router"] = f"http://127.0.0.1:{port}"
+        command = [OURS, "-m", "pdtrim_pl", "serve", "--engine", "vllm", "--export", export, "--name", "pair"]
+        command += ["--prefill", urls["prefill"], "--decode", urls["decode"], "--port", str(port)]
+        router = held.enter_context(process(command, folder / "router.log"))
+        wait_until_healthy(urls["router"], router, folder)
+        yield Served(boundary, expected, urls)
 
 
 @contextmanager
