@@ -249,6 +249,6 @@ def test_the_dry_run_refuses_callbacks_that_would_run_a_teacher_that_is_not_ther
     config = ROOT / "configs" / "llama3_8b_1gpu.yaml"
     offline = ["--model.teacher.placement=offline", "--model.teacher.cache=somewhere", "--device_memory=79"]
     with pytest.raises(
-        ValueError, match=r"BlockDrop \(.*; BlockDrop \(.*; KVRetention \(.*; ExportPair \(.*\)\. Leave"
+        ValueError, match=r"WidthDrop \(.*; BlockDrop \(.*; KVRetention \(.*; ExportPair \(.*\)\. Leave"
     ):
         dry_run(["fit", "--dry_run", "--config", str(config), *offline], io.StringIO())

@@ -32,7 +32,7 @@ class ParsedRun(PDTrimCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.trainer_settings: Namespace = self._get(self.config_init, "trainer")
