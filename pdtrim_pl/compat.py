@@ -37,6 +37,14 @@ def optimizer_step_is_due(trainer: Any) -> bool:
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def keep_sigterm_local(trainer: Any) -> None:
+    """Stop Lightning from broadcasting before every batch whether rank 0 got SIGTERM, and from waiting for the answer.
+
+    For a run that handles SIGTERM itself. Without several processes, Lightning does not broadcast.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
 def ddp_settings(strategy: Any) -> Mapping[str, Any]:
     """Keyword arguments that a `DDPStrategy` passes to `DistributedDataParallel`."""
     settings: Mapping[str, Any] = strategy._ddp_kwargs

@@ -37,8 +37,10 @@ from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.decoding import generate, stop_ids_of
 from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
+from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.staged.trainable import Trainable
 from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, check_trainable, parallel_of
+from pdtrim_pl.strategies.flags import StepFlags
 from pdtrim_pl.strategies.schedule import Schedule
 from pdtrim_pl.teacher.placed import PlacedModule
 
@@ -94,6 +96,8 @@ class PDTrimModule(PlacedModule):
         check_adapter(architecture)
         self.architecture = architecture
         self._checked = False
+        self.flags = StepFlags()
+        """What the ranks agree on at every optimizer step."""
 
     @property
     @override
@@ -120,6 +124,7 @@ class PDTrimModule(PlacedModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self.flags = StepFlags()
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
         check_trainable(self.trainer.strategy, self.trainable)
@@ -130,6 +135,7 @@ class PDTrimModule(PlacedModule):
             self.check_models()  # not in `configure_model`, where ZeRO-3 shards every model that is built
         if stage == "fit":
             self._check_callbacks()
+            self._watch_batches()
             if self.is_alone:
                 self._open_cache()
         save_nothing_in_a_trial(self.trainer)
@@ -196,25 +202,33 @@ class PDTrimModule(PlacedModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.losses if self.offline is None else self.offline.terms
-        loss, values = training_loss(terms, self.distilled(batch), chunk_tokens=self.chunk_tokens)
+        counts, self._counts = self._counts, None
+        loss, values = training_loss(terms, self.distilled(batch, counts), chunk_tokens=self.chunk_tokens)
         if not loss.requires_grad:
             raise UserError(
                 "`trainable` leaves nothing that trains: no block of the plan stands for several others. Merge blocks "
                 "before the first step, start from a plan with merges (`structure.plan`), or use `trainable: all`."
             )
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch[0]))
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
+        self.log("train/loss", loss.detach(), batch_size=len(batch[0]))
+        if self.read_loss is not None:
+            self.log("loss", self.read_loss, prog_bar=True, logger=False, batch_size=1)
         self.note_loss(loss.detach())
         return loss
 
-    def distilled(self, batch: Batch) -> Distilled:
-        """Run student and teacher on one batch, and collect the input of the losses."""
+    def distilled(self, batch: Batch, counts: RowCounts | None = None) -> Distilled:
+        """Run student and teacher on one batch, and collect the input of the losses.
+
+        Args:
+            batch: requests with known responses.
+            counts: numbers of real tokens of the batch, if the host knows them.
+        """
         batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens)
         if self.offline is not None:
-            return self.offline.distilled(self.student, batch, min_chunks)
+            return self.offline.distilled(self.student, batch, min_chunks, counts)
         return run_pair(
             self.student, self.teacher, batch, watch_blocks=any(term.watches_blocks for term in self.losses),
-            keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks,
+            keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks, counts=counts,
         )  # fmt: skip
 
     # Generation

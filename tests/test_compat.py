@@ -70,6 +70,18 @@ def test_an_optimizer_step_is_due_every_so_many_batches_and_at_the_last_one(tmp_
     assert fit(tmp_path, accumulate=2).due == [False, True, False, True, True]
 
 
+def test_no_batch_asks_all_ranks_for_sigterm_in_a_run_that_handles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Tensor] = []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: told.append(tensor))
+    loop: Any = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop.epoch_loop
+    assert "_broadcast_sigterm_tensor" in type(loop).advance.__code__.co_names
+    loop._broadcast_sigterm_tensor()
+    assert len(told) == 1
+    compat.keep_sigterm_local(loop.trainer)
+    loop._broadcast_sigterm_tensor()
+    assert len(told) == 1
+
+
 class Loops(Callback):
     """The `loops` of a checkpoint saved at the end of a batch, as our callbacks save."""
 

@@ -33,6 +33,11 @@ def fused(terms: Sequence[TokenLoss], batch: Distilled, chunk_tokens: int) -> tu
     return total, each
 
 
+def weighted_sum(terms: Sequence[TokenLoss], values: Tensor) -> Tensor:
+    """The sum of the values of losses, each times its weight, a scalar. Copies no numbers to the device."""
+    return torch.stack([term.weight * value for term, value in zip(terms, values.unbind(), strict=True)]).sum()
+
+
 class _Fused(torch.autograd.Function):
     """The weighted sum of the losses as one operation on the student's hidden states and the weights of its head."""
 
@@ -66,7 +71,7 @@ class _Fused(torch.autograd.Function):
         ctx.wanted, ctx.weights = wanted, len(weights)
         ctx.save_for_backward(of_hidden, *gradients)
         ctx.mark_non_differentiable(each)
-        return (each * each.new_tensor([term.weight for term in terms])).sum(), each
+        return weighted_sum(terms, each), each
 
     @staticmethod
     def backward(ctx: Any, *above: Any) -> tuple[Any, ...]:
