@@ -143,6 +143,16 @@ def refusing_parser(parser: ArgumentParser, error: Exception | None) -> Argument
 # torch
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called. Copies of a module are not compiled."""
+    return module._compiled_call_impl is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this module runs hooks, in forward or in backward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def remove_gradient_hooks(wrapper: DistributedDataParallel) -> None:
     """Stop a DDP wrapper that is being discarded from summing gradients."""
     wrapper._remove_autograd_hooks()

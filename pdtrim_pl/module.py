@@ -39,7 +39,14 @@ from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.staged.trainable import Trainable
-from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, check_trainable, parallel_of
+from pdtrim_pl.strategies import (
+    check_compiling,
+    check_freezing,
+    check_masters,
+    check_strategy,
+    check_trainable,
+    parallel_of,
+)
 from pdtrim_pl.strategies.flags import StepFlags
 from pdtrim_pl.strategies.schedule import Schedule
 from pdtrim_pl.teacher.placed import PlacedModule
@@ -128,6 +135,8 @@ class PDTrimModule(PlacedModule):
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
         check_trainable(self.trainer.strategy, self.trainable)
+        if self.loading.compile:
+            check_compiling(self.trainer.strategy, self.trainable)
         if stage == "fit":
             self._check_masters(dtype_of(self.loading.dtype))
         check_same_checkpoint(self.parallel, self.found_checkpoint)
@@ -161,6 +170,9 @@ class PDTrimModule(PlacedModule):
         teacher = self._loaded_teacher(self.student)
         if teacher is not None:
             self.teacher = teacher
+        if self.loading.compile:
+            for staged in (self.student, *([] if teacher is None else [teacher])):
+                staged.compile_blocks()
         if self._trainer is not None and self._trainer.is_global_zero:
             device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
             warn_of_slow_bf16(device, model.dtype, (teacher or self.student).model.dtype, precision)

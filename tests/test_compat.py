@@ -309,3 +309,23 @@ def test_lightning_hands_out_whole_weights_under_zero_3_and_leaves_others(engine
     if engine["stage"] == 3:
         unchanged = engine["handed out"]
         assert unchanged == {"net.0.weight": False, "net.0.bias": True, "net.1.weight": True, "net.1.bias": True}
+
+
+def test_a_compiled_module_is_known_and_its_copy_is_plain() -> None:
+    module = nn.Linear(2, 2)
+    assert not compat.is_compiled(module)
+    module.compile(backend="eager")
+    assert compat.is_compiled(module)
+    assert not compat.is_compiled(deepcopy(module))
+
+
+def test_a_hook_of_any_kind_is_seen_while_it_is_there() -> None:
+    module = nn.Linear(2, 2)
+    for register in (
+        module.register_forward_hook, module.register_forward_pre_hook, module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+    ):  # fmt: skip
+        handle = register(lambda *_: None)
+        assert compat.has_hooks(module)
+        handle.remove()
+        assert not compat.has_hooks(module)

@@ -40,6 +40,9 @@ class Loading:
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
     """Keep only the inputs and outputs of blocks for backward, and recompute the rest."""
+    compile: bool = False
+    """Compile the blocks of both models with `torch.compile`. The first batches then take minutes. Does not go with
+    sharded weights (ZeRO-3, FSDP) or with adapters."""
     freeze_embeddings: bool = False
     """Do not train the student's token embeddings and head. This saves memory and time, and few training tokens can do
     them more harm than good."""

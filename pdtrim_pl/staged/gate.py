@@ -21,6 +21,7 @@ from pdtrim_pl.models.architectures import Architecture, RoPE
 from pdtrim_pl.plan import STAGES, Stage, StagePlan, Width
 from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots
+from pdtrim_pl.staged.compiled import as_it_may, compile_block
 from pdtrim_pl.staged.copies import copy_of
 from pdtrim_pl.staged.lora import Adapters, adapted, adapters_of
 from pdtrim_pl.staged.masks import additive_mask, fused_mask
@@ -139,6 +140,8 @@ class Gate(nn.Module):
         self.call = BlockCall.of(block)
         self.project: Callable[[nn.Module, Tensor, RoPE], tuple[Tensor, Tensor]] = architecture.keys_values
         """Projects the keys and values of a KV-only block. A strategy that shards weights replaces this function."""
+        self.compiled = False
+        """Whether the weights that train are compiled blocks."""
         self.untied = nn.ModuleDict()
         """Stage -> the block with weights of its own for that stage."""
         self.adapters = nn.ModuleDict()
@@ -182,6 +185,14 @@ class Gate(nn.Module):
         """Give `stage` weights of its own. They start as a copy of the shared ones."""
         if stage not in self.untied:
             self.untied[stage] = copy_of(self.block)
+            if self.compiled:
+                compile_block(self.untied[stage])
+
+    def compile_weights(self) -> None:
+        """Compile the block, and those that stages will have of their own."""
+        self.compiled = True
+        for block in (self.block, *self.untied.values()):
+            compile_block(block)
 
     def check_offers(self, plan: StagePlan) -> None:
         """Refuse a plan that would write fitted weights into shared weights that are also used without the merge.
@@ -267,7 +278,7 @@ class Gate(nn.Module):
         new_cache: Callable[[], OneBlockCache], lost: Lost, adapters: Adapters, hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         cache = new_cache()  # made here, so that a recomputed block starts from the same past
-        with narrowed(block, lost), adapted(block, adapters):  # here too, for a block that is recomputed
+        with narrowed(block, lost), adapted(block, adapters), as_it_may(block):  # here, as a block may be recomputed
             out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
         if cache.keys is None or cache.values is None:
             raise UserError(

@@ -60,6 +60,7 @@ class LowerRight(Tensor):
         return out
 
     @staticmethod
+    @torch.compiler.disable
     def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: LowerRight, **settings: Any) -> Tensor:
         """Attention of queries [B, H, T, D] over keys and values [B, H, N, D]."""
         device = query.device.type

@@ -207,6 +207,11 @@ class GatedCausalLM(nn.Module):
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             module.requires_grad_(False)
 
+    def compile_blocks(self) -> None:
+        """Compile every block when it runs first; see `staged/compiled.py`."""
+        for gate in self.gates.values():
+            gate.compile_weights()
+
     def rebuild_rope(self) -> None:
         """Rebuild the RoPE tables in fp32. Some loaders build them in the element type of the weights."""
         base = self.model.base_model
