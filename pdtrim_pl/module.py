@@ -29,7 +29,7 @@ from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, training_loss
 from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
-from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
+from pdtrim_pl.models.loading import Loading, check_attention, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.models.placement import TeacherPlace
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Structure
@@ -135,6 +135,9 @@ class PDTrimModule(PlacedModule):
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
         check_trainable(self.trainer.strategy, self.trainable)
+        device, precision = self.trainer.strategy.root_device.type, str(self.trainer.precision)
+        halves = precision.startswith(("bf16", "16")) or self.loading.dtype in ("bfloat16", "float16")
+        check_attention(self.loading.attn_implementation, device, sixteen_bits=halves)
         if self.loading.compile:
             check_compiling(self.trainer.strategy, self.trainable)
         if stage == "fit":

@@ -28,12 +28,15 @@ class Slots:
     valid: Tensor
     rows: Rows | None = None
     """The same for the host; None if it is known on the device only."""
+    has_holes: bool = False
+    """Whether positions before the last one may be missing."""
 
     def extended(self, other: Slots) -> Slots:
         """These entries followed by those of `other`."""
         positions = torch.cat([self.positions, other.positions], dim=1)
         rows = self.rows.followed_by(other.rows, self.valid.shape[1]) if self.rows and other.rows else None
-        return Slots(positions, torch.cat([self.valid, other.valid], dim=1), rows)
+        holes = self.has_holes or other.has_holes
+        return Slots(positions, torch.cat([self.valid, other.valid], dim=1), rows, holes)
 
     def kept_by(self, rule: Retention) -> tuple[Tensor, Slots]:
         """Indices [B, kept] of the entries that a rule keeps, left-justified in each row, and their slots."""
@@ -45,7 +48,8 @@ class Slots:
         kept = [rule.kept(n) for n in each]
         order = torch.argsort(~keep, dim=1, stable=True)[:, : max(kept)]
         rows = Rows(tuple(range(n) for n in kept), self.rows.positions) if self.rows is not None else None
-        return order, Slots(self.positions.gather(1, order), keep.gather(1, order), rows)
+        holes = self.has_holes or rule.keep != "all"
+        return order, Slots(self.positions.gather(1, order), keep.gather(1, order), rows, holes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots
 from pdtrim_pl.staged.compiled import as_it_may, compile_block
 from pdtrim_pl.staged.copies import copy_of
+from pdtrim_pl.staged.kernel_masks import KERNEL_MASKS
 from pdtrim_pl.staged.lora import Adapters, adapted, adapters_of
 from pdtrim_pl.staged.masks import additive_mask, fused_mask
 from pdtrim_pl.staged.narrowed import Lost, lost_inputs, narrowed
@@ -61,6 +62,8 @@ class StagePass:
     """Original index -> keys and values after this pass. The gates fill it."""
     dtype: torch.dtype | None = None
     """Element type of the model's hidden states. The gates set it if the pass starts in the middle (`resume`)."""
+    attention: str = "sdpa"
+    """The model's attention implementation."""
     _slots: dict[int | None, Slots] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
 
@@ -105,7 +108,7 @@ class StagePass:
             window = None  # the prompt fits into the window, so all blocks can share one mask
         key = (id(slots), window, dtype if self.additive_masks else torch.bool)
         if key not in self._masks:
-            build = additive_mask if self.additive_masks else fused_mask
+            build = additive_mask if self.additive_masks else KERNEL_MASKS.get(self.attention, fused_mask)
             self._masks[key] = build(self.tokens, slots, window, dtype)
         return self._masks[key]
 

@@ -109,10 +109,10 @@ def fused_mask(tokens: Slots, slots: Slots, window: int | None, dtype: torch.dty
         dtype: element type of the hidden states.
     """
     (rows, new), entries = tokens.positions.shape, slots.positions.shape[1]
-    if window is not None and not _fits(slots, window):
+    if window is not None and not fits(slots, window):
         return attention_mask(tokens, slots, window)
     starts: Sequence[int] = ()
-    if _whole(slots):
+    if is_whole(slots):
         if new in (1, entries):
             return None
     else:
@@ -133,14 +133,15 @@ def additive_mask(tokens: Slots, slots: Slots, window: int | None, dtype: torch.
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(seen.logical_not_(), lowest)
 
 
-def _whole(slots: Slots) -> bool:
+def is_whole(slots: Slots) -> bool:
     """Whether every row has padding only after its last token."""
     if slots.rows is not None:
         return slots.rows.are_whole
     return bool((slots.valid[:, :-1] | ~slots.valid[:, 1:]).all())
 
 
-def _fits(slots: Slots, window: int) -> bool:
+def fits(slots: Slots, window: int) -> bool:
+    """Whether a window cuts no row."""
     if slots.rows is not None:
         return slots.rows.fit_into(window)
     return bool((slots.positions.amax(dim=1) - slots.positions.amin(dim=1) < window).all())

@@ -235,9 +235,12 @@ class StagedCausalLM(GatedCausalLM):
         observer: Observer | None, resume: Resume | None, *, keep: bool,
         on_kv: KVListener | None = None,
     ) -> StagePass:  # fmt: skip
-        additive = attention_of(self.model) == "eager"
+        attention = attention_of(self.model)
         recompute = self.gradient_checkpointing and self.training
-        return StagePass(stage, plan or self.plan, tokens, past, additive, recompute, keep, observer, resume, on_kv)
+        return StagePass(
+            stage, plan or self.plan, tokens, past, attention == "eager", recompute, keep, observer, resume, on_kv,
+            attention=attention,
+        )  # fmt: skip
 
     def _run(self, token_ids: Tensor, current: StagePass) -> Tensor:
         mask = current.placeholder

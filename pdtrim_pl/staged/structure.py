@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from pdtrim_pl.compat import attention_of
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.adapters import class_path_of
 from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.models.loading import Attention
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, Stage, StagePlan
 from pdtrim_pl.staged.copies import with_layer
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
@@ -238,13 +240,13 @@ def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
 
 def _check_attention(model: PreTrainedModel, architecture: Architecture) -> None:
     chosen = attention_of(model)
-    if chosen not in ("sdpa", "eager"):
+    if chosen not in get_args(Attention):
         raise UserError(
             f"`attn_implementation` is {chosen!r}, which cannot take the masks of a KV policy (cached entries at "
             "chosen positions). Load the model with `attn_implementation: sdpa` or `eager`."
         )
-    if chosen == "sdpa" and not architecture.supports_sdpa(model.config):
+    if chosen not in ("eager", "flex_attention") and not architecture.supports_sdpa(model.config):
         raise UserError(
-            f"`attn_implementation: sdpa` cannot compute {model.config.model_type} with soft-capped attention scores. "
-            "Load the model with `attn_implementation: eager`."
+            f"`attn_implementation: {chosen}` cannot compute {model.config.model_type} with soft-capped attention "
+            "scores. Load the model with `attn_implementation: eager`, or with `flex_attention` on a GPU."
         )
