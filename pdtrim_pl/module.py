@@ -32,8 +32,9 @@ from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.loading import Loading, check_attention, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.models.placement import TeacherPlace
 from pdtrim_pl.parallel import Parallel
-from pdtrim_pl.plan import Structure
+from pdtrim_pl.plan import KVRetentionPolicy, StagePlan, Structure
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.below import common_blocks
 from pdtrim_pl.staged.decoding import generate, stop_ids_of
 from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
@@ -103,6 +104,7 @@ class PDTrimModule(PlacedModule):
         check_adapter(architecture)
         self.architecture = architecture
         self._checked = False
+        self._compared: tuple[StagePlan, KVRetentionPolicy | None, int] | None = None
         self.flags = StepFlags()
         """What the ranks agree on at every optimizer step."""
 
@@ -244,7 +246,16 @@ class PDTrimModule(PlacedModule):
         return run_pair(
             self.student, self.teacher, batch, watch_blocks=any(term.watches_blocks for term in self.losses),
             keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks, counts=counts,
+            common=self._common(),
         )  # fmt: skip
+
+    def _common(self) -> int:
+        """Number of first blocks that the teacher runs for the student too. Computed anew after a change of plan."""
+        if self.trainable != "merged" or not self.parallel.whole:
+            return 0  # elsewhere the first block trains
+        if self._compared is None or self._compared[0] is not self.plan or self._compared[1] is not self.policy:
+            self._compared = (self.plan, self.policy, common_blocks(self.student, self.teacher))
+        return self._compared[2]
 
     # Generation
 

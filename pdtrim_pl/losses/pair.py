@@ -8,13 +8,14 @@ from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.losses.base import Distilled
 from pdtrim_pl.losses.chunked import spoken_tokens, token_weights
 from pdtrim_pl.staged import KVCache, Request, StagedCausalLM
+from pdtrim_pl.staged.below import Below
 from pdtrim_pl.staged.observed import BlockOutputs, run_observed
 from pdtrim_pl.staged.rows import RowCounts
 
 
 def run_pair(
     student: StagedCausalLM, teacher: StagedCausalLM, batch: Batch, *, watch_blocks: bool, keep_caches: bool = True,
-    min_chunks: int = 0, counts: RowCounts | None = None,
+    min_chunks: int = 0, counts: RowCounts | None = None, common: int = 0,
 ) -> Distilled:  # fmt: skip
     """Run both models on a batch, the teacher without gradients.
 
@@ -26,12 +27,17 @@ def run_pair(
         keep_caches: whether to keep the caches.
         min_chunks: see `Distilled`.
         counts: numbers of real tokens of the batch, if the host knows them.
+        common: number of first blocks that the teacher runs for both, as `common_blocks` counts them. Not used if
+            outputs of blocks are kept.
     """
+    at_once = student.runs_at_once and not keep_caches
+    below = Below(common, at_once) if common and not watch_blocks else None
     ours, theirs = BlockOutputs(), BlockOutputs()
     with torch.no_grad():
         watch = theirs if watch_blocks else None
-        reference = run_observed(teacher, batch, watch, keep_cache=keep_caches, counts=counts)
-    out = run_observed(student, batch, ours if watch_blocks else None, keep_cache=keep_caches, counts=counts)
+        reference = run_observed(teacher, batch, watch, keep_cache=keep_caches, counts=counts, below=below)
+    watch = ours if watch_blocks else None
+    out = run_observed(student, batch, watch, keep_cache=keep_caches, counts=counts, below=below)
     mask = batch.response_mask
     spoken = spoken_tokens(mask, counts)
     positions = None if student.policy is None else student.policy.uncoded()

@@ -15,6 +15,7 @@ from pdtrim_pl.compat import attention_of
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.context import usable_context
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Stage, StagePlan
+from pdtrim_pl.staged.below import Below
 from pdtrim_pl.staged.cache import KVCache, Slots
 from pdtrim_pl.staged.gate import KVListener, Observer, Resume, StagePass
 from pdtrim_pl.staged.preallocated import PreallocatedCache
@@ -115,7 +116,7 @@ class StagedCausalLM(GatedCausalLM):
         self, prompt_ids: Tensor, response_ids: Tensor, prompt_mask: Tensor | None = None,
         response_mask: Tensor | None = None, *, plan: StagePlan | None = None,
         policy: KVRetentionPolicy | None = None, observers: dict[Stage, Observer] | None = None,
-        keep_cache: bool = True, counts: RowCounts | None = None,
+        keep_cache: bool = True, counts: RowCounts | None = None, below: Below | None = None,
     ) -> StagedOutput:  # fmt: skip
         """The teacher-forced pass: prefill the prompt, apply the policy, decode every response token in parallel.
 
@@ -131,6 +132,7 @@ class StagedCausalLM(GatedCausalLM):
                 everything, one pass over prompt and response computes the same for less.
             counts: the number of real tokens in each row of the masks. If it is given, the host does not wait for the
                 device to read them.
+            below: shares the first blocks with the pass of another model; not with `observers`.
 
         Returns:
             Hidden states [B, R, H] that predict each response token, and the cache that prefill sent; an empty cache if
@@ -143,23 +145,46 @@ class StagedCausalLM(GatedCausalLM):
             plan, policy = self.plan, self.policy
         self.check_length(prompt_ids, prompt_mask, response_ids.shape[1], response_mask, counts)
         given = (prompt_ids, response_ids, prompt_mask, response_mask)
-        alike = plan.stages_are_alike and (self.lora is None or self.lora.tied)
-        if not keep_cache and not observers and alike and (policy is None or policy.sends_everything):
-            return self._at_once(Request.of(*given, "prefill", counts), prompt_ids.shape[1], plan)
-        watch, request = observers or {}, Request.of(*given, plan.boundary, counts)
+        at_once = self._can_run_at_once(plan, policy) and not keep_cache and not observers
+        if at_once if below is None else below.at_once:
+            return self._at_once(Request.of(*given, "prefill", counts), prompt_ids.shape[1], plan, below)
+        watch = observers or ({} if below is None else below.observers)
+        resumes = {} if below is None else below.resumes
+        request = Request.of(*given, plan.boundary, counts)
         handled, valid, rows = request.tokens["prefill"], request.valid["prefill"], request.rows["prefill"]
-        encoded = self.prefill(handled, valid, plan=plan, observer=watch.get("prefill"), rows=rows)
+        encoded = self.prefill(
+            handled, valid, plan=plan, observer=watch.get("prefill"), rows=rows, resume=resumes.get("prefill")
+        )
+        if below is not None and not below.filled:
+            below.cached = encoded.cache.blocks
         sent = encoded.cache.retained(policy)
-        hidden = self.respond(request, encoded.hidden, sent, plan=plan, observer=watch.get("decode"))
+        hidden = self.respond(
+            request, encoded.hidden, sent, plan=plan, observer=watch.get("decode"), resume=resumes.get("decode")
+        )
+        if below is not None:
+            below.filled = True
         return StagedOutput(hidden, sent)
 
-    def _at_once(self, request: Request, prompt: int, plan: StagePlan) -> StagedOutput:
+    @property
+    def runs_at_once(self) -> bool:
+        """Whether one pass over prompt and response computes what the two stages do, if no cache is kept."""
+        return self._can_run_at_once(self.plan, self.policy)
+
+    def _can_run_at_once(self, plan: StagePlan, policy: KVRetentionPolicy | None) -> bool:
+        alike = plan.stages_are_alike and (self.lora is None or self.lora.tied)
+        return alike and (policy is None or policy.sends_everything)
+
+    def _at_once(self, request: Request, prompt: int, plan: StagePlan, below: Below | None) -> StagedOutput:
         """The teacher-forced pass of a model that is the same in both stages, as one causal pass."""
         tokens, valid = (torch.cat([part[stage] for stage in STAGES], 1) for part in (request.tokens, request.valid))
         positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
         joined = Slots(positions, valid, request.joined_rows)
-        current = self._pass("prefill", joined, None, plan, None, None, keep=False)
+        observer = None if below is None else below.observers.get("prefill")
+        resume = None if below is None else below.resumes.get("prefill")
+        current = self._pass("prefill", joined, None, plan, observer, resume, keep=False)
         hidden = self._run(tokens, current)[:, prompt - 1 :]
+        if below is not None:
+            below.filled = True
         return StagedOutput(hidden, KVCache({}, valid.sum(dim=1)))
 
     def respond(

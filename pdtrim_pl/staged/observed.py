@@ -10,6 +10,7 @@ from torch import Tensor
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.plan import STAGES, Stage
 from pdtrim_pl.staged import StagedCausalLM, StagedOutput
+from pdtrim_pl.staged.below import Below
 from pdtrim_pl.staged.gate import Observer
 from pdtrim_pl.staged.rows import RowCounts
 
@@ -32,12 +33,12 @@ class BlockOutputs:
 
 def run_observed(
     model: StagedCausalLM, batch: Batch, watch: BlockOutputs | None, *, keep_cache: bool = True,
-    counts: RowCounts | None = None,
+    counts: RowCounts | None = None, below: Below | None = None,
 ) -> StagedOutput:  # fmt: skip
     """Run the teacher-forced pass over a batch under the model's plan and policy, and fill `watch` if it is given.
 
-    See `StagedCausalLM.forward` for `keep_cache` and `counts`.
+    See `StagedCausalLM.forward` for `keep_cache`, `counts` and `below`.
     """
     observers = {stage: watch.of(stage) for stage in STAGES} if watch is not None else None
-    out: StagedOutput = model(*batch.request, observers=observers, keep_cache=keep_cache, counts=counts)
+    out: StagedOutput = model(*batch.request, observers=observers, keep_cache=keep_cache, counts=counts, below=below)
     return out
