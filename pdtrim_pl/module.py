@@ -240,13 +240,17 @@ class PDTrimModule(PlacedModule):
             batch: requests with known responses.
             counts: numbers of real tokens of the batch, if the host knows them.
         """
-        batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens)
+        gather = self.parallel.gathers_heads
+        if gather:
+            batch, min_chunks = batch.with_decode(), 0
+        else:
+            batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens, counts)
         if self.offline is not None:
-            return self.offline.distilled(self.student, batch, min_chunks, counts)
+            return self.offline.distilled(self.student, batch, min_chunks, counts, gather)
         return run_pair(
             self.student, self.teacher, batch, watch_blocks=any(term.watches_blocks for term in self.losses),
             keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks, counts=counts,
-            common=self._common(),
+            common=self._common(), gather_heads=gather,
         )  # fmt: skip
 
     def _common(self) -> int:

@@ -41,7 +41,10 @@ def training_loss(
     values = {name: value.detach() for name, value in state_values.items()}
     if token_terms:
         together = fused if batch.min_chunks == 0 and not _in_fp16(batch.student) else _recomputed
-        total, each = together(token_terms, batch, chunk_tokens)
+        if batch.at_heads is None:
+            total, each = together(token_terms, batch, chunk_tokens)
+        else:
+            total, each = batch.at_heads(batch, lambda batch: together(token_terms, batch, chunk_tokens))
         parts.append(total)
         values |= {term.name: value for term, value in zip(token_terms, each, strict=True)}
     return torch.stack(parts).sum(), values

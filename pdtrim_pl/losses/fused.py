@@ -51,7 +51,8 @@ class _Fused(torch.autograd.Function):
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[3] else None
         each = hidden.new_zeros(len(terms), dtype=torch.float32)
         with _own_casts():
-            for first in range(0, len(hidden), chunk_tokens):
+            # Also if there is no token: ranks that share a head must all give its weights a gradient.
+            for first in range(0, max(len(hidden), 1), chunk_tokens):
                 part = slice(first, first + chunk_tokens)
                 targets, scale = batch.targets[part], batch.weights[part]
                 with torch.enable_grad():

@@ -7,6 +7,7 @@ import torch
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.losses.base import Distilled
 from pdtrim_pl.losses.chunked import spoken_tokens, token_weights
+from pdtrim_pl.losses.heads import gathered_once
 from pdtrim_pl.staged import KVCache, Request, StagedCausalLM
 from pdtrim_pl.staged.below import Below
 from pdtrim_pl.staged.observed import BlockOutputs, run_observed
@@ -15,7 +16,7 @@ from pdtrim_pl.staged.rows import RowCounts
 
 def run_pair(
     student: StagedCausalLM, teacher: StagedCausalLM, batch: Batch, *, watch_blocks: bool, keep_caches: bool = True,
-    min_chunks: int = 0, counts: RowCounts | None = None, common: int = 0,
+    min_chunks: int = 0, counts: RowCounts | None = None, common: int = 0, gather_heads: bool = False,
 ) -> Distilled:  # fmt: skip
     """Run both models on a batch, the teacher without gradients.
 
@@ -29,6 +30,7 @@ def run_pair(
         counts: numbers of real tokens of the batch, if the host knows them.
         common: number of first blocks that the teacher runs for both, as `common_blocks` counts them. Not used if
             outputs of blocks are kept.
+        gather_heads: whether heads are sharded and are to be gathered once for all chunks.
     """
     at_once = student.runs_at_once and not keep_caches
     below = Below(common, at_once) if common and not watch_blocks else None
@@ -51,4 +53,5 @@ def run_pair(
         teacher_cache=reference.cache.retained(positions) if keep_caches else unused,
         student_blocks=ours.outputs, teacher_blocks=theirs.outputs,
         token_masks=Request.of(*batch.request, student.plan.boundary).valid, min_chunks=min_chunks,
+        at_heads=gathered_once(student, teacher) if gather_heads else None,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses.base import Distilled, LossTerm, TokenLoss
 from pdtrim_pl.losses.chunked import spoken_tokens, token_weights
+from pdtrim_pl.losses.heads import gathered_once
 from pdtrim_pl.losses.rows import Kind, Rows
 from pdtrim_pl.losses.tokens import KL, Tempered
 from pdtrim_pl.staged import KVCache, StagedCausalLM
@@ -137,8 +138,9 @@ def temperature_of(terms: Sequence[LossTerm]) -> float:
 
 
 def run_alone(
-    student: StagedCausalLM, batch: Batch, rows: Tensor, min_chunks: int = 0, counts: RowCounts | None = None
-) -> Distilled:
+    student: StagedCausalLM, batch: Batch, rows: Tensor, min_chunks: int = 0, counts: RowCounts | None = None,
+    gather_heads: bool = False,
+) -> Distilled:  # fmt: skip
     """Run the student on a batch whose teacher is stored, and collect the input of the losses.
 
     Args:
@@ -147,6 +149,7 @@ def run_alone(
         rows: packed rows of the real response tokens, [N, 2 K + 1].
         min_chunks: see `Distilled`.
         counts: numbers of real tokens of the batch, if the host knows them.
+        gather_heads: whether the head is sharded and is to be gathered once for all chunks.
     """
     out, mask = run_observed(student, batch, None, keep_cache=False, counts=counts), batch.response_mask
     spoken = spoken_tokens(mask, counts)
@@ -156,7 +159,7 @@ def run_alone(
         weights=token_weights(mask, spoken), student_head=student.compared_logits, teacher_head=_as_stored,
         student_head_weights=student.head_weights,
         student_cache=unused, teacher_cache=unused, student_blocks={}, teacher_blocks={}, token_masks={},
-        min_chunks=min_chunks,
+        min_chunks=min_chunks, at_heads=gathered_once(student, None) if gather_heads else None,
     )  # fmt: skip
 
 

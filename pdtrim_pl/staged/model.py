@@ -6,7 +6,9 @@ Prompts are padded on the left, responses on the right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from pdtrim_pl.staged.preallocated import PreallocatedCache
 from pdtrim_pl.staged.request import Request, as_bool, never_empty
 from pdtrim_pl.staged.rows import RowCounts, Rows
 from pdtrim_pl.staged.structure import GatedCausalLM
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,20 @@ class StagedCausalLM(GatedCausalLM):
 
     def compared_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the first `compared_tokens` ids, for a comparison of two models."""
-        return self.logits(hidden)[..., : self.compared_tokens]
+        return self.gathered_logits(hidden)
+
+    def gathered_logits(self, hidden: Tensor) -> Tensor:
+        """The same while the head's weights are whole: within `at_head` and `whole_head`."""
+        return self.architecture.logits(self.model, hidden)[..., : self.compared_tokens]
+
+    def at_head(self, hidden: Tensor, work: Callable[[Tensor], T]) -> T:
+        """Work on final hidden states, with gradients, while the head's weights are whole. May be a collective.
+
+        Args:
+            hidden: final hidden states, [N, H].
+            work: gets them, and returns tensors.
+        """
+        return work(hidden)
 
     def check_length(
         self, prompt_ids: Tensor, prompt_mask: Tensor | None, response: int, response_mask: Tensor | None = None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,9 @@ class GatedCausalLM(nn.Module):
             blocks[position] = Gate(block, index, self.architecture.window(model.config, position), self.architecture)
         self.model = model
         self.gradient_checkpointing = False
+        self.whole_head: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Inside the `with` block, the head's weights are whole, for use without gradients. A strategy that shards
+        weights replaces this function."""
         self.trainable: Trainable | LoRA = "all"
         self.compared_tokens: int | None = None
         """Number of token ids, from 0, on which this model is compared with another; None for all. Models with the same

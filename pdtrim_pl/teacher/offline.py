@@ -45,8 +45,11 @@ class OfflineTeacher:
         self._next = self.stored.rows(batch)
 
     def distilled(
-        self, student: StagedCausalLM, batch: Batch, min_chunks: int, counts: RowCounts | None = None
-    ) -> Distilled:
+        self, student: StagedCausalLM, batch: Batch, min_chunks: int, counts: RowCounts | None = None,
+        gather_heads: bool = False,
+    ) -> Distilled:  # fmt: skip
         """Run the student on the batch that was fetched, or on any other; see `run_alone`."""
         rows, self._next = self.stored.rows(batch) if self._next is None else self._next, None
-        return run_alone(student, batch, rows.to(batch.prompt_ids.device, non_blocking=True), min_chunks, counts)
+        return run_alone(
+            student, batch, rows.to(batch.prompt_ids.device, non_blocking=True), min_chunks, counts, gather_heads
+        )
