@@ -154,5 +154,5 @@ def test_a_batch_whose_tokens_nobody_counted_is_read_on_the_device(tiny_llama_di
         module._data().on_batch = lambda batch: None  # type: ignore[union-attr]
 
     found = reads(tiny_llama_dir, tmp_path, [KL()], Lengths(24, 8, 16), change=forget)
-    assert found["masks", "_whole"] >= BATCHES
+    assert found["masks", "is_whole"] >= BATCHES
     assert found["chunked", "spoken_tokens"] == BATCHES
