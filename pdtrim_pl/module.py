@@ -240,7 +240,8 @@ class PDTrimModule(PlacedModule):
             batch: requests with known responses.
             counts: numbers of real tokens of the batch, if the host knows them.
         """
-        gather = self.parallel.gathers_heads
+        # In fp16, backward computes the logits of each chunk again, and gathers the heads for each.
+        gather = self.parallel.gathers_heads and not str(self.trainer.precision).startswith("16")
         if gather:
             batch, min_chunks = batch.with_decode(), 0
         else:
