@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from typing_extensions import override
 from pdtrim_pl.checkpoints.fast_dev_run import trial_batches
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.strategies import check_skipping
 
 log = logging.getLogger(__name__)
 
 
 class LossGuard(Callback):
-    """Checks every loss before the backward pass; the weights never learn from one that is NaN or infinite.
+    """Checks every loss before the optimizer steps; the weights never learn from one that is NaN or infinite.
 
-    Saves the batch with its loss as `step{N}-rank{R}.pt` in `output`, for `torch.load`. Gradients are averaged over all
-    ranks, so every rank acts alike, even if its own loss is finite.
+    The losses of a step are read from the device at once. The first batch with a bad one is saved with its loss as
+    `step{N}-rank{R}.pt` in `output`, for `torch.load`. Gradients are averaged over all ranks, so every rank acts alike,
+    even if its own losses are finite.
 
     Args:
         skip: how many optimizer steps of a run may be skipped, with all their accumulated batches; the next one stops
@@ -42,7 +45,8 @@ class LossGuard(Callback):
         self.output = output
         self.skipped: list[int] = []
         self._batch: Batch | None = None
-        self._bad = False
+        self._losses: list[tuple[Batch, Tensor]] = []
+        """The batches of the step that is under way, with their losses."""
 
     @property
     @override
@@ -54,27 +58,35 @@ class LossGuard(Callback):
         check_skipping(trainer.strategy, self.skip)
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        self._losses = []
+        pl_module.flags.ask("loss", self._any_is_bad)
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._batch = batch
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        mine = not bool(torch.isfinite(loss.detach()).all())
-        if not trainer.strategy.reduce_boolean_decision(mine, all=False):
-            return
-        # Only now that every rank knows: one that cannot write must not keep the others waiting.
-        lost = self._save(trainer, float(loss.detach())) if mine and trial_batches(trainer) is None else ""
-        if len(self.skipped) >= self.skip:
-            raise UserError(self._farewell(trainer, float(loss.detach()), lost))
-        if lost:
-            log.warning("The batch of a loss that is not finite could not be saved: %s", lost)
-        self._bad = True
+        assert self._batch is not None
+        self._losses.append((self._batch, loss.detach()))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self._bad:
+        assert isinstance(pl_module, PDTrimModule)
+        bad = pl_module.flags.answers(trainer.strategy, trainer.global_step)["loss"]
+        losses, self._losses = self._losses, []
+        if not bad:
             return
-        self._bad = False
+        mine = [(batch, value) for batch, value in ((b, float(each)) for b, each in losses) if not isfinite(value)]
+        # Only now that every rank knows: one that cannot write must not keep the others waiting.
+        lost = self._save(trainer, *mine[0]) if mine and trial_batches(trainer) is None else ""
+        if len(self.skipped) >= self.skip:
+            shown = mine[0][1] if mine else float(losses[-1][1])
+            raise UserError(self._farewell(trainer, shown, lost))
+        if lost:
+            log.warning("The batch of a loss that is not finite could not be saved: %s", lost)
         self.skipped.append(trainer.global_step)
         optimizer.zero_grad(set_to_none=True)  # an optimizer leaves weights without a gradient as they are
         log.warning("The loss is not finite: step %d is skipped (%d of %d).", trainer.global_step, len(self.skipped),
@@ -86,15 +98,18 @@ class LossGuard(Callback):
     ) -> None:
         self._batch = None
 
+    def _any_is_bad(self) -> Tensor | bool:
+        losses = [loss for _, loss in self._losses]
+        return ~torch.stack(losses).isfinite().all() if losses else False
+
     def _folder(self, trainer: Trainer) -> Path:
         return self.output or Path(trainer.default_root_dir) / "bad_batches"
 
-    def _save(self, trainer: Trainer, loss: float) -> str:
+    def _save(self, trainer: Trainer, batch: Batch, loss: float) -> str:
         """Save the batch. Returns why it could not be saved, or an empty text."""
-        assert self._batch is not None
         folder = self._folder(trainer)
         facts = {
-            "batch": {name: tensor.cpu() for name, tensor in self._batch._asdict().items()}, "loss": loss,
+            "batch": {name: tensor.cpu() for name, tensor in batch._asdict().items()}, "loss": loss,
             "step": trainer.global_step, "epoch": trainer.current_epoch, "rank": trainer.global_rank,
         }  # fmt: skip
         try:

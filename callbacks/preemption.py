@@ -11,10 +11,13 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from pdtrim_pl import compat
 from pdtrim_pl.checkpoints.fast_dev_run import trial_batches
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.slurm import RunningJob, SlurmError
 
 log = logging.getLogger(__name__)
@@ -31,8 +34,8 @@ class Preemption(Checkpoint):
     """Saves `last.ckpt`, puts the SLURM job back into the queue and exits, on SIGUSR1 or SIGTERM.
 
     Nothing happens inside a signal handler. `setup` blocks both signals, so that a signal stays pending until a batch
-    ends. There the ranks agree by an all-reduce: saving is a collective, and every rank must do it after the same
-    batch. Data-loading workers inherit the block; otherwise SIGTERM would kill them.
+    ends. The ranks agree at every optimizer step, in one all-reduce with `LossGuard`: saving is a collective, and every
+    rank must do it after the same batch. Data-loading workers inherit the block; otherwise SIGTERM would kill them.
 
     When the run exits:
     - In the middle of accumulation, after the optimizer step.
@@ -57,7 +60,8 @@ class Preemption(Checkpoint):
             raise UserError(f"`max_requeues` is {max_requeues}: give a count >= 0.")
         self.max_requeues = max_requeues
         self._delivered = False
-        self._step_before = 0
+        self._leaves = False
+        """Whether the ranks have agreed to leave at the end of this batch."""
         self._mask_before: set[int] | None = None
 
     @override
@@ -69,7 +73,14 @@ class Preemption(Checkpoint):
                 "Preemption saves into the folder of a ModelCheckpoint, and `trainer.callbacks` has none: add one with "
                 "`save_last: true` and a `dirpath`."
             )
+        compat.keep_sigterm_local(trainer)
         self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        self._leaves = False
+        pl_module.flags.ask("preemption", lambda: self.noticed)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,19 +94,21 @@ class Preemption(Checkpoint):
             log.info("Restart %d of job %s, continuing from %s.", job.restarts, job.id, source)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step_before = trainer.global_step
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, PDTrimModule)
+        self._leaves = pl_module.flags.answers(trainer.strategy, trainer.global_step)["preemption"]
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self._step_before and not trainer.is_last_batch:
-            self._leave_if_asked(trainer)
+        if self._leaves and not trainer.is_last_batch:
+            self._save_and_leave(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_if_asked(trainer)
+        if self._asked(trainer):
+            self._save_and_leave(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -130,9 +143,7 @@ class Preemption(Checkpoint):
         trainer.strategy.barrier("preemption")  # `srun` may end every task when the first one leaves
         raise Preempted(EXIT_STATUS)
 
-    def _leave_if_asked(self, trainer: Trainer) -> None:
-        if not self._asked(trainer):
-            return
+    def _save_and_leave(self, trainer: Trainer) -> NoReturn:
         saver = first_saver(trainer)
         assert saver is not None
         path = Path(saver.dirpath or trainer.default_root_dir) / f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"

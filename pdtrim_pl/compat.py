@@ -37,6 +37,14 @@ def optimizer_step_is_due(trainer: Any) -> bool:
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def keep_sigterm_local(trainer: Any) -> None:
+    """Stop Lightning from broadcasting before every batch whether rank 0 got SIGTERM, and from waiting for the answer.
+
+    For a run that handles SIGTERM itself. Without several processes, Lightning does not broadcast.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
 def ddp_settings(strategy: Any) -> Mapping[str, Any]:
     """Keyword arguments that a `DDPStrategy` passes to `DistributedDataParallel`."""
     settings: Mapping[str, Any] = strategy._ddp_kwargs
@@ -133,6 +141,16 @@ def refusing_parser(parser: ArgumentParser, error: Exception | None) -> Argument
 
 
 # torch
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called. Copies of a module are not compiled."""
+    return module._compiled_call_impl is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this module runs hooks, in forward or in backward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def remove_gradient_hooks(wrapper: DistributedDataParallel) -> None:

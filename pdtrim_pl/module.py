@@ -29,16 +29,26 @@ from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, training_loss
 from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
-from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
+from pdtrim_pl.models.loading import Loading, check_attention, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.models.placement import TeacherPlace
 from pdtrim_pl.parallel import Parallel
-from pdtrim_pl.plan import Structure
+from pdtrim_pl.plan import KVRetentionPolicy, StagePlan, Structure
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.below import common_blocks
 from pdtrim_pl.staged.decoding import generate, stop_ids_of
 from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
+from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.staged.trainable import Trainable
-from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, check_trainable, parallel_of
+from pdtrim_pl.strategies import (
+    check_compiling,
+    check_freezing,
+    check_masters,
+    check_strategy,
+    check_trainable,
+    parallel_of,
+)
+from pdtrim_pl.strategies.flags import StepFlags
 from pdtrim_pl.strategies.schedule import Schedule
 from pdtrim_pl.teacher.placed import PlacedModule
 
@@ -94,6 +104,9 @@ class PDTrimModule(PlacedModule):
         check_adapter(architecture)
         self.architecture = architecture
         self._checked = False
+        self._compared: tuple[StagePlan, KVRetentionPolicy | None, int] | None = None
+        self.flags = StepFlags()
+        """What the ranks agree on at every optimizer step."""
 
     @property
     @override
@@ -120,9 +133,15 @@ class PDTrimModule(PlacedModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self.flags = StepFlags()
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
         check_trainable(self.trainer.strategy, self.trainable)
+        device, precision = self.trainer.strategy.root_device.type, str(self.trainer.precision)
+        halves = precision.startswith(("bf16", "16")) or self.loading.dtype in ("bfloat16", "float16")
+        check_attention(self.loading.attn_implementation, device, sixteen_bits=halves)
+        if self.loading.compile:
+            check_compiling(self.trainer.strategy, self.trainable)
         if stage == "fit":
             self._check_masters(dtype_of(self.loading.dtype))
         check_same_checkpoint(self.parallel, self.found_checkpoint)
@@ -130,6 +149,7 @@ class PDTrimModule(PlacedModule):
             self.check_models()  # not in `configure_model`, where ZeRO-3 shards every model that is built
         if stage == "fit":
             self._check_callbacks()
+            self._watch_batches()
             if self.is_alone:
                 self._open_cache()
         save_nothing_in_a_trial(self.trainer)
@@ -155,6 +175,9 @@ class PDTrimModule(PlacedModule):
         teacher = self._loaded_teacher(self.student)
         if teacher is not None:
             self.teacher = teacher
+        if self.loading.compile:
+            for staged in (self.student, *([] if teacher is None else [teacher])):
+                staged.compile_blocks()
         if self._trainer is not None and self._trainer.is_global_zero:
             device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
             warn_of_slow_bf16(device, model.dtype, (teacher or self.student).model.dtype, precision)
@@ -196,26 +219,48 @@ class PDTrimModule(PlacedModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.losses if self.offline is None else self.offline.terms
-        loss, values = training_loss(terms, self.distilled(batch), chunk_tokens=self.chunk_tokens)
+        counts, self._counts = self._counts, None
+        loss, values = training_loss(terms, self.distilled(batch, counts), chunk_tokens=self.chunk_tokens)
         if not loss.requires_grad:
             raise UserError(
                 "`trainable` leaves nothing that trains: no block of the plan stands for several others. Merge blocks "
                 "before the first step, start from a plan with merges (`structure.plan`), or use `trainable: all`."
             )
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch[0]))
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
+        self.log("train/loss", loss.detach(), batch_size=len(batch[0]))
+        if self.read_loss is not None:
+            self.log("loss", self.read_loss, prog_bar=True, logger=False, batch_size=1)
         self.note_loss(loss.detach())
         return loss
 
-    def distilled(self, batch: Batch) -> Distilled:
-        """Run student and teacher on one batch, and collect the input of the losses."""
-        batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens)
+    def distilled(self, batch: Batch, counts: RowCounts | None = None) -> Distilled:
+        """Run student and teacher on one batch, and collect the input of the losses.
+
+        Args:
+            batch: requests with known responses.
+            counts: numbers of real tokens of the batch, if the host knows them.
+        """
+        # In fp16, backward computes the logits of each chunk again, and gathers the heads for each.
+        gather = self.parallel.gathers_heads and not str(self.trainer.precision).startswith("16")
+        if gather:
+            batch, min_chunks = batch.with_decode(), 0
+        else:
+            batch, min_chunks = shared_step(self.parallel, batch, self.chunk_tokens, counts)
         if self.offline is not None:
-            return self.offline.distilled(self.student, batch, min_chunks)
+            return self.offline.distilled(self.student, batch, min_chunks, counts, gather)
         return run_pair(
             self.student, self.teacher, batch, watch_blocks=any(term.watches_blocks for term in self.losses),
-            keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks,
+            keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks, counts=counts,
+            common=self._common(), gather_heads=gather,
         )  # fmt: skip
+
+    def _common(self) -> int:
+        """Number of first blocks that the teacher runs for the student too. Computed anew after a change of plan."""
+        if self.trainable != "merged" or not self.parallel.whole:
+            return 0  # elsewhere the first block trains
+        if self._compared is None or self._compared[0] is not self.plan or self._compared[1] is not self.policy:
+            self._compared = (self.plan, self.policy, common_blocks(self.student, self.teacher))
+        return self._compared[2]
 
     # Generation
 

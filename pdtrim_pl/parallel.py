@@ -40,6 +40,9 @@ class Parallel:
     """Address of rank 0's machine for the other ranks."""
     whole: bool = True
     """Whether every rank holds whole weights. If not (ZeRO-3, FSDP), every forward pass is a collective."""
+    gathers_heads: bool = False
+    """Whether training gathers sharded heads once for all chunks of a batch, so that ranks may have different numbers
+    of chunks."""
 
     def __init__(self, leave_if_asked: Callable[[], None] = lambda: None) -> None:
         self.leave_if_asked = leave_if_asked

@@ -70,6 +70,18 @@ def test_an_optimizer_step_is_due_every_so_many_batches_and_at_the_last_one(tmp_
     assert fit(tmp_path, accumulate=2).due == [False, True, False, True, True]
 
 
+def test_no_batch_asks_all_ranks_for_sigterm_in_a_run_that_handles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Tensor] = []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: told.append(tensor))
+    loop: Any = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop.epoch_loop
+    assert "_broadcast_sigterm_tensor" in type(loop).advance.__code__.co_names
+    loop._broadcast_sigterm_tensor()
+    assert len(told) == 1
+    compat.keep_sigterm_local(loop.trainer)
+    loop._broadcast_sigterm_tensor()
+    assert len(told) == 1
+
+
 class Loops(Callback):
     """The `loops` of a checkpoint saved at the end of a batch, as our callbacks save."""
 
@@ -297,3 +309,23 @@ def test_lightning_hands_out_whole_weights_under_zero_3_and_leaves_others(engine
     if engine["stage"] == 3:
         unchanged = engine["handed out"]
         assert unchanged == {"net.0.weight": False, "net.0.bias": True, "net.1.weight": True, "net.1.bias": True}
+
+
+def test_a_compiled_module_is_known_and_its_copy_is_plain() -> None:
+    module = nn.Linear(2, 2)
+    assert not compat.is_compiled(module)
+    module.compile(backend="eager")
+    assert compat.is_compiled(module)
+    assert not compat.is_compiled(deepcopy(module))
+
+
+def test_a_hook_of_any_kind_is_seen_while_it_is_there() -> None:
+    module = nn.Linear(2, 2)
+    for register in (
+        module.register_forward_hook, module.register_forward_pre_hook, module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+    ):  # fmt: skip
+        handle = register(lambda *_: None)
+        assert compat.has_hooks(module)
+        handle.remove()
+        assert not compat.has_hooks(module)

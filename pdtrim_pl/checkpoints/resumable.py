@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,6 +27,8 @@ from pdtrim_pl.staged.refit import Refit
 
 RANDOM_STATES = "pdtrim_random"
 """Key of the random generators of all processes in a checkpoint."""
+MOST_UNREAD = 1000
+"""Losses that stay on the device, if the trainer logs none."""
 
 
 class ResumableModule(LightningModule):
@@ -42,7 +45,9 @@ class ResumableModule(LightningModule):
         """What this process found for `--ckpt_path last`. The processes compare it before they load anything."""
         self.run_name = ""
         """Random name of the run. A continued run takes the name in its checkpoint."""
-        self._unrecorded: tuple[int, Tensor] | None = None
+        self._unrecorded: list[tuple[int, Tensor]] = []
+        self.read_loss: Tensor | None = None
+        """The last training loss that was read from the device, for progress bars, in host memory."""
         self._random: RandomState | None = None
         self._added: list[tuple[Stage, int]] = []
         """(stage, block) pairs that got weights of their own after the optimizer was created, in that order."""
@@ -121,18 +126,31 @@ class ResumableModule(LightningModule):
 
     def note_loss(self, loss: Tensor) -> None:
         """Remember the loss of the current step for the record."""
-        self._unrecorded = (self.global_step + 1, loss)
+        self._unrecorded.append((self.global_step + 1, loss))
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._record_loss()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if len(self._unrecorded) >= (every or MOST_UNREAD):
+            self.record_losses()
 
-    def _record_loss(self) -> None:
-        """Write the loss of the step into the record. A save, which precedes `on_train_batch_end`, calls it too."""
-        if self._unrecorded is not None:
-            step, loss = self._unrecorded
-            self.record.add_loss(step, float(self.trainer.strategy.reduce(loss, reduce_op="mean")))
-            self._unrecorded = None
+    @override
+    def on_train_epoch_end(self) -> None:
+        self.record_losses()
+
+    def record_losses(self) -> None:
+        """Write the losses since the last call into the record. Collective, and waits for the device.
+
+        It is called every `log_every_n_steps` batches, at the end of an epoch and before a save.
+        """
+        if not self._unrecorded:
+            return
+        steps, losses = zip(*self._unrecorded, strict=True)
+        self._unrecorded = []
+        means = self.trainer.strategy.reduce(torch.stack(losses), reduce_op="mean").cpu()
+        for step, loss in zip(steps, means.tolist(), strict=True):
+            self.record.add_loss(step, loss)
+        self.read_loss = means[-1]
 
     # Checkpoints
 
@@ -145,7 +163,7 @@ class ResumableModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._record_loss()
+        self.record_losses()
         processes, untied, added = self.trainer.world_size, self.student.untied, tuple(self._added)
         state = CheckpointState(
             self.plan, self.policy, self.record, self.run_config, processes, untied, added, self.run_name,

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.parallel import Parallel
+from pdtrim_pl.staged.rows import RowCounts
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ def shared_steps(ranks: Parallel, batches: Sequence[Batch]) -> list[Batch]:
     return list(batches) if ranks.whole else [batch.with_decode() for batch in batches]
 
 
-def shared_step(ranks: Parallel, batch: Batch, chunk_tokens: int) -> tuple[Batch, int]:
+def shared_step(ranks: Parallel, batch: Batch, chunk_tokens: int, counts: RowCounts | None = None) -> tuple[Batch, int]:
     """One batch of this rank in a form that ranks can run at the same time, and the number of calls of the heads.
 
     With sharded weights every forward pass is a collective: no rank may leave out the decode pass or a chunk of logits.
@@ -43,4 +44,5 @@ def shared_step(ranks: Parallel, batch: Batch, chunk_tokens: int) -> tuple[Batch
     """
     if ranks.whole:
         return batch, 0
-    return batch.with_decode(), ranks.largest(ceil(int(batch.response_mask.sum()) / chunk_tokens))
+    tokens = int(batch.response_mask.sum()) if counts is None else counts.tokens
+    return batch.with_decode(), ranks.largest(ceil(tokens / chunk_tokens))

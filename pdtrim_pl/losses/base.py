@@ -20,6 +20,10 @@ Head = Callable[[Tensor], Tensor]
 """A function from final hidden states [n, H] to logits [n, V]."""
 
 
+Computed = tuple[Tensor, Tensor]
+AtHeads = Callable[["Distilled", Callable[["Distilled"], Computed]], Computed]
+
+
 @dataclass(frozen=True)
 class Distilled:
     """Results of student and teacher on one batch: the input of every loss."""
@@ -49,6 +53,9 @@ class Distilled:
     whole."""
     student_head_weights: tuple[nn.Parameter, ...] = ()
     """The parameters that `student_head` uses."""
+    at_heads: AtHeads | None = None
+    """Calls a loss with this batch while the weights of both heads are whole; None if they always are, or if every call
+    of a head gathers them."""
 
 
 class LossTerm(ABC):

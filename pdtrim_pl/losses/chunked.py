@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses.base import Distilled, LossTerm, StateLoss, TokenLoss
-from pdtrim_pl.losses.fused import fused
+from pdtrim_pl.losses.fused import fused, weighted_sum
+from pdtrim_pl.staged.rows import RowCounts
 
 
 def training_loss(
@@ -40,7 +41,10 @@ def training_loss(
     values = {name: value.detach() for name, value in state_values.items()}
     if token_terms:
         together = fused if batch.min_chunks == 0 and not _in_fp16(batch.student) else _recomputed
-        total, each = together(token_terms, batch, chunk_tokens)
+        if batch.at_heads is None:
+            total, each = together(token_terms, batch, chunk_tokens)
+        else:
+            total, each = batch.at_heads(batch, lambda batch: together(token_terms, batch, chunk_tokens))
         parts.append(total)
         values |= {term.name: value for term, value in zip(token_terms, each, strict=True)}
     return torch.stack(parts).sum(), values
@@ -52,7 +56,7 @@ def _recomputed(terms: Sequence[TokenLoss], batch: Distilled, chunk_tokens: int)
     for part in chunks(len(batch.targets), chunk_tokens, batch.min_chunks):
         args = (batch.student[part], batch.teacher[part], batch.targets[part], batch.weights[part])
         each = each + checkpoint(_chunk, terms, batch, *args, use_reentrant=False)
-    return (each * each.new_tensor([term.weight for term in terms])).sum(), each.detach()
+    return weighted_sum(terms, each), each.detach()
 
 
 def _in_fp16(hidden: Tensor) -> bool:
@@ -72,11 +76,29 @@ def check_terms(terms: Sequence[LossTerm]) -> None:
         raise UserError(f"`losses` is {names}: give at least one loss, and each at most once.")
 
 
-def token_weights(response_mask: Tensor) -> Tensor:
-    """Weights of real response tokens in a mean over the tokens of a row, then over rows: [B, R] -> [N]; sum 1."""
+def token_weights(response_mask: Tensor, spoken: Tensor | None = None) -> Tensor:
+    """Weights of real response tokens in a mean over the tokens of a row, then over rows: [B, R] -> [N]; sum 1.
+
+    Args:
+        response_mask: True on real tokens.
+        spoken: result of `spoken_tokens`, if it is there already.
+    """
     counts = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
     rows = (response_mask.sum(dim=1) > 0).sum().clamp(min=1)
-    return (response_mask.float() / counts / rows)[response_mask]
+    spoken = spoken_tokens(response_mask) if spoken is None else spoken
+    return (response_mask.float() / counts / rows).flatten()[spoken]
+
+
+def spoken_tokens(response_mask: Tensor, counts: RowCounts | None = None) -> Tensor:
+    """Indices of the real response tokens in the flattened mask: [B, R] -> [N].
+
+    Args:
+        response_mask: True on real tokens.
+        counts: numbers of real tokens of each row. Without them, the host waits for the device to read the mask.
+    """
+    if counts is None:
+        return response_mask.flatten().nonzero()[:, 0]
+    return counts.real_responses(response_mask.shape[1], response_mask.device)
 
 
 def chunks(length: int, size: int, at_least: int = 0) -> list[slice]:

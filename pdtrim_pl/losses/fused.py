@@ -33,6 +33,11 @@ def fused(terms: Sequence[TokenLoss], batch: Distilled, chunk_tokens: int) -> tu
     return total, each
 
 
+def weighted_sum(terms: Sequence[TokenLoss], values: Tensor) -> Tensor:
+    """The sum of the values of losses, each times its weight, a scalar. Copies no numbers to the device."""
+    return torch.stack([term.weight * value for term, value in zip(terms, values.unbind(), strict=True)]).sum()
+
+
 class _Fused(torch.autograd.Function):
     """The weighted sum of the losses as one operation on the student's hidden states and the weights of its head."""
 
@@ -46,7 +51,8 @@ class _Fused(torch.autograd.Function):
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[3] else None
         each = hidden.new_zeros(len(terms), dtype=torch.float32)
         with _own_casts():
-            for first in range(0, len(hidden), chunk_tokens):
+            # Also if there is no token: ranks that share a head must all give its weights a gradient.
+            for first in range(0, max(len(hidden), 1), chunk_tokens):
                 part = slice(first, first + chunk_tokens)
                 targets, scale = batch.targets[part], batch.weights[part]
                 with torch.enable_grad():
@@ -66,7 +72,7 @@ class _Fused(torch.autograd.Function):
         ctx.wanted, ctx.weights = wanted, len(weights)
         ctx.save_for_backward(of_hidden, *gradients)
         ctx.mark_non_differentiable(each)
-        return (each * each.new_tensor([term.weight for term in terms])).sum(), each
+        return weighted_sum(terms, each), each
 
     @staticmethod
     def backward(ctx: Any, *above: Any) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ class HiddenMatch(StateLoss):
         return False
 
     def of(self, batch: Distilled) -> Tensor:
-        terms = []
+        terms: list[tuple[Tensor, Tensor]] = []
         seen = {block for stage in STAGES for block in batch.student_blocks[stage]}
         if self.blocks is not None and not self.blocks & seen:
             raise UserError(
@@ -59,14 +59,16 @@ class HiddenMatch(StateLoss):
         for stage in STAGES:
             mask = batch.token_masks[stage]
             for block, out in batch.student_blocks[stage].items():
-                if mask.any() and (self.blocks is None or block in self.blocks):
-                    terms.append(self._distance(out[mask].float(), batch.teacher_blocks[stage][block][mask].float()))
-        return torch.stack(terms).mean() if terms else batch.student.sum() * 0.0
+                if self.blocks is None or block in self.blocks:
+                    distance = self._distance(out, batch.teacher_blocks[stage][block], mask)
+                    terms.append((distance, mask.any()))
+        return _mean(terms) if terms else batch.student.sum() * 0.0
 
-    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _distance(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         if self.metric == "cosine":
-            return 1.0 - F.cosine_similarity(student, teacher, dim=-1).mean()
-        return _relative_mse(student, teacher)
+            similarity = F.cosine_similarity(*_masked(student, teacher, mask), dim=-1)
+            return 1.0 - (similarity * mask).sum() / mask.sum().clamp(min=1)
+        return _relative_mse(student, teacher, mask)
 
 
 class KVMatch(StateLoss):
@@ -79,15 +81,28 @@ class KVMatch(StateLoss):
     name = "kv"
 
     def of(self, batch: Distilled) -> Tensor:
-        terms = []
+        terms: list[tuple[Tensor, Tensor]] = []
         for index, sent in batch.student_cache.blocks.items():
             full, mask = batch.teacher_cache.blocks[index], sent.slots.valid
-            if not mask.any():
-                continue
             for ours, theirs in ((sent.keys, full.keys), (sent.values, full.values)):
-                terms.append(_relative_mse(ours.transpose(1, 2)[mask].float(), theirs.transpose(1, 2)[mask].float()))
-        return torch.stack(terms).mean() if terms else batch.student.sum() * 0.0
+                distance = _relative_mse(ours.transpose(1, 2).flatten(2), theirs.transpose(1, 2).flatten(2), mask)
+                terms.append((distance, mask.any()))
+        return _mean(terms) if terms else batch.student.sum() * 0.0
 
 
-def _relative_mse(ours: Tensor, theirs: Tensor) -> Tensor:
-    return (ours - theirs).square().mean() / theirs.square().mean().clamp(min=1e-12)
+def _relative_mse(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
+    """Squared difference at the real tokens, relative to the square of `theirs`; both [B, T, H], the mask [B, T]."""
+    ours, theirs = _masked(ours, theirs, mask)
+    numbers = (mask.sum() * ours.shape[-1]).clamp(min=1)
+    return (ours - theirs).square().sum() / numbers / (theirs.square().sum() / numbers).clamp(min=1e-12)
+
+
+def _masked(ours: Tensor, theirs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in fp32, with zeros at padding. Nothing has to wait for the number of real tokens."""
+    return tuple(part.float().masked_fill(~mask[..., None], 0.0) for part in (ours, theirs))  # type: ignore[return-value]
+
+
+def _mean(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean of distances, leaving out those of a stage or a cache without real tokens: (distance, whether it counts)."""
+    distances, counts = (torch.stack(part) for part in zip(*terms, strict=True))
+    return distances.where(counts, 0.0).sum() / counts.sum().clamp(min=1)

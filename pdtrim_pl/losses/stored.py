@@ -15,11 +15,13 @@ from torch import Tensor
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.losses.base import Distilled, LossTerm, TokenLoss
-from pdtrim_pl.losses.chunked import token_weights
+from pdtrim_pl.losses.chunked import spoken_tokens, token_weights
+from pdtrim_pl.losses.heads import gathered_once
 from pdtrim_pl.losses.rows import Kind, Rows
 from pdtrim_pl.losses.tokens import KL, Tempered
 from pdtrim_pl.staged import KVCache, StagedCausalLM
 from pdtrim_pl.staged.observed import run_observed
+from pdtrim_pl.staged.rows import RowCounts
 
 _NONE = -1e30
 """Logit of a token that does not count. It is finite, so that zero times it is zero."""
@@ -135,7 +137,10 @@ def temperature_of(terms: Sequence[LossTerm]) -> float:
     return found.pop() if found else 1.0
 
 
-def run_alone(student: StagedCausalLM, batch: Batch, rows: Tensor, min_chunks: int = 0) -> Distilled:
+def run_alone(
+    student: StagedCausalLM, batch: Batch, rows: Tensor, min_chunks: int = 0, counts: RowCounts | None = None,
+    gather_heads: bool = False,
+) -> Distilled:  # fmt: skip
     """Run the student on a batch whose teacher is stored, and collect the input of the losses.
 
     Args:
@@ -143,14 +148,18 @@ def run_alone(student: StagedCausalLM, batch: Batch, rows: Tensor, min_chunks: i
         batch: requests with known responses.
         rows: packed rows of the real response tokens, [N, 2 K + 1].
         min_chunks: see `Distilled`.
+        counts: numbers of real tokens of the batch, if the host knows them.
+        gather_heads: whether the head is sharded and is to be gathered once for all chunks.
     """
-    out, mask = run_observed(student, batch, None, keep_cache=False), batch.response_mask
+    out, mask = run_observed(student, batch, None, keep_cache=False, counts=counts), batch.response_mask
+    spoken = spoken_tokens(mask, counts)
     unused = KVCache({}, out.cache.lengths)
     return Distilled(
-        student=out.hidden[mask], teacher=rows, targets=batch.response_ids[mask], weights=token_weights(mask),
-        student_head=student.compared_logits, teacher_head=_as_stored, student_head_weights=student.head_weights,
+        student=out.hidden.flatten(0, 1)[spoken], teacher=rows, targets=batch.response_ids.flatten()[spoken],
+        weights=token_weights(mask, spoken), student_head=student.compared_logits, teacher_head=_as_stored,
+        student_head_weights=student.head_weights,
         student_cache=unused, teacher_cache=unused, student_blocks={}, teacher_blocks={}, token_masks={},
-        min_chunks=min_chunks,
+        min_chunks=min_chunks, at_heads=gathered_once(student, None) if gather_heads else None,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Literal
 
@@ -25,6 +26,7 @@ SLOW_BF16 = (
 )
 _WITHOUT_AVX512 = ("AVX2", "NO AVX")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,14 @@ class Loading:
     """Name or path of the teacher; the model itself by default."""
     teacher_dtype: DType = "auto"
     """Element type of the teacher's weights; `auto` is the checkpoint's own."""
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Attention = "sdpa"
+    """`sdpa` fits most runs. `flex_attention`, and `flash_attention_2` (in 16 bits, by the package flash-attn), are for
+    GPUs. They build no mask of tokens times entries for padded rows either."""
     gradient_checkpointing: bool = False
     """Keep only the inputs and outputs of blocks for backward, and recompute the rest."""
+    compile: bool = False
+    """Compile the blocks of both models with `torch.compile`. The first batches then take minutes. Does not go with
+    sharded weights (ZeRO-3, FSDP) or with adapters."""
     freeze_embeddings: bool = False
     """Do not train the student's token embeddings and head. This saves memory and time, and few training tokens can do
     them more harm than good."""
@@ -48,6 +55,13 @@ class Loading:
     has it too. The name `org/model@revision` says the same."""
     teacher_revision: str | None = None
     """The same for another teacher from the Hub."""
+
+    def __post_init__(self) -> None:
+        if self.compile and self.attn_implementation not in ("sdpa", "eager"):
+            raise UserError(
+                f"`loading.compile` was not tried with `attn_implementation: {self.attn_implementation}`, which brings "
+                "kernels of its own. Use `sdpa`, or leave `compile` out."
+            )
 
     def pinned(self, model: str) -> tuple[str, Loading]:
         """Name of the model with its revision, and these settings with that of the teacher.
@@ -65,6 +79,30 @@ class Loading:
             return name, replace(self, teacher=None, revision=None)
         teacher = with_revision(self.teacher, self.teacher_revision, "loading.teacher_revision")
         return name, replace(self, teacher=teacher, revision=None, teacher_revision=None)
+
+
+def check_attention(attention: Attention, device: str, *, sixteen_bits: bool) -> None:
+    """Refuse an attention implementation that cannot run where it is to run.
+
+    Args:
+        attention: the implementation.
+        device: type of the device, such as `cuda`.
+        sixteen_bits: whether attention is computed in bf16 or fp16.
+
+    Raises:
+        UserError: it cannot run. The message gives the reason and an alternative.
+    """
+    why = None
+    if attention == "flex_attention" and device != "cuda":
+        why = f"FlexAttention trains on GPUs, and this device is {device}"
+    elif attention == "flash_attention_2" and device != "cuda":
+        why = f"FlashAttention runs on GPUs of NVIDIA and AMD, and this device is {device}"
+    elif attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        why = "the package flash-attn is not installed"
+    elif attention == "flash_attention_2" and not sixteen_bits:
+        why = "FlashAttention computes in 16 bits only, and `precision: bf16-mixed` is not set"
+    if why is not None:
+        raise UserError(f"`loading.attn_implementation: {attention}` cannot run here: {why}. Use `sdpa`.")
 
 
 def dtype_of(name: DType) -> torch.dtype | None:

@@ -23,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.models.loading import Attention
 from pdtrim_pl.models.model_files import (
     LOADER_ERRORS,
     check_description,
@@ -61,7 +62,7 @@ def load_causal_lm(
     name_or_path: str,
     *,
     dtype: torch.dtype | None = None,
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa",
+    attn_implementation: Attention = "sdpa",
     architecture: Architecture | None = None,
 ) -> PreTrainedModel:
     """Load a decoder-only language model, whole, in eval mode.
@@ -69,7 +70,7 @@ def load_causal_lm(
     Args:
         name_or_path: see `resolve_model`.
         dtype: element type of the weights; None keeps that of the checkpoint.
-        attn_implementation: `sdpa` (fused attention) or `eager`. If `sdpa` cannot compute the model, `eager` is used
+        attn_implementation: see `Loading`. If `sdpa` cannot compute the model, `eager` is used
             and logged.
         architecture: adapter of the model's family, if the package has none.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_pl.plan import NO_CODEC, Codec, KVRetentionPolicy, Retention
+from pdtrim_pl.staged.rows import Rows, as_tensor
 from pdtrim_pl.wire.codecs import encoded_keys, encoded_values, transferred
 from pdtrim_pl.wire.packing import packed
 
@@ -25,21 +26,30 @@ class Slots:
 
     positions: Tensor
     valid: Tensor
+    rows: Rows | None = None
+    """The same for the host; None if it is known on the device only."""
+    has_holes: bool = False
+    """Whether positions before the last one may be missing."""
 
     def extended(self, other: Slots) -> Slots:
         """These entries followed by those of `other`."""
         positions = torch.cat([self.positions, other.positions], dim=1)
-        return Slots(positions, torch.cat([self.valid, other.valid], dim=1))
+        rows = self.rows.followed_by(other.rows, self.valid.shape[1]) if self.rows and other.rows else None
+        holes = self.has_holes or other.has_holes
+        return Slots(positions, torch.cat([self.valid, other.valid], dim=1), rows, holes)
 
     def kept_by(self, rule: Retention) -> tuple[Tensor, Slots]:
         """Indices [B, kept] of the entries that a rule keeps, left-justified in each row, and their slots."""
         lengths = self.valid.sum(dim=1)
-        counts = torch.tensor([rule.counts(n) for n in lengths.tolist()], device=self.valid.device)
+        each = self.rows.counts if self.rows is not None and self.rows.have_no_gap else lengths.tolist()
+        counts = as_tensor([rule.counts(n) for n in each], self.valid.device)
         first, last = counts[:, :1], lengths[:, None] - counts[:, 1:]
         keep = self.valid & ((self.positions < first) | (self.positions >= last))
-        most = int(keep.sum(dim=1).max())
-        order = torch.argsort(~keep, dim=1, stable=True)[:, :most]
-        return order, Slots(self.positions.gather(1, order), keep.gather(1, order))
+        kept = [rule.kept(n) for n in each]
+        order = torch.argsort(~keep, dim=1, stable=True)[:, : max(kept)]
+        rows = Rows(tuple(range(n) for n in kept), self.rows.positions) if self.rows is not None else None
+        holes = self.has_holes or rule.keep != "all"
+        return order, Slots(self.positions.gather(1, order), keep.gather(1, order), rows, holes)
 
 
 @dataclass(frozen=True, eq=False)

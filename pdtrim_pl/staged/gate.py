@@ -21,7 +21,9 @@ from pdtrim_pl.models.architectures import Architecture, RoPE
 from pdtrim_pl.plan import STAGES, Stage, StagePlan, Width
 from pdtrim_pl.staged.block_call import BlockCall, rope_among
 from pdtrim_pl.staged.cache import BlockKV, KVCache, OneBlockCache, Slots
+from pdtrim_pl.staged.compiled import as_it_may, compile_block
 from pdtrim_pl.staged.copies import copy_of
+from pdtrim_pl.staged.kernel_masks import KERNEL_MASKS
 from pdtrim_pl.staged.lora import Adapters, adapted, adapters_of
 from pdtrim_pl.staged.masks import additive_mask, fused_mask
 from pdtrim_pl.staged.narrowed import Lost, lost_inputs, narrowed
@@ -60,6 +62,8 @@ class StagePass:
     """Original index -> keys and values after this pass. The gates fill it."""
     dtype: torch.dtype | None = None
     """Element type of the model's hidden states. The gates set it if the pass starts in the middle (`resume`)."""
+    attention: str = "sdpa"
+    """The model's attention implementation."""
     _slots: dict[int | None, Slots] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
 
@@ -104,7 +108,7 @@ class StagePass:
             window = None  # the prompt fits into the window, so all blocks can share one mask
         key = (id(slots), window, dtype if self.additive_masks else torch.bool)
         if key not in self._masks:
-            build = additive_mask if self.additive_masks else fused_mask
+            build = additive_mask if self.additive_masks else KERNEL_MASKS.get(self.attention, fused_mask)
             self._masks[key] = build(self.tokens, slots, window, dtype)
         return self._masks[key]
 
@@ -139,6 +143,8 @@ class Gate(nn.Module):
         self.call = BlockCall.of(block)
         self.project: Callable[[nn.Module, Tensor, RoPE], tuple[Tensor, Tensor]] = architecture.keys_values
         """Projects the keys and values of a KV-only block. A strategy that shards weights replaces this function."""
+        self.compiled = False
+        """Whether the weights that train are compiled blocks."""
         self.untied = nn.ModuleDict()
         """Stage -> the block with weights of its own for that stage."""
         self.adapters = nn.ModuleDict()
@@ -182,6 +188,14 @@ class Gate(nn.Module):
         """Give `stage` weights of its own. They start as a copy of the shared ones."""
         if stage not in self.untied:
             self.untied[stage] = copy_of(self.block)
+            if self.compiled:
+                compile_block(self.untied[stage])
+
+    def compile_weights(self) -> None:
+        """Compile the block, and those that stages will have of their own."""
+        self.compiled = True
+        for block in (self.block, *self.untied.values()):
+            compile_block(block)
 
     def check_offers(self, plan: StagePlan) -> None:
         """Refuse a plan that would write fitted weights into shared weights that are also used without the merge.
@@ -267,7 +281,7 @@ class Gate(nn.Module):
         new_cache: Callable[[], OneBlockCache], lost: Lost, adapters: Adapters, hidden: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         cache = new_cache()  # made here, so that a recomputed block starts from the same past
-        with narrowed(block, lost), adapted(block, adapters):  # here too, for a block that is recomputed
+        with narrowed(block, lost), adapted(block, adapters), as_it_may(block):  # here, as a block may be recomputed
             out: Tensor = block(hidden, **self.call.arguments(given, placeholder, mask, cache))
         if cache.keys is None or cache.values is None:
             raise UserError(

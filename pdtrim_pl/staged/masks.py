@@ -60,6 +60,7 @@ class LowerRight(Tensor):
         return out
 
     @staticmethod
+    @torch.compiler.disable
     def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: LowerRight, **settings: Any) -> Tensor:
         """Attention of queries [B, H, T, D] over keys and values [B, H, N, D]."""
         device = query.device.type
@@ -108,17 +109,17 @@ def fused_mask(tokens: Slots, slots: Slots, window: int | None, dtype: torch.dty
         dtype: element type of the hidden states.
     """
     (rows, new), entries = tokens.positions.shape, slots.positions.shape[1]
-    if window is not None and not _fits(slots.positions, window):
+    if window is not None and not fits(slots, window):
         return attention_mask(tokens, slots, window)
     starts: Sequence[int] = ()
-    if _whole(slots.valid):
+    if is_whole(slots):
         if new in (1, entries):
             return None
     else:
-        before = slots.valid.cumsum(dim=1) == 0
-        if new == 1 or rows * new * entries <= DENSE or not _whole(slots.valid | before):
+        found = None if new == 1 or rows * new * entries <= DENSE else _starts(slots)
+        if found is None:
             return attention_mask(tokens, slots, window)
-        starts = (before.sum(dim=1) % entries).tolist()  # a row of padding alone counts as whole
+        starts = found
     device = tokens.positions.device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -132,9 +133,26 @@ def additive_mask(tokens: Slots, slots: Slots, window: int | None, dtype: torch.
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(seen.logical_not_(), lowest)
 
 
-def _whole(valid: Tensor) -> bool:
-    return bool((valid[:, :-1] | ~valid[:, 1:]).all())
+def is_whole(slots: Slots) -> bool:
+    """Whether every row has padding only after its last token."""
+    if slots.rows is not None:
+        return slots.rows.are_whole
+    return bool((slots.valid[:, :-1] | ~slots.valid[:, 1:]).all())
 
 
-def _fits(positions: Tensor, window: int) -> bool:
-    return bool((positions.amax(dim=1) - positions.amin(dim=1) < window).all())
+def fits(slots: Slots, window: int) -> bool:
+    """Whether a window cuts no row."""
+    if slots.rows is not None:
+        return slots.rows.fit_into(window)
+    return bool((slots.positions.amax(dim=1) - slots.positions.amin(dim=1) < window).all())
+
+
+def _starts(slots: Slots) -> Sequence[int] | None:
+    """Number of padded entries before the first token of each row; None if a row has a gap behind it."""
+    if slots.rows is not None:
+        return slots.rows.starts if slots.rows.have_no_gap else None
+    before = slots.valid.cumsum(dim=1) == 0
+    if not (slots.valid[:, :-1] | before[:, :-1] | ~slots.valid[:, 1:]).all():
+        return None
+    starts: list[int] = (before.sum(dim=1) % slots.valid.shape[1]).tolist()  # a row of padding alone counts as whole
+    return starts

@@ -24,6 +24,7 @@ class SharedTeacher(StagedCausalLM):
         self.plan = StagePlan.full(student.plan.model, boundary=student.plan.boundary)
         self.policy, self.compared_tokens = None, student.compared_tokens
         self.gradient_checkpointing, self.trainable = False, "all"
+        self.whole_head = student.whole_head
         self.training = False
 
     @override

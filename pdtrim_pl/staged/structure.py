@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from pdtrim_pl.compat import attention_of
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.adapters import class_path_of
 from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.models.loading import Attention
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, KVShape, Stage, StagePlan
 from pdtrim_pl.staged.copies import with_layer
 from pdtrim_pl.staged.description import kv_shape_of, reference_to
@@ -62,6 +65,9 @@ class GatedCausalLM(nn.Module):
             blocks[position] = Gate(block, index, self.architecture.window(model.config, position), self.architecture)
         self.model = model
         self.gradient_checkpointing = False
+        self.whole_head: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Inside the `with` block, the head's weights are whole, for use without gradients. A strategy that shards
+        weights replaces this function."""
         self.trainable: Trainable | LoRA = "all"
         self.compared_tokens: int | None = None
         """Number of token ids, from 0, on which this model is compared with another; None for all. Models with the same
@@ -207,6 +213,11 @@ class GatedCausalLM(nn.Module):
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             module.requires_grad_(False)
 
+    def compile_blocks(self) -> None:
+        """Compile every block when it runs first; see `staged/compiled.py`."""
+        for gate in self.gates.values():
+            gate.compile_weights()
+
     def rebuild_rope(self) -> None:
         """Rebuild the RoPE tables in fp32. Some loaders build them in the element type of the weights."""
         base = self.model.base_model
@@ -233,13 +244,13 @@ def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
 
 def _check_attention(model: PreTrainedModel, architecture: Architecture) -> None:
     chosen = attention_of(model)
-    if chosen not in ("sdpa", "eager"):
+    if chosen not in get_args(Attention):
         raise UserError(
             f"`attn_implementation` is {chosen!r}, which cannot take the masks of a KV policy (cached entries at "
             "chosen positions). Load the model with `attn_implementation: sdpa` or `eager`."
         )
-    if chosen == "sdpa" and not architecture.supports_sdpa(model.config):
+    if chosen not in ("eager", "flex_attention") and not architecture.supports_sdpa(model.config):
         raise UserError(
-            f"`attn_implementation: sdpa` cannot compute {model.config.model_type} with soft-capped attention scores. "
-            "Load the model with `attn_implementation: eager`."
+            f"`attn_implementation: {chosen}` cannot compute {model.config.model_type} with soft-capped attention "
+            "scores. Load the model with `attn_implementation: eager`, or with `flex_attention` on a GPU."
         )

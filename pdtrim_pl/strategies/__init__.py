@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.strategies.checks import (
     Sharding,
+    check_compiling,
     check_drops,
     check_freezing,
     check_masters,
@@ -29,8 +30,8 @@ from pdtrim_pl.strategies.deepspeed import ZERO_STAGES, PDTrimDeepSpeedStrategy
 from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
 
 __all__ = [
-    "ZERO_STAGES", "PDTrimDeepSpeedStrategy", "PDTrimFSDPStrategy", "Sharding", "check_drops", "check_freezing",
-    "check_masters", "check_merges", "check_new_widths", "check_refits", "check_skipping",
+    "ZERO_STAGES", "PDTrimDeepSpeedStrategy", "PDTrimFSDPStrategy", "Sharding", "check_compiling", "check_drops",
+    "check_freezing", "check_masters", "check_merges", "check_new_widths", "check_refits", "check_skipping",
     "check_strategy", "check_trainable", "directory_stage", "parallel_of",
 ]  # fmt: skip
 

@@ -127,6 +127,21 @@ def check_trainable(strategy: Strategy | str, trainable: Trainable | LoRA) -> No
         )
 
 
+def check_compiling(strategy: Strategy | str, trainable: Trainable | LoRA) -> None:
+    """Refuse compiled blocks where every block has hooks in its layers: blocks with hooks run as they are.
+
+    Raises:
+        UserError: weights are sharded, or adapters train.
+    """
+    why = None
+    if Sharding.of(strategy).zero_stage == 3:
+        why = "this `trainer.strategy` gathers sharded weights by hooks in every block. Use ZeRO-1, ZeRO-2 or DDP"
+    elif trainable == "lora" or isinstance(trainable, LoRA):
+        why = "`trainable: lora` adds adapters by hooks in every layer. Use `trainable: all`"
+    if why is not None:
+        raise UserError(f"`loading.compile` would compile nothing: {why}, or leave `compile` out.")
+
+
 def check_drops(strategy: Strategy) -> None:
     """Refuse a strategy under which blocks cannot be dropped during a run.
 

@@ -30,6 +30,7 @@ from pdtrim_pl.checkpoints.state import CheckpointState, remove_beside, unwritab
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies.base import StrategyParallel
+from pdtrim_pl.strategies.zero_heads import gather_heads_once
 
 ZERO_STAGES = (1, 2, 3)
 
@@ -97,6 +98,7 @@ class PDTrimDeepSpeedStrategy(DeepSpeedStrategy):
         for model in self.lightning_module.children():
             if isinstance(model, StagedCausalLM):
                 model.rebuild_rope()  # DeepSpeed created all floating-point tensors in the element type of the weights
+                gather_heads_once(model)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,6 +205,7 @@ class ZeroParallel(StrategyParallel[PDTrimDeepSpeedStrategy]):
     def __init__(self, strategy: PDTrimDeepSpeedStrategy, leave_if_asked: Callable[[], None] = lambda: None) -> None:
         super().__init__(strategy, leave_if_asked)
         self.whole = not strategy.zero_stage_3
+        self.gathers_heads = strategy.zero_stage_3
 
     @override
     def whole_weights(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:

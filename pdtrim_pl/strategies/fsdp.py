@@ -12,7 +12,8 @@ Shapes: B batch, T tokens, H hidden, K key/value heads, N entries, D head dimens
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class FSDPParallel(OptimizerOfLightning[PDTrimFSDPStrategy]):
     """The communication in an FSDP run. Weights are sharded after the model is built; each one can gather itself."""
 
     whole = False
+    gathers_heads = True
 
     @override
     def own_part(self, parameter: nn.Parameter) -> Tensor:
@@ -142,12 +144,24 @@ def shard(staged: StagedCausalLM, mesh: DeviceMesh, precision: str = "32-true") 
         gate.project = partial(_project, gate.architecture)
     # By default FSDP keeps the root's weights whole after a pass. After a pass without gradients they may be stale.
     fully_shard(staged, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-    for name in ("prefill", "decode", "step", "logits", "compared_logits"):
+    staged.whole_head = partial(_with_whole_head, staged)
+    for name in ("prefill", "decode", "step", "logits", "compared_logits", "at_head"):
         register_fsdp_forward_method(staged, name)
     if mesh.device_type == "cpu":
         for module in staged.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+
+
+@contextmanager
+def _with_whole_head(staged: StagedCausalLM) -> Iterator[None]:
+    """Gather the weights that are not in blocks, for use without gradients."""
+    root: Any = staged
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
 
 
 def _add_forward_method(block: nn.Module, name: str, method: Callable[..., Any]) -> None:

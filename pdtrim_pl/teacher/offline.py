@@ -12,6 +12,7 @@ from pdtrim_pl.losses import Distilled, LossTerm
 from pdtrim_pl.losses.stored import run_alone, stored_terms, temperature_of
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.pair import ModelPair
+from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.teacher.of_run import identity_of, training_keys
 from pdtrim_pl.teacher.reader import StoredTeacher
 
@@ -43,7 +44,12 @@ class OfflineTeacher:
         """Read what is stored of the next batch, while the batch is still in host memory."""
         self._next = self.stored.rows(batch)
 
-    def distilled(self, student: StagedCausalLM, batch: Batch, min_chunks: int) -> Distilled:
+    def distilled(
+        self, student: StagedCausalLM, batch: Batch, min_chunks: int, counts: RowCounts | None = None,
+        gather_heads: bool = False,
+    ) -> Distilled:  # fmt: skip
         """Run the student on the batch that was fetched, or on any other; see `run_alone`."""
         rows, self._next = self.stored.rows(batch) if self._next is None else self._next, None
-        return run_alone(student, batch, rows.to(batch.prompt_ids.device, non_blocking=True), min_chunks)
+        return run_alone(
+            student, batch, rows.to(batch.prompt_ids.device, non_blocking=True), min_chunks, counts, gather_heads
+        )

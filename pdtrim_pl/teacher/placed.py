@@ -8,7 +8,7 @@ from abc import abstractmethod
 from lightning.pytorch.cli import OptimizerCallable
 from typing_extensions import override
 
-from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.data import Batch, PromptResponseDataModule
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.measured import MeasuredModule
 from pdtrim_pl.losses import LossTerm
@@ -20,6 +20,7 @@ from pdtrim_pl.sizing.of_run import Processes, room_on_device, size_of
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
+from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.staged.shared import SharedTeacher
 from pdtrim_pl.staged.trainable import Trainable
 from pdtrim_pl.strategies import Sharding
@@ -50,6 +51,8 @@ class PlacedModule(MeasuredModule):
         self.offline: OfflineTeacher | None = None
         """The teacher on disk, while a run with `teacher.placement: offline` trains."""
         self._choice: Choice | None = None
+        self._counts: RowCounts | None = None
+        """Numbers of tokens of the next training batch."""
 
     @property
     @abstractmethod
@@ -111,8 +114,18 @@ class PlacedModule(MeasuredModule):
             )
         assert self.place.cache is not None, "`TeacherPlace` refuses this"
         offline = OfflineTeacher(self.place.cache, self.pair, data, self.losses)
-        data.on_batch = lambda batch: offline.fetch(batch) if self.trainer.training else None
         self.offline = offline
+
+    def _watch_batches(self) -> None:
+        """Look at every training batch while it is in host memory."""
+        data = self._data()
+        if data is not None:
+            data.on_batch = lambda batch: self._on_batch(batch) if self.trainer.training else None
+
+    def _on_batch(self, batch: Batch) -> None:
+        self._counts = RowCounts.of(batch.prompt_mask, batch.response_mask)
+        if self.offline is not None:
+            self.offline.fetch(batch)
 
     def _chosen(self) -> Choice:
         places, data = self.allowed.places(self.place), self._data()
