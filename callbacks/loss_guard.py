@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from pdtrim_pl import compat
 from pdtrim_pl.checkpoints.fast_dev_run import trial_batches
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
@@ -74,6 +75,8 @@ class LossGuard(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not compat.optimizer_step_is_due(trainer):
+            return  # DeepSpeed accumulates by itself, and Lightning calls this hook for every batch
         assert isinstance(pl_module, PDTrimModule)
         bad = pl_module.flags.answers(trainer.strategy, trainer.global_step)["loss"]
         losses, self._losses = self._losses, []

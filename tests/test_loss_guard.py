@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from short_text import SHORT
 from torch import Tensor
@@ -64,6 +64,21 @@ def fit(
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+class AccumulatesItself(SingleDeviceStrategy):
+    """Lightning calls the optimizer's hooks for every batch, as under DeepSpeed."""
+
+    handles_gradient_accumulation = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_every_batch_of_a_step_counts_where_the_strategy_accumulates(
+    at: int, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    own = AccumulatesItself(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"not finite.*at step 1"):
+        fit(tmp_path, tiny_llama_dir, LossGuard(), (at,), accumulate_grad_batches=2, strategy=own)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
