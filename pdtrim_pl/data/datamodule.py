@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from pdtrim_pl.data.by_length import ByLengthSampler
 from pdtrim_pl.data.collate import Batch, Collator
-from pdtrim_pl.data.examples import Example, RepeatedPrompts, TokenExamples
+from pdtrim_pl.data.examples import Example, RepeatedPrompts, TokenExamples, weights_of
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.loader import ResumableLoader
 from pdtrim_pl.data.mixture import MixedIn, check_shares, mixture
@@ -195,7 +195,7 @@ class PromptResponseDataModule(LightningDataModule):
             part,
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=Collator(self.pad_id),
+            collate_fn=Collator(self.pad_id, float(weights_of(part).mean())),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the global generator is reserved for training steps

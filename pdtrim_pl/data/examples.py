@@ -10,30 +10,46 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 
-class Example(NamedTuple):
-    """One prompt and its response: int64 token ids of shape [P] and [R]. Neither is empty."""
-
+class _Pair(NamedTuple):
     prompt: Tensor
     response: Tensor
+
+
+class Example(_Pair):
+    """One prompt and its response: int64 token ids of shape [P] and [R]. Neither is empty."""
+
+    weight: float = 1.0
+    """What the response counts in the training loss, relative to others."""
+
+    def __new__(cls, prompt: Tensor, response: Tensor, weight: float = 1.0) -> "Example":
+        example = super().__new__(cls, prompt, response)
+        example.weight = weight
+        return example
 
 
 class TokenExamples(Dataset[Example]):
     """Prompts and responses, by index."""
 
-    def __init__(self, ids: NDArray[np.int32], bounds: NDArray[np.int64]) -> None:
+    def __init__(
+        self, ids: NDArray[np.int32], bounds: NDArray[np.int64], weights: NDArray[np.float64] | None = None
+    ) -> None:
         """Store the arrays without copying them.
 
         Args:
             ids: token ids of all examples, one after the other.
             bounds: [examples, 3]: indices into `ids` of the start of the prompt, the start of the response and the end
                 of the response.
+            weights: what each example counts in the training loss, [examples]; ones by default.
         """
         self._ids = ids
         self._bounds = bounds
+        self.weights = np.ones(len(bounds)) if weights is None else weights
 
     @classmethod
-    def from_pairs(cls, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> "TokenExamples":
-        """Build the arrays from (prompt ids, response ids) pairs."""
+    def from_pairs(
+        cls, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], weights: NDArray[np.float64] | None = None
+    ) -> "TokenExamples":
+        """Build the arrays from (prompt ids, response ids) pairs, and the weight of each."""
         chunks: list[NDArray[np.int32]] = []
         lengths: list[tuple[int, int]] = []
         for prompt, response in pairs:
@@ -42,7 +58,7 @@ class TokenExamples(Dataset[Example]):
         ends = np.cumsum([sum(pair) for pair in lengths])
         starts = ends - [sum(pair) for pair in lengths]
         splits = starts + [prompt for prompt, _ in lengths]
-        return cls(np.concatenate(chunks), np.stack([starts, splits, ends], axis=1))
+        return cls(np.concatenate(chunks), np.stack([starts, splits, ends], axis=1), weights)
 
     def __len__(self) -> int:
         return len(self._bounds)
@@ -50,18 +66,19 @@ class TokenExamples(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         start, split, end = self._bounds[index]
         ids = torch.from_numpy(self._ids[start:end].astype(np.int64))
-        return Example(*ids.split([split - start, end - split]))
+        return Example(ids[: split - start], ids[split - start :], float(self.weights[index]))
 
     @classmethod
     def joined(cls, parts: "Sequence[TokenExamples]") -> "TokenExamples":
         """The examples of several sets, one set after the other."""
         firsts = np.cumsum([0, *(len(part._ids) for part in parts)])[:-1]
         bounds = [part._bounds + first for part, first in zip(parts, firsts, strict=True)]
-        return cls(np.concatenate([part._ids for part in parts]), np.concatenate(bounds))
+        weights = np.concatenate([part.weights for part in parts])
+        return cls(np.concatenate([part._ids for part in parts]), np.concatenate(bounds), weights)
 
     def selected(self, rows: NDArray[np.int64]) -> "TokenExamples":
         """Some of the examples, by index."""
-        return TokenExamples(self._ids, self._bounds[rows])
+        return TokenExamples(self._ids, self._bounds[rows], self.weights[rows])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -108,6 +125,11 @@ class RepeatedPrompts(Dataset[Example]):
         lengths[changed, 1] = np.minimum(prompts, self.max_length - prompts)
         return lengths
 
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """The weight of every example, [examples]. A changed example keeps its own."""
+        return weights_of(self.part)
+
     def __len__(self) -> int:
         return len(self.part)
 
@@ -115,7 +137,7 @@ class RepeatedPrompts(Dataset[Example]):
         example = self.part[index]
         if index not in self.changed:
             return example
-        return Example(example.prompt, example.prompt[: self.max_length - len(example.prompt)])
+        return Example(example.prompt, example.prompt[: self.max_length - len(example.prompt)], example.weight)
 
 
 def lengths_of(data: Dataset[Example]) -> NDArray[np.int64]:
@@ -124,3 +146,11 @@ def lengths_of(data: Dataset[Example]) -> NDArray[np.int64]:
         return lengths_of(data.dataset)[np.asarray(data.indices, dtype=np.int64)]
     assert isinstance(data, TokenExamples | RepeatedPrompts)
     return data.lengths
+
+
+def weights_of(data: Dataset[Example]) -> NDArray[np.float64]:
+    """The weight of every example of a data part, [examples]."""
+    if isinstance(data, Subset):
+        return weights_of(data.dataset)[np.asarray(data.indices, dtype=np.int64)]
+    assert isinstance(data, TokenExamples | RepeatedPrompts)
+    return data.weights

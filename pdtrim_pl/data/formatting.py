@@ -23,14 +23,14 @@ from pdtrim_pl.errors import UserError
 Tokenized = Mapping[str, Sequence[Any]]
 T = TypeVar("T")
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of the cache key. Raise it when rows are tokenised in another way, so that old caches are not used."""
 _IDS = [Value("int32")]
 _ROW = "row"
 """Column of the number of a row in its source: a chat can become several rows."""
-_REQUEST = {"prompt": _IDS, "response": _IDS, "head": Value("int32")}
+_REQUEST = {"prompt": _IDS, "response": _IDS, "head": Value("int32"), "weight": Value("float64")}
 """Columns of a tokenised prompt and response. `head` is the number of tokens at the start of the prompt that stay if it
-is too long."""
+is too long; `weight` is what the response counts in training."""
 
 
 def encode(
@@ -44,7 +44,7 @@ def encode(
 
     Pairs and chats: prompt and response are tokenised together (`data.prompts.split_ids`), so the prompt has the same
     tokens as in serving. A prompt that is too long keeps its end, and before it the system messages of a chat; a
-    response that is too long keeps its start.
+    response that is too long keeps its start. A response of weight 0 is left out.
 
     Args:
         rows: the source. `rows.on_bad_row` says whether bad rows are refused or left out with a warning.
@@ -64,7 +64,10 @@ def encode(
         raise UserError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
     function = _pair_ids if rows.kind == "pairs" else _chat_ids
     tokenized = _tokenize(rows, tokenizer, function, _REQUEST, workers)
-    return TokenExamples.from_pairs(_truncated(tokenized, lengths))
+    weights = tokenized.with_format("numpy")["weight"][:]
+    if not weights.any():
+        raise UserError(f"`source.path`: every response of {rows.parts[0].origin} has the weight 0; raise some.")
+    return TokenExamples.from_pairs(_truncated(tokenized.select(weights.nonzero()[0]), lengths), weights[weights > 0])
 
 
 def _tokenize(
@@ -80,6 +83,7 @@ def _tokenize(
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(vocabulary)
     key = [_FORMAT, dataset_fingerprint(rows.dataset), function.__name__, rows.columns, backend]
     key += [tokenizer.special_tokens_map, tokenizer.chat_template, leading_ids(tokenizer), rows.on_bad_row, rows.turns]
+    key += [list(rows.turn_weights)]
     tokenized = rows.dataset.map(
         function,
         batched=True,
@@ -143,28 +147,37 @@ def _chat_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
     (column,) = rows.columns
+    weights = [1.0] * len(indices)
     if rows.turns == "all":
-        turns = [(index, turn) for index, chat in zip(indices, batch[column], strict=True) for turn in _turns(chat)]
-        indices, batch = [index for index, _ in turns], {column: [turn for _, turn in turns]}
+        turns = [
+            (index, *turn) for index, chat in zip(indices, batch[column], strict=True) for turn in _turns(chat, rows)
+        ]
+        indices, batch = [index for index, *_ in turns], {column: [turn for _, turn, _ in turns]}
+        weights = [weight for *_, weight in turns]
 
-    def read(chat: Sequence[Any]) -> tuple[str, str, str]:
+    def read(chat: Sequence[Any]) -> tuple[str, str, float | None, str]:
         try:
             return *split_chat(tokenizer, chat), system_text(tokenizer, chat)
         except ValueError as error:
             raise UserError(f"column `{column}` {error}") from error
 
-    chats, faults = _read(rows, batch, indices, read, ("", "", ""))
+    unread: tuple[str, str, float | None, str] = ("", "", None, "")
+    chats, faults = _read(rows, batch, indices, read, unread)
     leading = leading_ids(tokenizer)
     heads = [ids or leading for ids in plain_ids(tokenizer, [system for *_, system in chats])]
-    return _split(rows, indices, tokenizer, [(prompt, response) for prompt, response, _ in chats], faults, heads)
+    tokenized = _split(rows, indices, tokenizer, [chat[:2] for chat in chats], faults, heads)
+    said = [weight if own is None else own for weight, (_, _, own, _) in zip(weights, chats, strict=True)]
+    return {**tokenized, "weight": said}
 
 
-def _turns(chat: str) -> list[str]:
-    """A chat as JSON up to each message that the assistant said; a chat that cannot be read as it is."""
+def _turns(chat: str, rows: Rows) -> list[tuple[str, float]]:
+    """A chat as JSON up to each message that the assistant said, with its weight; a bad chat as it is."""
     try:
-        return [json.dumps(turn) for turn in assistant_turns(json.loads(chat))]
+        turns = [json.dumps(turn) for turn in assistant_turns(json.loads(chat))]
     except ValueError:
-        return [chat]
+        turns = [chat]
+    early = [rows.turn_weights[0]] * (len(turns) - len(rows.turn_weights))
+    return list(zip(turns, [*early, *rows.turn_weights[-len(turns) :]], strict=True))
 
 
 def _split(
@@ -180,7 +193,8 @@ def _split(
         kept.append(len(heads[row]) if prompts[row][: len(heads[row])] == list(heads[row]) else 0)
         if faults[row] is None and not (prompts[row] and response):
             faults[row] = rows.refuse(indices[row], f"the {'response' if prompts[row] else 'prompt'} has no tokens")
-    return {"prompt": prompts, "response": responses, "head": kept, _ROW: indices, FAULT: faults}
+    ones = [1.0] * len(prompts)
+    return {"prompt": prompts, "response": responses, "head": kept, "weight": ones, _ROW: indices, FAULT: faults}
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
+from math import inf
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal, get_args
@@ -53,6 +54,10 @@ class TextSource:
     everything before it is the prompt."""
     turns: Turns = "last"
     """Which assistant messages of a chat are responses: the `last` one, or `all`, each as an example of its own."""
+    turn_weights: tuple[float, ...] = (1.0,)
+    """What the assistant messages of a chat count in the training loss. The last number is that of the last message,
+    the one before it that of the message before, and the first number that of all earlier ones. `weight` in a message
+    wins over them. Only the ratios count. A message of weight 0 is no response."""
     on_bad_row: OnBadRow = "error"
     """`error` refuses a source with a bad row. `skip` leaves bad rows out, with a warning that gives their number and
     the places of the first ones. A file that cannot be split into rows is always refused."""
@@ -62,6 +67,13 @@ class TextSource:
             raise UserError(f"`source.path` is empty; give a file, a Hub id or `{EMBEDDED_TEXT}`.")
         if self.turns not in get_args(Turns):
             raise UserError(f"`source.turns`={self.turns!r} must be `last` or `all`.")
+        if not self.turn_weights or not all(0 <= weight < inf for weight in self.turn_weights):
+            raise UserError(f"`source.turn_weights`={list(self.turn_weights)} must be numbers of at least 0.")
+        if self.turn_weights != (1.0,) and self.turns != "all":
+            raise UserError(
+                "`source.turn_weights` weighs the assistant messages of a chat, and `source.turns: last` takes one of "
+                "them: set `source.turns: all`, or give weights in the messages."
+            )
         if self.on_bad_row not in ("error", "skip"):
             raise UserError(f"`source.on_bad_row`={self.on_bad_row!r} must be `error` or `skip`.")
         if (self.prompt_column is None) != (self.response_column is None):
@@ -100,6 +112,7 @@ class Rows:
     parts: Sequence[Part]
     on_bad_row: OnBadRow = "error"
     turns: Turns = "last"
+    turn_weights: Sequence[float] = (1.0,)
 
     @property
     def kind(self) -> Kind:
@@ -148,9 +161,8 @@ def load_rows(source: TextSource) -> Rows:
         if (part.kind, part.columns) != (first.kind, first.columns):
             raise UserError(f"`source.path`: {part.origin} has other columns than {first.origin}; name the columns.")
     datasets = [part.dataset for part in parts]
-    rows = Rows(
-        datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), parts, source.on_bad_row, source.turns
-    )
+    whole = datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets)
+    rows = Rows(whole, parts, source.on_bad_row, source.turns, source.turn_weights)
     if len(rows.dataset) == 0:
         skipped_rows(rows.skipped, len(rows.skipped))
     return rows
