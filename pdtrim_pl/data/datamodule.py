@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
 from transformers.configuration_utils import PretrainedConfig
@@ -19,7 +20,7 @@ from pdtrim_pl.data.collate import Batch, Collator
 from pdtrim_pl.data.examples import Example, RepeatedPrompts, TokenExamples, weights_of
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.loader import ResumableLoader
-from pdtrim_pl.data.mixture import MixedIn, check_shares, mixture
+from pdtrim_pl.data.mixture import Chosen, MixedIn, check_shares, mixture
 from pdtrim_pl.data.model_limits import check_context, check_ids, check_vocabulary
 from pdtrim_pl.data.settings import Lengths, Parts
 from pdtrim_pl.data.sources import TextSource, load_rows
@@ -30,8 +31,16 @@ from pdtrim_pl.models.pretrained import load_config, load_tokenizer, resolve_mod
 Batches = Literal["shuffled", "by_length"]
 
 
-def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Subset[Example]]:
-    """Drop duplicate examples and cut a seeded permutation of the rest into parts.
+def cut_parts(
+    examples: TokenExamples, parts: Parts, seed: int, distinct: NDArray[np.int64] | None = None
+) -> dict[str, Subset[Example]]:
+    """Cut a seeded permutation of some examples into parts.
+
+    Args:
+        examples: the examples.
+        parts: sizes of the parts.
+        seed: seed of the permutation.
+        distinct: indices of the examples to take; by default all, without duplicates.
 
     Returns:
         Disjoint parts by name: `validation`, `calibration`, `test` and `train`. A part that was not asked for is empty.
@@ -39,7 +48,7 @@ def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Sub
     Raises:
         UserError: there are too few examples for `parts`.
     """
-    distinct = np.asarray(examples.distinct())
+    distinct = np.asarray(examples.distinct()) if distinct is None else distinct
     sizes = parts.sizes(len(distinct))
     order = distinct[np.random.default_rng(seed).permutation(len(distinct))]
     cuts = np.cumsum(list(sizes.values()))
@@ -112,7 +121,7 @@ class PromptResponseDataModule(LightningDataModule):
         self.tokenize_workers = tokenize_workers
         self.on_batch: Callable[[Batch], None] = _nothing
         """Called with every batch of the trainer while it is still in host memory."""
-        self._examples: TokenExamples | None = None
+        self._examples: Chosen | None = None
         self._parts: dict[str, Subset[Example]] = {}
 
     @cached_property
@@ -149,11 +158,11 @@ class PromptResponseDataModule(LightningDataModule):
         if self._parts:
             return
         self._check_model()
-        examples = self._encode() if self._examples is None else self._examples
+        examples, distinct = self._encode() if self._examples is None else self._examples
         if self._vocab_size is not None:
             token = self.tokenizer.convert_ids_to_tokens(examples.largest_id)
             check_ids(examples.largest_id, str(token), self._vocab_size)
-        self._parts = cut_parts(examples, self.parts, self.seed)
+        self._parts = cut_parts(examples, self.parts, self.seed, distinct)
         shares = {"calibration": self.parts.repeated_prompts, "train": self.parts.repeated_training_prompts}
         for name, share in shares.items():
             if share and len(self._parts[name]):
@@ -246,12 +255,12 @@ class PromptResponseDataModule(LightningDataModule):
             generator=torch.Generator(),  # evaluation must not change the random state of training
         )
 
-    def _encode(self) -> TokenExamples:
+    def _encode(self) -> Chosen:
         sources = [self.source, *(each.source for each in self.mixed_in)]
         settings = self.tokenizer, self.lengths, self.seed, self.tokenize_workers
         examples = [encode(load_rows(source), *settings) for source in sources]
         if not self.mixed_in:
-            return examples[0]
+            return Chosen(examples[0], np.asarray(examples[0].distinct()))
         shares = [each.share for each in self.mixed_in]
         return mixture(examples, [1 - sum(shares), *shares], self.seed)
 
