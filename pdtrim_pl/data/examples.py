@@ -1,6 +1,6 @@
 """All examples of a source in one flat array of token ids: small, and cheap to share with loader workers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,10 +55,11 @@ class TokenExamples(Dataset[Example]):
         for prompt, response in pairs:
             chunks.append(np.asarray([*prompt, *response], dtype=np.int32))
             lengths.append((len(prompt), len(response)))
-        ends = np.cumsum([sum(pair) for pair in lengths])
-        starts = ends - [sum(pair) for pair in lengths]
-        splits = starts + [prompt for prompt, _ in lengths]
-        return cls(np.concatenate(chunks), np.stack([starts, splits, ends], axis=1), weights)
+        sizes = np.asarray(lengths, dtype=np.int64).reshape(-1, 2)
+        ends = np.cumsum(sizes.sum(axis=1))
+        starts = ends - sizes.sum(axis=1)
+        ids = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int32)
+        return cls(ids, np.stack([starts, starts + sizes[:, 0], ends], axis=1), weights)
 
     def __len__(self) -> int:
         return len(self._bounds)
@@ -90,15 +91,19 @@ class TokenExamples(Dataset[Example]):
         """The largest token id of all examples."""
         return int(self._ids.max())
 
-    def distinct(self) -> list[int]:
-        """Indices of the examples without duplicates, each the first of its kind.
+    def distinct(self, known: Container[bytes] = ()) -> list[int]:
+        """Indices of the examples without duplicates, each the first of its kind, and without `known` texts.
 
         Duplicates have the same tokens; their prompts may end at different places.
         """
         seen: dict[bytes, int] = {}
-        for index, (start, _, end) in enumerate(self._bounds):
-            seen.setdefault(self._ids[start:end].tobytes(), index)
-        return list(seen.values())
+        for index, text in enumerate(self.texts()):
+            seen.setdefault(text, index)
+        return [index for text, index in seen.items() if text not in known]
+
+    def texts(self) -> Iterator[bytes]:
+        """The tokens of each example, prompt and response together."""
+        return (self._ids[start:end].tobytes() for start, _, end in self._bounds)
 
 
 class RepeatedPrompts(Dataset[Example]):

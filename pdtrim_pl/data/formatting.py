@@ -8,15 +8,16 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.compat import dataset_fingerprint
 from pdtrim_pl.data.chats import assistant_turns, split_chat, system_text
 from pdtrim_pl.data.examples import TokenExamples
-from pdtrim_pl.data.malformed import check_value, skipped_rows
+from pdtrim_pl.data.malformed import Kind, check_value, named_rows, skipped_rows
 from pdtrim_pl.data.prompts import leading_ids, plain_ids, split_ids
+from pdtrim_pl.data.rows import Rows
 from pdtrim_pl.data.settings import Lengths
-from pdtrim_pl.data.sources import Rows
 from pdtrim_pl.data.tables import FAULT, bad_rows
 from pdtrim_pl.errors import UserError
 
@@ -57,17 +58,57 @@ def encode(
     Raises:
         UserError: a row cannot be read, or the text is shorter than one window. The message names the place.
     """
+    function, origin = _function(rows.kind, tokenizer), rows.parts[0].origin
     if rows.kind == "text":
-        documents = _tokenize(rows, tokenizer, _text_ids, {"ids": _IDS}, workers)
-        return _windows(rows, documents.with_format("numpy")["ids"], tokenizer, lengths, seed)
-    if rows.kind == "chat" and tokenizer.chat_template is None:
-        raise UserError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
-    function = _pair_ids if rows.kind == "pairs" else _chat_ids
+        documents = _tokenize(rows, tokenizer, function, {"ids": _IDS}, workers)
+        stream = _joined(documents.with_format("numpy")["ids"], tokenizer)
+        examples = _windows(stream, tokenizer, lengths, (seed,))
+        if len(examples) == 0:
+            raise UserError(
+                f"`source.path`: {origin} has {len(stream)} tokens, less than one window of "
+                f"`lengths.max_length`={lengths.max_length}; shorten it or give more text."
+            )
+        return examples
     tokenized = _tokenize(rows, tokenizer, function, _REQUEST, workers)
     weights = tokenized.with_format("numpy")["weight"][:]
     if not weights.any():
-        raise UserError(f"`source.path`: every response of {rows.parts[0].origin} has the weight 0; raise some.")
+        raise UserError(f"`source.path`: every response of {origin} has the weight 0; raise some.")
     return TokenExamples.from_pairs(_truncated(tokenized.select(weights.nonzero()[0]), lengths), weights[weights > 0])
+
+
+def encode_piece(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: Sequence[int]
+) -> TokenExamples:
+    """Make the examples of a piece of a source, as `encode` does of the whole, without a cache; there may be none.
+
+    Text is joined and cut into windows within the piece; what is left at its end is dropped.
+
+    Args:
+        rows: the piece.
+        tokenizer: the tokenizer.
+        lengths: lengths in tokens.
+        seed: seed of the split points; it must differ between pieces.
+
+    Raises:
+        UserError: a row cannot be read.
+    """
+    count = len(rows.dataset)
+    found = _function(rows.kind, tokenizer)(rows.dataset[:], range(count), rows, tokenizer) if count else {FAULT: []}
+    good = [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+    faults = [f"{rows.where(row[_ROW])}: {row[FAULT]}" for row in good if row[FAULT] is not None]
+    if skipped := [*rows.skipped, *faults]:
+        rank_zero_warn(named_rows(skipped, len(good) + len(rows.skipped)))
+    good = [row for row in good if row[FAULT] is None]
+    if rows.kind == "text":
+        return _windows(_joined([row["ids"] for row in good], tokenizer), tokenizer, lengths, seed)
+    good = [row for row in good if row["weight"] > 0]
+    return TokenExamples.from_pairs(_truncated(good, lengths), np.asarray([row["weight"] for row in good], np.float64))
+
+
+def _function(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Tokenized]:
+    if kind == "chat" and tokenizer.chat_template is None:
+        raise UserError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
+    return {"text": _text_ids, "pairs": _pair_ids, "chat": _chat_ids}[kind]
 
 
 def _tokenize(
@@ -205,31 +246,31 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def _windows(
-    rows: Rows, documents: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: int
-) -> TokenExamples:
+def _joined(documents: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:
+    """All documents in a row, with the end-of-sequence token after each."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = [np.asarray(piece, dtype=np.int32) for document in documents if len(document) for piece in (document, end)]
-    stream = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+
+
+def _windows(
+    stream: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: Sequence[int]
+) -> TokenExamples:
     leading = np.asarray(leading_ids(tokenizer), dtype=np.int32)
     fresh = lengths.max_length - len(leading)
     count = len(stream) // fresh if fresh > 0 else 0
-    if count == 0:
-        raise UserError(
-            f"`source.path`: {rows.parts[0].origin} has {len(stream)} tokens, less than one window of "
-            f"`lengths.max_length`={lengths.max_length}; shorten it or give more text."
-        )
     body = stream[: count * fresh].reshape(count, fresh)
     ids = np.concatenate([np.broadcast_to(leading, (count, len(leading))), body], axis=1)
     starts = np.arange(count, dtype=np.int64) * lengths.max_length
     prompts = [
-        np.random.default_rng((seed, index)).integers(lengths.min_prompt, lengths.max_prompt, endpoint=True)
+        np.random.default_rng((*seed, index)).integers(lengths.min_prompt, lengths.max_prompt, endpoint=True)
         for index in range(count)
     ]
-    return TokenExamples(ids.reshape(-1), np.stack([starts, starts + prompts, starts + lengths.max_length], axis=1))
+    splits = starts + np.asarray(prompts, dtype=np.int64)
+    return TokenExamples(ids.reshape(-1), np.stack([starts, splits, starts + lengths.max_length], axis=1))
 
 
-def _truncated(tokenized: Dataset, lengths: Lengths) -> Iterable[tuple[list[int], list[int]]]:
+def _truncated(tokenized: Iterable[Mapping[str, Any]], lengths: Lengths) -> Iterable[tuple[list[int], list[int]]]:
     for row in tokenized:
         prompt, response = row["prompt"], row["response"]
         if len(prompt) > lengths.max_prompt:
