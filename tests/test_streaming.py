@@ -28,6 +28,8 @@ from pdtrim_pl.merging import Merging
 from pdtrim_pl.search import Guards
 
 ROWS = 120
+PAIRS = ("question", "b ")
+"""How prompts begin that are not windows of a text."""
 FEW = Parts(validation=4, calibration=3, test=2)
 
 
@@ -161,6 +163,66 @@ def test_repeated_prompts_and_weights_work_in_a_stream(tiny_tokenizer_dir: Path,
     assert weights.mean() == pytest.approx(1, abs=0.05)
 
 
+@pytest.fixture
+def mixed(path: str, tmp_path: Path) -> list[MixedIn]:
+    """Two sources more, one of which shares its head with the first source."""
+    other = written(tmp_path, lines(*pairs(12), *[{"prompt": f"b {n}", "response": "b"} for n in range(50)]), "b.jsonl")
+    text = written(tmp_path, "".join(f"{number} squared is {number**2}.\n" for number in range(300)).encode(), "c.txt")
+    return [MixedIn(TextSource(other), 0.25), MixedIn(TextSource(text), 0.25)]
+
+
+def test_a_stream_of_several_sources_has_their_shares(
+    mixed: list[MixedIn], tiny_tokenizer_dir: Path, path: str
+) -> None:
+    lengths = Lengths(max_length=24, min_prompt=8, max_prompt=16)
+    module = streamed(
+        tiny_tokenizer_dir, path, mixed_in=mixed, examples=80, buffer=8, parts=Parts(8, 8), lengths=lengths
+    )
+    loader = loader_of(module)
+    held_out = [text for name in ("validation", "calibration") for text in prompts(module, name)]
+    assert len(set(held_out)) == 16
+    assert sorted(text.startswith(PAIRS) for text in held_out) == [False] * 4 + [True] * 12
+    seen = [str(module.tokenizer.decode(ids)) for ids in ids_of(list(loader))]
+    assert len(seen) == 80
+    for first in range(0, 80, 8):
+        buffer = seen[first : first + 8]
+        assert sum(text.startswith("question") for text in buffer) >= 4
+        assert sum(not text.startswith(PAIRS) for text in buffer) == 2
+    assert not set(seen) & set(held_out)
+    fitted = [decoded(tiny_tokenizer_dir, torch.tensor(ids)) for ids in training(module)][:64]
+    assert sum(not text.startswith(PAIRS) for text in fitted) == 16
+
+
+def test_a_stream_of_several_sources_continues_anywhere(
+    mixed: list[MixedIn], tiny_tokenizer_dir: Path, path: str
+) -> None:
+    def module() -> PromptResponseDataModule:
+        lengths = Lengths(max_length=24, min_prompt=8, max_prompt=16)
+        return streamed(tiny_tokenizer_dir, path, mixed_in=mixed, examples=40, buffer=12, lengths=lengths)
+
+    whole = loader_of(module())
+    expected = [ids_of(list(whole)) for _ in range(2)]
+    for stop in (1, 3, 7, 10):
+        first, second = module(), module()
+        stopped, resumed = loader_of(first), loader_of(second)
+        before = ids_of(list(itertools.islice(iter(stopped), stop)))
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        resumed.load_state_dict(stopped.state_dict())
+        after = ids_of(list(resumed))
+        assert before + after + (ids_of(list(resumed)) if stop < 10 else []) == [*expected[0], *expected[1]]
+
+
+def test_a_buffer_too_small_for_a_share_is_refused(mixed: list[MixedIn], tiny_tokenizer_dir: Path, path: str) -> None:
+    with pytest.raises(ValueError, match=r"`source.streaming.buffer`=1 is too small for the shares of `mixed_in`"):
+        loader_of(streamed(tiny_tokenizer_dir, path, mixed_in=mixed, buffer=1))
+
+
+def test_a_checkpoint_of_other_sources_is_refused(mixed: list[MixedIn], tiny_tokenizer_dir: Path, path: str) -> None:
+    state = streamed(tiny_tokenizer_dir, path).state_dict()
+    with pytest.raises(ValueError, match=r"of 1 streamed source\(s\), and `source` with `mixed_in` are 3\. Continue"):
+        streamed(tiny_tokenizer_dir, path, mixed_in=mixed).load_state_dict(state)
+
+
 @pytest.mark.parametrize(("checkpoint", "batches"), [("step=3", 3), ("step=6", 6), ("step=8", 8), ("end-epoch=0", 6)])
 def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(
     checkpoint: str, batches: int, tiny_tokenizer_dir: Path, path: str, tmp_path: Path
@@ -216,16 +278,14 @@ def test_two_processes_continue_where_each_of_them_was(tiny_tokenizer_dir: Path,
 
 def test_settings_that_need_the_whole_text_are_refused_together(tiny_tokenizer_dir: Path, path: str) -> None:
     parts = Parts(max_train=9)
-    mixed = [MixedIn(TextSource(path), 0.5)]
+    mixed = [MixedIn(TextSource(path, streaming=Streaming(9)), 0.5)]
     said = (
-        r"`batches: by_length` sorts .*; `mixed_in` counts .*; `tokenize_workers` tokenises .*; `parts.max_train` cuts"
+        r"`batches: by_length` .*; `mixed_in` is streamed .*; `tokenize_workers` tokenises .*; `parts.max_train` cuts"
     )
     with pytest.raises(ValueError, match=said):
         streamed(tiny_tokenizer_dir, path, parts=parts, mixed_in=mixed, tokenize_workers=2, batches="by_length")
-    with pytest.raises(ValueError, match=r"`mixed_in` counts the examples of every source"):
-        PromptResponseDataModule(
-            str(tiny_tokenizer_dir), TextSource(path), mixed_in=[MixedIn(TextSource(path, streaming=Streaming(9)), 0.5)]
-        )
+    with pytest.raises(ValueError, match=r"`mixed_in` is streamed as `source` is: set `streaming` of `source` alone"):
+        PromptResponseDataModule(str(tiny_tokenizer_dir), TextSource(path), mixed_in=mixed)
     module = streamed(tiny_tokenizer_dir, path)
     module.setup()
     with pytest.raises(ValueError, match=r"reads training text on the fly, and this needs all of it .* Leave"):
@@ -263,9 +323,9 @@ def test_too_little_text_is_refused(tiny_tokenizer_dir: Path, path: str, tmp_pat
 def test_a_token_without_an_embedding_is_refused(tiny_llama_dir: Path, path: str) -> None:
     module = streamed(tiny_llama_dir, path, parts=Parts(0, 0))
     module.setup()
-    assert module._streamed is not None
-    module._streamed.vocab_size = 100
-    loader = StreamLoader(module._streamed, Streaming(8), Share(batch_size=4), Bookmark(), 0, lambda part: part)
+    (source,) = module._streamed
+    source.vocab_size = 100
+    loader = StreamLoader([source], Streaming(8), Share(batch_size=4), Bookmark(1), 0, lambda part: part)
     with pytest.raises(ValueError, match=r"the model's vocabulary has 100"):
         next(iter(loader))
 

@@ -1,7 +1,6 @@
 """The data module: it reads a source of text and makes loaders of prompt and response batches."""
 
 from collections.abc import Callable, Iterable
-from itertools import islice
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,8 +20,8 @@ from pdtrim_pl.data.parts import cut, cut_parts, repeating
 from pdtrim_pl.data.pieces import PiecedSource
 from pdtrim_pl.data.settings import Lengths, Parts, check_streaming
 from pdtrim_pl.data.sources import TextSource, load_rows
-from pdtrim_pl.data.stream_loader import Bookmark, Share, StreamLoader
-from pdtrim_pl.data.streamed import StreamedExamples
+from pdtrim_pl.data.stream_loader import Bookmark, FirstBatches, Share, StreamLoader
+from pdtrim_pl.data.streamed import StreamedExamples, hold_out
 from pdtrim_pl.data.tokenizer_module import TokenizerModule
 from pdtrim_pl.errors import UserError
 
@@ -84,8 +83,9 @@ class PromptResponseDataModule(TokenizerModule):
         self.source = source
         self.mixed_in = list(mixed_in or [])
         check_shares(self.mixed_in)
-        if any(one.streaming for one in (source, *(each.source for each in self.mixed_in))):
-            check_streaming(parts, by_length=batches == "by_length", mixed=bool(mixed_in), workers=tokenize_workers)
+        mixed = any(each.source.streaming for each in self.mixed_in)
+        if source.streaming or mixed:
+            check_streaming(parts, by_length=batches == "by_length", mixed=mixed, workers=tokenize_workers)
         self.parts = parts
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -97,8 +97,8 @@ class PromptResponseDataModule(TokenizerModule):
         """Called with every batch of the trainer while it is still in host memory."""
         self._examples: Chosen | None = None
         self._parts: dict[str, Subset[Example]] = {}
-        self._streamed: StreamedExamples | None = None
-        self._bookmark = Bookmark()
+        self._streamed: list[StreamedExamples] = []
+        self._bookmark = Bookmark(1 + len(self.mixed_in))
 
     @override
     def prepare_data(self) -> None:
@@ -130,10 +130,10 @@ class PromptResponseDataModule(TokenizerModule):
         return {**parts, "train": self._for_training(parts["train"])}
 
     def _cut_head(self, examples: int) -> dict[str, Subset[Example]]:
-        pieces = PiecedSource(self.source)
-        self._streamed = StreamedExamples(pieces, self.tokenizer, self.lengths, self.seed, self.vocab_size)
+        settings = self.tokenizer, self.lengths, self.seed, self.vocab_size
+        self._streamed = [StreamedExamples(PiecedSource(source), *settings, share) for source, share in self._shares()]
         sizes = self.parts.held_out(examples)
-        return cut(self._streamed.hold_out(sum(sizes.values())), sizes, self.seed)
+        return cut(hold_out(self._streamed, sum(sizes.values())), sizes, self.seed)
 
     def _for_training(self, part: Subset[Example]) -> Subset[Example]:
         # Local fits read the first training examples: they must be repeated as rarely as all others.
@@ -179,7 +179,7 @@ class PromptResponseDataModule(TokenizerModule):
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """The training part, shuffled in every epoch and split among the ranks. A run can resume within an epoch."""
         ranks = self._ranks
-        if self._streamed is not None and self.source.streaming is not None:
+        if self.source.streaming is not None:
             share = Share(ranks["rank"], ranks["num_replicas"], self.batch_size, self.seed, self.num_workers)
             streaming, mark = self.source.streaming, self._bookmark
             return StreamLoader(self._streamed, streaming, share, mark, self.pad_id, self._for_training)
@@ -221,12 +221,9 @@ class PromptResponseDataModule(TokenizerModule):
 
     def fitting_dataloader(self) -> Iterable[Batch]:
         """The whole training part in a fixed order, the same on every rank, for local fits of blocks."""
-        if self._streamed is None:
+        if self.source.streaming is None:
             return self._fixed("train")
-        parts = (self._for_training(Subset(piece, range(len(piece)))) for piece in self._streamed.in_order())
-        examples = (part[index] for part in parts for index in range(len(part)))
-        collate, size = Collator(self.pad_id), self.eval_batch_size
-        return (collate(rows) for rows in iter(lambda: list(islice(examples, size)), []))
+        return FirstBatches(self._streamed, self.eval_batch_size, self.pad_id, self._for_training)
 
     def _fixed(self, name: str) -> DataLoader[Example]:
         return DataLoader(
@@ -239,13 +236,17 @@ class PromptResponseDataModule(TokenizerModule):
         )
 
     def _encode(self) -> Chosen:
-        sources = [self.source, *(each.source for each in self.mixed_in)]
+        sources, shares = zip(*self._shares(), strict=True)
         settings = self.tokenizer, self.lengths, self.seed, self.tokenize_workers
         examples = [encode(load_rows(source), *settings) for source in sources]
         if not self.mixed_in:
             return Chosen(examples[0], np.asarray(examples[0].distinct()))
-        shares = [each.share for each in self.mixed_in]
-        return mixture(examples, [1 - sum(shares), *shares], self.seed)
+        return mixture(examples, shares, self.seed)
+
+    def _shares(self) -> list[tuple[TextSource, float]]:
+        """Every source with its share of the examples."""
+        rest = 1 - sum(each.share for each in self.mixed_in)
+        return [(self.source, rest), *((each.source, each.share) for each in self.mixed_in)]
 
 
 def _nothing(batch: Batch) -> None:

@@ -81,6 +81,12 @@ class TokenExamples(Dataset[Example]):
         """Some of the examples, by index."""
         return TokenExamples(self._ids, self._bounds[rows], self.weights[rows])
 
+    def span(self, first: int, end: int) -> "TokenExamples":
+        """Examples in a row, at least one, with none of the tokens of others before or behind them."""
+        bounds = self._bounds[first:end]
+        start = bounds[0, 0]
+        return TokenExamples(self._ids[start : bounds[-1, 2]], bounds - start, self.weights[first:end])
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens in the prompt and in the response of every example, [examples, 2]."""

@@ -58,6 +58,11 @@ class PiecedSource:
     def __len__(self) -> int:
         return len(self.pieces)
 
+    @property
+    def name(self) -> str:
+        """The path of the source."""
+        return self.source.path
+
     def rows(self, number: int) -> Rows:
         """The rows of one piece. Bad rows are refused, or left out, as the source says.
 

@@ -112,7 +112,7 @@ class Streaming:
     examples: int
     """Training examples in an epoch, over all ranks. An epoch begins in the source where the one before it ended."""
     buffer: int = 4096
-    """Number of examples, of one rank, that are shuffled together. The last piece of text that is read adds a few."""
+    """Number of examples, of one rank, that are shuffled together."""
 
     def __post_init__(self) -> None:
         for name in ("examples", "buffer"):
@@ -126,7 +126,7 @@ def check_streaming(parts: Parts, *, by_length: bool, mixed: bool, workers: int)
     Args:
         parts: sizes of the data parts.
         by_length: whether batches are to have examples of like lengths.
-        mixed: whether there are several sources.
+        mixed: whether a source of `mixed_in` is to be streamed.
         workers: number of processes that tokenise the sources beforehand.
 
     Raises:
@@ -136,7 +136,7 @@ def check_streaming(parts: Parts, *, by_length: bool, mixed: bool, workers: int)
         said
         for wrong, said in (
             (by_length, "`batches: by_length` sorts all examples: use `shuffled`"),
-            (mixed, "`mixed_in` counts the examples of every source: write one source with rows of all of them"),
+            (mixed, "`mixed_in` is streamed as `source` is: set `streaming` of `source` alone"),
             (workers > 1, "`tokenize_workers` tokenises a whole source beforehand: set `num_workers`"),
             (parts.max_train is not None, "`parts.max_train` cuts a part that is known: set `streaming.examples`"),
         )
