@@ -237,7 +237,7 @@ def train(options: argparse.Namespace, tokens: int, *callbacks: Callback, offlin
 
 def stored(options: argparse.Namespace, tokens: int, teacher: StagedCausalLM, folder: Path) -> Path:
     """Write the teacher's distributions over the batches."""
-    examples = [Example(*pair) for batch in batches(options, tokens) for pair in zip(*batch[::2], strict=True)]
+    examples = [Example(*pair) for batch in batches(options, tokens) for pair in zip(*batch[:4:2], strict=True)]
     words = teacher.model.config.vocab_size
     identity = CacheIdentity("", "", "", words, 1.0, tokens, tokens // 2, tokens // 2)
     index = CacheIndex(identity, Making("top_k", 64), MODEL, len(examples))

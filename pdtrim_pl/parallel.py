@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed import DistError, TCPStore
 
 from pdtrim_pl.errors import AnotherRankFailed, RankLost
@@ -20,6 +20,15 @@ Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 _OUTCOME, _READ = "outcome", "read"
 _PATIENCE = 60
 """Maximum seconds that rank 0 waits for the other ranks to read the outcome."""
+
+
+def of_every_rank(value: T) -> list[T]:
+    """The values of all processes, by rank. Collective: every process must call it. It knows no strategy."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, value)
+    return every
 
 
 class Parallel:

@@ -35,7 +35,7 @@ def naive_mass(model: PreTrainedModel, batch: Batch, rule: Retention, boundary: 
     """Row by row, without padding, over the attention of the whole text at once."""
     model.set_attn_implementation("eager")
     shares: list[list[Tensor]] = [[] for _ in range(model.config.num_hidden_layers)]
-    for prompt, seen, response, real in zip(*batch, strict=True):
+    for prompt, seen, response, real in zip(*batch[:4], strict=True):
         text = torch.cat([prompt[seen], response[real]])[None]
         tokens = handled_positions(int(seen.sum()), boundary)
         first, last = rule.counts(tokens)

@@ -83,6 +83,15 @@ def test_windows_of_one_length_are_grouped_by_where_they_are_split() -> None:
     assert found < 0.1 * padded(part, batches_of(DistributedSampler(part, 1, 0), 8))
 
 
+def test_a_few_long_rows_do_not_pad_the_others() -> None:
+    """Lengths of real prompts and responses are heavy-tailed; shuffled, two tokens of three are padding."""
+    lengths = np.random.default_rng(0).lognormal((4, 5), 1, (4096, 2)).astype(int) + 1
+    part = part_of([(int(prompt), int(response)) for prompt, response in lengths])
+    shuffled = padded(part, batches_of(DistributedSampler(part, 1, 0), 8))
+    found = padded(part, batches_of(ByLengthSampler(part, 8, 1, 0, 0), 8))
+    assert found < 0.25 * shuffled
+
+
 def test_each_epoch_and_each_seed_has_an_order_of_its_own_and_lengths_do_not_rise() -> None:
     part = part_of(drawn(400))
     orders = []

@@ -533,3 +533,22 @@ def test_a_share_said_again_out_of_range_is_refused() -> None:
         Parts(repeated_training_prompts=-0.1)
     with pytest.raises(ValueError, match=r"`parts.repeated_prompts`=1.5 must be a share of the calibration examples"):
         Parts(repeated_prompts=1.5)
+
+
+def test_an_example_of_two_sources_counts_once_and_the_shares_hold(
+    tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    rows = [{"prompt": f"b {index}", "response": "b"} for index in range(30)]
+    mixed = [MixedIn(TextSource(write_rows(tmp_path / "other", [*pairs(20), *rows])), 0.5)]
+    sought: list[int] = []
+    distinct = TokenExamples.distinct
+    monkeypatch.setattr(TokenExamples, "distinct", lambda self: sought.append(len(self)) or distinct(self))
+    module = make_module(tiny_tokenizer_dir, write_rows(tmp_path, pairs(20)), mixed_in=mixed, parts=Parts(2, 2))
+    module.prepare_data()
+    module.setup()
+    assert sought == [70], "one search over everything"
+    examples = [example for name in ("train", "validation", "calibration") for example in module.part(name)]
+    found = [decoded(tiny_tokenizer_dir, example.prompt) for example in examples]
+    assert len(set(found)) == len(found)
+    assert sorted(text[0] for text in found) == [*"b" * 20, *"q" * 20]

@@ -54,7 +54,7 @@ def naive_redundancy(family: str, batch: Batch, boundary: Boundary) -> dict[str,
     """Hooks on the blocks of the plain model, row by row, without padding."""
     model = tiny_model(family)
     cosines: dict[str, list[list[Tensor]]] = {stage: [[] for _ in model.base_model.layers] for stage in STAGES}
-    for prompt, seen, response, real in zip(*batch, strict=True):
+    for prompt, seen, response, real in zip(*batch[:4], strict=True):
         tokens = handled_positions(int(seen.sum()), boundary)
 
         hooks = [

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+
+from pdtrim_pl.parallel import of_every_rank
 
 RandomState = dict[str, Any]
 """State of the generators of one process. It holds only tensors, numbers and lists, so that a checkpoint loads with
@@ -40,9 +41,4 @@ def restore_random_state(state: RandomState, device: torch.device) -> None:
 
 def random_states(device: torch.device) -> list[RandomState]:
     """The states of all processes, by rank. This is a collective: every process must call it."""
-    mine = random_state(device)
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [mine]
-    every: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(every, mine)
-    return every
+    return of_every_rank(random_state(device))

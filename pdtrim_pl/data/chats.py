@@ -1,6 +1,7 @@
 """Turn chats, in OpenAI's or ShareGPT's format, into a prompt and a response."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_pl.data.prompts import chat_text, plain_ids
@@ -13,8 +14,8 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tuple[str, str]:
-    """Split a chat into a prompt and a response, both as text.
+def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tuple[str, str, float | None]:
+    """Split a chat into a prompt and a response, both as text, and the `weight` that its message gives, if any.
 
     The response is the answer of the last assistant message, with its end-of-turn token. The prompt is everything
     before it.
@@ -38,7 +39,7 @@ def split_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> tup
     whole = chat_text(tokenizer, messages[: last + 1], add_generation_prompt=False)
     # Some templates begin the answer differently from the generation prompt, for example with a thinking block.
     response = whole.removeprefix(prompt) if whole.startswith(prompt) else answer
-    return prompt, response.rstrip()
+    return prompt, response.rstrip(), _weight(messages[last])
 
 
 def assistant_turns(chat: Sequence[Any]) -> list[Sequence[Any]]:
@@ -56,6 +57,15 @@ def assistant_turns(chat: Sequence[Any]) -> list[Sequence[Any]]:
         if number and turn["role"] == "assistant" and (turn["content"] or "").strip()
     ]
     return [chat[:end] for end in ends] or [chat]
+
+
+def _weight(message: Mapping[str, Any]) -> float | None:
+    weight = message.get("weight")  # a table gives every message the keys of all others, with None
+    if weight is None:
+        return None
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < inf:
+        raise UserError(f"has a message with the weight {weight!r}; give a number of at least 0")
+    return float(weight)
 
 
 def system_text(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Any]) -> str:

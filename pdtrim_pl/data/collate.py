@@ -15,9 +15,7 @@ from torch.nn import functional
 from pdtrim_pl.data.examples import Example
 
 
-class Batch(NamedTuple):
-    """A padded batch. Prompts are padded on the left and responses on the right, so there is no gap between them."""
-
+class _Fields(NamedTuple):
     prompt_ids: Tensor
     """int64 [B, P]."""
     prompt_mask: Tensor
@@ -26,6 +24,20 @@ class Batch(NamedTuple):
     """int64 [B, R]."""
     response_mask: Tensor
     """bool [B, R], true at real tokens."""
+    response_weights: Tensor
+    """float [B, R]: what a token counts in the training loss. Ones by default."""
+
+
+class Batch(_Fields):
+    """A padded batch. Prompts are padded on the left and responses on the right, so there is no gap between them."""
+
+    def __new__(
+        cls, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor,
+        response_weights: Tensor | None = None,
+    ) -> "Batch":  # fmt: skip
+        if response_weights is None:
+            response_weights = torch.ones(response_mask.shape, device=response_mask.device)
+        return super().__new__(cls, prompt_ids, prompt_mask, response_ids, response_mask, response_weights)
 
     def on(self, device: torch.device | str) -> "Batch":
         """A copy of the batch on a device."""
@@ -39,8 +51,7 @@ class Batch(NamedTuple):
         """The batch, with responses of at least two tokens (padding included), so that a decode pass has an input."""
         if self.response_ids.shape[1] > 1:
             return self
-        ids, mask = (functional.pad(part, (0, 1)) for part in (self.response_ids, self.response_mask))
-        return self._replace(response_ids=ids, response_mask=mask)
+        return Batch(*self[:2], *(functional.pad(part, (0, 1)) for part in self[2:]))
 
     @property
     def request(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,11 +75,14 @@ class Collator:
 
     pad_id: int
     """Token id at padded positions. The masks tell what is padding, not this id."""
+    mean_weight: float = 1.0
+    """Weights are divided by it. With that of a data part, an epoch over the part is a weighted mean."""
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         prompt_ids, prompt_mask = self._pad([example.prompt for example in examples], left=True)
         response_ids, response_mask = self._pad([example.response for example in examples], left=False)
-        return Batch(prompt_ids, prompt_mask, response_ids, response_mask)
+        weights = torch.tensor([example.weight / self.mean_weight for example in examples])
+        return Batch(prompt_ids, prompt_mask, response_ids, response_mask, weights[:, None].expand(response_ids.shape))
 
     def _pad(self, rows: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
         width = max(len(row) for row in rows)

@@ -1,52 +1,34 @@
 """The data module: it reads a source of text and makes loaders of prompt and response batches."""
 
-from collections.abc import Callable
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
-from transformers.configuration_utils import PretrainedConfig
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from pdtrim_pl.data.by_length import ByLengthSampler
 from pdtrim_pl.data.collate import Batch, Collator
-from pdtrim_pl.data.examples import Example, RepeatedPrompts, TokenExamples
+from pdtrim_pl.data.examples import Example, weights_of
 from pdtrim_pl.data.formatting import encode
 from pdtrim_pl.data.loader import ResumableLoader
-from pdtrim_pl.data.mixture import MixedIn, check_shares, mixture
-from pdtrim_pl.data.model_limits import check_context, check_ids, check_vocabulary
-from pdtrim_pl.data.settings import Lengths, Parts
+from pdtrim_pl.data.mixture import Chosen, MixedIn, check_shares, mixture
+from pdtrim_pl.data.model_limits import check_ids
+from pdtrim_pl.data.parts import cut, cut_parts, repeating
+from pdtrim_pl.data.pieces import PiecedSource
+from pdtrim_pl.data.settings import Lengths, Parts, check_streaming
 from pdtrim_pl.data.sources import TextSource, load_rows
+from pdtrim_pl.data.stream_loader import Bookmark, FirstBatches, Share, StreamLoader
+from pdtrim_pl.data.streamed import StreamedExamples, hold_out
+from pdtrim_pl.data.tokenizer_module import TokenizerModule
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.models.context import usable_context
-from pdtrim_pl.models.pretrained import load_config, load_tokenizer, resolve_model
 
 Batches = Literal["shuffled", "by_length"]
 
 
-def cut_parts(examples: TokenExamples, parts: Parts, seed: int) -> dict[str, Subset[Example]]:
-    """Drop duplicate examples and cut a seeded permutation of the rest into parts.
-
-    Returns:
-        Disjoint parts by name: `validation`, `calibration`, `test` and `train`. A part that was not asked for is empty.
-
-    Raises:
-        UserError: there are too few examples for `parts`.
-    """
-    distinct = np.asarray(examples.distinct())
-    sizes = parts.sizes(len(distinct))
-    order = distinct[np.random.default_rng(seed).permutation(len(distinct))]
-    cuts = np.cumsum(list(sizes.values()))
-    return {name: Subset(examples, chosen.tolist()) for name, chosen in zip(sizes, np.split(order, cuts), strict=False)}
-
-
-class PromptResponseDataModule(LightningDataModule):
+class PromptResponseDataModule(TokenizerModule):
     """Examples of a prompt and its response, in disjoint parts for training, validation, calibration and test.
 
     Of examples with the same tokens only the first is kept. A seeded permutation of the rest is cut into parts, so the
@@ -83,10 +65,10 @@ class PromptResponseDataModule(LightningDataModule):
             tokenize_workers: number of processes that tokenise the sources, once; the result is then cached on disk.
 
         Raises:
-            UserError: a batch size or `tokenize_workers` is below 1, `num_workers` or `seed` is below 0, or `batches`
-                is unknown.
+            UserError: a batch size or `tokenize_workers` is below 1, `num_workers` or `seed` is below 0, `batches` is
+                unknown, or a setting needs a source that is not streamed.
         """
-        super().__init__()
+        super().__init__(tokenizer, lengths)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
@@ -98,11 +80,12 @@ class PromptResponseDataModule(LightningDataModule):
                 raise UserError(f"`{name}`={value} must be at least {least}.")
         if batches not in get_args(Batches):
             raise UserError(f"`batches`={batches!r} must be `shuffled` or `by_length`.")
-        self.tokenizer_name = tokenizer
         self.source = source
         self.mixed_in = list(mixed_in or [])
         check_shares(self.mixed_in)
-        self.lengths = lengths
+        mixed = any(each.source.streaming for each in self.mixed_in)
+        if source.streaming or mixed:
+            check_streaming(parts, by_length=batches == "by_length", mixed=mixed, workers=tokenize_workers)
         self.parts = parts
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -112,32 +95,17 @@ class PromptResponseDataModule(LightningDataModule):
         self.tokenize_workers = tokenize_workers
         self.on_batch: Callable[[Batch], None] = _nothing
         """Called with every batch of the trainer while it is still in host memory."""
-        self._examples: TokenExamples | None = None
+        self._examples: Chosen | None = None
         self._parts: dict[str, Subset[Example]] = {}
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use."""
-        return load_tokenizer(self.tokenizer_name)
-
-    @property
-    def pad_id(self) -> int:
-        """Token id at padded positions: the pad token, else the end-of-sequence token, else 0.
-
-        A token that the model's embedding does not contain is not used: a pad token may have been added only to the
-        tokenizer.
-        """
-        size = self._vocab_size
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None and (size is None or token < size):
-                return token
-        return 0
+        self._streamed: list[StreamedExamples] = []
+        self._bookmark = Bookmark(1 + len(self.mixed_in))
 
     @override
     def prepare_data(self) -> None:
         """Convert the model and fill the cache of tokenised text, in one process of every node, which keeps them."""
         self._check_model()
-        self._examples = self._encode()
+        if self.source.streaming is None:
+            self._examples = self._encode()
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -149,30 +117,58 @@ class PromptResponseDataModule(LightningDataModule):
         if self._parts:
             return
         self._check_model()
-        examples = self._encode() if self._examples is None else self._examples
-        if self._vocab_size is not None:
+        parts = self._cut() if self.source.streaming is None else self._cut_head(self.source.streaming.examples)
+        share, most = self.parts.repeated_prompts, self.lengths.max_length
+        self._parts = {**parts, "calibration": repeating(parts["calibration"], share, most)}
+
+    def _cut(self) -> dict[str, Subset[Example]]:
+        examples, distinct = self._encode() if self._examples is None else self._examples
+        if self.vocab_size is not None:
             token = self.tokenizer.convert_ids_to_tokens(examples.largest_id)
-            check_ids(examples.largest_id, str(token), self._vocab_size)
-        self._parts = cut_parts(examples, self.parts, self.seed)
-        shares = {"calibration": self.parts.repeated_prompts, "train": self.parts.repeated_training_prompts}
-        for name, share in shares.items():
-            if share and len(self._parts[name]):
-                # Local fits read the first training examples: they must be repeated as rarely as all others.
-                spread = name == "train"
-                changed = RepeatedPrompts(self._parts[name], share, self.lengths.max_length, spread=spread)
-                self._parts[name] = Subset(changed, range(len(changed)))
+            check_ids(examples.largest_id, str(token), self.vocab_size)
+        parts = cut_parts(examples, self.parts, self.seed, distinct)
+        return {**parts, "train": self._for_training(parts["train"])}
+
+    def _cut_head(self, examples: int) -> dict[str, Subset[Example]]:
+        settings = self.tokenizer, self.lengths, self.seed, self.vocab_size
+        self._streamed = [StreamedExamples(PiecedSource(source), *settings, share) for source, share in self._shares()]
+        sizes = self.parts.held_out(examples)
+        return cut(hold_out(self._streamed, sum(sizes.values())), sizes, self.seed)
+
+    def _for_training(self, part: Subset[Example]) -> Subset[Example]:
+        # Local fits read the first training examples: they must be repeated as rarely as all others.
+        return repeating(part, self.parts.repeated_training_prompts, self.lengths.max_length, spread=True)
 
     def part(self, name: str) -> Subset[Example]:
         """The examples of a part: `train`, `validation`, `calibration` or `test`.
 
         Raises:
-            UserError: the part has no examples.
+            UserError: the part has no examples, or it is the training part of a streamed source.
         """
         assert self._parts, "setup() comes first"
+        if name not in self._parts:
+            raise UserError(
+                "`source.streaming` reads training text on the fly, and this needs all of it (a stored teacher finds "
+                "examples by their tokens, a comparison counts them). Leave `source.streaming` out."
+            )
         subset = self._parts[name]
         if len(subset) == 0:
             raise UserError(f"The data has no {name} part; set `parts.{name}` to a count or a share above 0.")
         return subset
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Where every rank is in a streamed source; nothing of another. Collective."""
+        return {} if self.source.streaming is None else self._bookmark.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._bookmark.load_state_dict(state_dict, self._ranks["rank"])
+
+    @property
+    def _ranks(self) -> dict[str, Any]:
+        given = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return given or {"num_replicas": 1, "rank": 0}
 
     @override
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -180,10 +176,13 @@ class PromptResponseDataModule(LightningDataModule):
         return batch
 
     @override
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """The training part, shuffled in every epoch and split among the ranks. A run can resume within an epoch."""
-        given = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        ranks = given or {"num_replicas": 1, "rank": 0}
+        ranks = self._ranks
+        if self.source.streaming is not None:
+            share = Share(ranks["rank"], ranks["num_replicas"], self.batch_size, self.seed, self.num_workers)
+            streaming, mark = self.source.streaming, self._bookmark
+            return StreamLoader(self._streamed, streaming, share, mark, self.pad_id, self._for_training)
         part = self.part("train")
         # Lightning does not replace a DistributedSampler, and calls its `set_epoch` even on one device.
         sampler: DistributedSampler[Example] = (
@@ -195,7 +194,7 @@ class PromptResponseDataModule(LightningDataModule):
             part,
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=Collator(self.pad_id),
+            collate_fn=Collator(self.pad_id, float(weights_of(part).mean())),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the global generator is reserved for training steps
@@ -220,21 +219,11 @@ class PromptResponseDataModule(LightningDataModule):
         """The whole calibration part in a fixed order, the same on every rank. Batches have `eval_batch_size` rows."""
         return self._fixed("calibration")
 
-    def fitting_dataloader(self) -> DataLoader[Example]:
+    def fitting_dataloader(self) -> Iterable[Batch]:
         """The whole training part in a fixed order, the same on every rank, for local fits of blocks."""
-        return self._fixed("train")
-
-    def check_fits(self, config: PretrainedConfig) -> None:
-        """Refuse a model that is too small for the tokenizer or for the lengths of the examples.
-
-        Args:
-            config: configuration of the model that is trimmed.
-
-        Raises:
-            UserError: a token has no embedding in the model, or examples exceed its context.
-        """
-        check_vocabulary(max(self.tokenizer.get_vocab().values()) + 1, config.vocab_size)
-        check_context(self.lengths.max_length, usable_context(config.to_dict()))
+        if self.source.streaming is None:
+            return self._fixed("train")
+        return FirstBatches(self._streamed, self.eval_batch_size, self.pad_id, self._for_training)
 
     def _fixed(self, name: str) -> DataLoader[Example]:
         return DataLoader(
@@ -246,34 +235,18 @@ class PromptResponseDataModule(LightningDataModule):
             generator=torch.Generator(),  # evaluation must not change the random state of training
         )
 
-    def _encode(self) -> TokenExamples:
-        sources = [self.source, *(each.source for each in self.mixed_in)]
+    def _encode(self) -> Chosen:
+        sources, shares = zip(*self._shares(), strict=True)
         settings = self.tokenizer, self.lengths, self.seed, self.tokenize_workers
         examples = [encode(load_rows(source), *settings) for source in sources]
         if not self.mixed_in:
-            return examples[0]
-        shares = [each.share for each in self.mixed_in]
-        return mixture(examples, [1 - sum(shares), *shares], self.seed)
+            return Chosen(examples[0], np.asarray(examples[0].distinct()))
+        return mixture(examples, shares, self.seed)
 
-    @cached_property
-    def _model_config(self) -> dict[str, Any] | None:
-        """Text configuration of the model named in `tokenizer`; None for a directory that holds only a tokenizer."""
-        directory = Path(resolve_model(self.tokenizer_name))
-        if directory.is_dir() and not (directory / "config.json").is_file():
-            return None
-        return load_config(self.tokenizer_name).get_text_config().to_dict()
-
-    @property
-    def _vocab_size(self) -> int | None:
-        return None if self._model_config is None else self._model_config.get("vocab_size")
-
-    def _check_model(self) -> None:
-        config = self._model_config or {}
-        if "max_position_embeddings" in config:  # `tokenizer` may name a model of another kind, which is not trimmed
-            check_context(self.lengths.max_length, usable_context(config))
-        if "vocab_size" in config:
-            own = set(self.tokenizer.get_vocab().values()) - self.tokenizer.added_tokens_decoder.keys()
-            check_vocabulary(max(own, default=-1) + 1, config["vocab_size"])
+    def _shares(self) -> list[tuple[TextSource, float]]:
+        """Every source with its share of the examples."""
+        rest = 1 - sum(each.share for each in self.mixed_in)
+        return [(self.source, rest), *((each.source, each.share) for each in self.mixed_in)]
 
 
 def _nothing(batch: Batch) -> None:

@@ -48,7 +48,11 @@ def read_lines(path: Path) -> Iterator[Line]:
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield from _text(path, file.read()) if ending(path) in TEXT_ENDINGS else _json(path, file)
+            if ending(path) not in TEXT_ENDINGS:
+                yield from _json(path, file)
+            elif data := file.read():
+                _refuse_wide(path, data)
+                yield from read_text("row 1", data)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -73,15 +77,42 @@ def read_prompts(path: Path) -> list[tuple[str, str | list[Any]]]:
     return found
 
 
-def _text(path: Path, data: bytes) -> Iterator[Line]:
-    _refuse_wide(path, data)
+def check_lines(path: Path) -> None:
+    """Refuse a file that cannot be read from its middle.
+
+    Raises:
+        UserError: it is an array of JSON, or in UTF-16. The message names the file.
+    """
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    _refuse_wide(path, head)
+    if ending(path) in JSON_ENDINGS and head.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+        raise UserError(
+            f"`source.streaming` reads files from their middle, and {path} is one array: write one row a line."
+        )
+
+
+def lines_between(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that begin in a span of bytes, each with the place of its first byte. Blank ones too."""
+    with path.open("rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # the line that began before
+        at = file.tell()
+        while at < end and (line := file.readline()):
+            yield at, line
+            at += len(line)
+
+
+def read_text(place: str, data: bytes) -> Iterator[Line]:
+    """The one row of a text, or none if it is empty."""
     try:
         text = data.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         yield Line(_line_of(data, error), {}, _not_utf8(error))
     else:
         if text:
-            yield Line("row 1", {"text": text})
+            yield Line(place, {"text": text})
 
 
 def _json(path: Path, file: BufferedIOBase) -> Iterator[Line]:
@@ -92,12 +123,13 @@ def _json(path: Path, file: BufferedIOBase) -> Iterator[Line]:
         yield from _array(path, b"\n" * (first - 1) + head.removeprefix(BOM_UTF8) + file.read())
     elif head:
         for number, line in chain([(first, head)], lines):
-            yield _object(f"line {number}", line.removeprefix(BOM_UTF8))
+            yield read_object(f"line {number}", line)
 
 
-def _object(place: str, line: bytes) -> Line:
+def read_object(place: str, line: bytes) -> Line:
+    """The row in one line of JSON."""
     try:
-        return _row(place, json.loads(line.decode()))
+        return _row(place, json.loads(line.removeprefix(BOM_UTF8).decode()))
     except UnicodeDecodeError as error:
         return Line(place, {}, _not_utf8(error))
     except json.JSONDecodeError as error:

@@ -8,29 +8,30 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.compat import dataset_fingerprint
 from pdtrim_pl.data.chats import assistant_turns, split_chat, system_text
 from pdtrim_pl.data.examples import TokenExamples
-from pdtrim_pl.data.malformed import check_value, skipped_rows
+from pdtrim_pl.data.malformed import Kind, check_value, named_rows, skipped_rows
 from pdtrim_pl.data.prompts import leading_ids, plain_ids, split_ids
+from pdtrim_pl.data.rows import Rows
 from pdtrim_pl.data.settings import Lengths
-from pdtrim_pl.data.sources import Rows
 from pdtrim_pl.data.tables import FAULT, bad_rows
 from pdtrim_pl.errors import UserError
 
 Tokenized = Mapping[str, Sequence[Any]]
 T = TypeVar("T")
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of the cache key. Raise it when rows are tokenised in another way, so that old caches are not used."""
 _IDS = [Value("int32")]
 _ROW = "row"
 """Column of the number of a row in its source: a chat can become several rows."""
-_REQUEST = {"prompt": _IDS, "response": _IDS, "head": Value("int32")}
+_REQUEST = {"prompt": _IDS, "response": _IDS, "head": Value("int32"), "weight": Value("float64")}
 """Columns of a tokenised prompt and response. `head` is the number of tokens at the start of the prompt that stay if it
-is too long."""
+is too long; `weight` is what the response counts in training."""
 
 
 def encode(
@@ -44,7 +45,7 @@ def encode(
 
     Pairs and chats: prompt and response are tokenised together (`data.prompts.split_ids`), so the prompt has the same
     tokens as in serving. A prompt that is too long keeps its end, and before it the system messages of a chat; a
-    response that is too long keeps its start.
+    response that is too long keeps its start. A response of weight 0 is left out.
 
     Args:
         rows: the source. `rows.on_bad_row` says whether bad rows are refused or left out with a warning.
@@ -57,14 +58,57 @@ def encode(
     Raises:
         UserError: a row cannot be read, or the text is shorter than one window. The message names the place.
     """
+    function, origin = _function(rows.kind, tokenizer), rows.parts[0].origin
     if rows.kind == "text":
-        documents = _tokenize(rows, tokenizer, _text_ids, {"ids": _IDS}, workers)
-        return _windows(rows, documents.with_format("numpy")["ids"], tokenizer, lengths, seed)
-    if rows.kind == "chat" and tokenizer.chat_template is None:
-        raise UserError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
-    function = _pair_ids if rows.kind == "pairs" else _chat_ids
+        documents = _tokenize(rows, tokenizer, function, {"ids": _IDS}, workers)
+        stream = _joined(documents.with_format("numpy")["ids"], tokenizer)
+        examples = _windows(stream, tokenizer, lengths, (seed,))
+        if len(examples) == 0:
+            raise UserError(
+                f"`source.path`: {origin} has {len(stream)} tokens, less than one window of "
+                f"`lengths.max_length`={lengths.max_length}; shorten it or give more text."
+            )
+        return examples
     tokenized = _tokenize(rows, tokenizer, function, _REQUEST, workers)
-    return TokenExamples.from_pairs(_truncated(tokenized, lengths))
+    weights = tokenized.with_format("numpy")["weight"][:]
+    if not weights.any():
+        raise UserError(f"`source.path`: every response of {origin} has the weight 0; raise some.")
+    return TokenExamples.from_pairs(_truncated(tokenized.select(weights.nonzero()[0]), lengths), weights[weights > 0])
+
+
+def encode_piece(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: Sequence[int]
+) -> TokenExamples:
+    """Make the examples of a piece of a source, as `encode` does of the whole, without a cache; there may be none.
+
+    Text is joined and cut into windows within the piece; what is left at its end is dropped.
+
+    Args:
+        rows: the piece.
+        tokenizer: the tokenizer.
+        lengths: lengths in tokens.
+        seed: seed of the split points; it must differ between pieces.
+
+    Raises:
+        UserError: a row cannot be read.
+    """
+    count = len(rows.dataset)
+    found = _function(rows.kind, tokenizer)(rows.dataset[:], range(count), rows, tokenizer) if count else {FAULT: []}
+    good = [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+    faults = [f"{rows.where(row[_ROW])}: {row[FAULT]}" for row in good if row[FAULT] is not None]
+    if skipped := [*rows.skipped, *faults]:
+        rank_zero_warn(named_rows(skipped, len(good) + len(rows.skipped)))
+    good = [row for row in good if row[FAULT] is None]
+    if rows.kind == "text":
+        return _windows(_joined([row["ids"] for row in good], tokenizer), tokenizer, lengths, seed)
+    good = [row for row in good if row["weight"] > 0]
+    return TokenExamples.from_pairs(_truncated(good, lengths), np.asarray([row["weight"] for row in good], np.float64))
+
+
+def _function(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Tokenized]:
+    if kind == "chat" and tokenizer.chat_template is None:
+        raise UserError("`source.messages_column`: the tokenizer has no chat template; take one of a chat model.")
+    return {"text": _text_ids, "pairs": _pair_ids, "chat": _chat_ids}[kind]
 
 
 def _tokenize(
@@ -80,6 +124,7 @@ def _tokenize(
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(vocabulary)
     key = [_FORMAT, dataset_fingerprint(rows.dataset), function.__name__, rows.columns, backend]
     key += [tokenizer.special_tokens_map, tokenizer.chat_template, leading_ids(tokenizer), rows.on_bad_row, rows.turns]
+    key += [list(rows.turn_weights)]
     tokenized = rows.dataset.map(
         function,
         batched=True,
@@ -143,28 +188,37 @@ def _chat_ids(
     batch: Mapping[str, Any], indices: Sequence[int], rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Tokenized:
     (column,) = rows.columns
+    weights = [1.0] * len(indices)
     if rows.turns == "all":
-        turns = [(index, turn) for index, chat in zip(indices, batch[column], strict=True) for turn in _turns(chat)]
-        indices, batch = [index for index, _ in turns], {column: [turn for _, turn in turns]}
+        turns = [
+            (index, *turn) for index, chat in zip(indices, batch[column], strict=True) for turn in _turns(chat, rows)
+        ]
+        indices, batch = [index for index, *_ in turns], {column: [turn for _, turn, _ in turns]}
+        weights = [weight for *_, weight in turns]
 
-    def read(chat: Sequence[Any]) -> tuple[str, str, str]:
+    def read(chat: Sequence[Any]) -> tuple[str, str, float | None, str]:
         try:
             return *split_chat(tokenizer, chat), system_text(tokenizer, chat)
         except ValueError as error:
             raise UserError(f"column `{column}` {error}") from error
 
-    chats, faults = _read(rows, batch, indices, read, ("", "", ""))
+    unread: tuple[str, str, float | None, str] = ("", "", None, "")
+    chats, faults = _read(rows, batch, indices, read, unread)
     leading = leading_ids(tokenizer)
     heads = [ids or leading for ids in plain_ids(tokenizer, [system for *_, system in chats])]
-    return _split(rows, indices, tokenizer, [(prompt, response) for prompt, response, _ in chats], faults, heads)
+    tokenized = _split(rows, indices, tokenizer, [chat[:2] for chat in chats], faults, heads)
+    said = [weight if own is None else own for weight, (_, _, own, _) in zip(weights, chats, strict=True)]
+    return {**tokenized, "weight": said}
 
 
-def _turns(chat: str) -> list[str]:
-    """A chat as JSON up to each message that the assistant said; a chat that cannot be read as it is."""
+def _turns(chat: str, rows: Rows) -> list[tuple[str, float]]:
+    """A chat as JSON up to each message that the assistant said, with its weight; a bad chat as it is."""
     try:
-        return [json.dumps(turn) for turn in assistant_turns(json.loads(chat))]
+        turns = [json.dumps(turn) for turn in assistant_turns(json.loads(chat))]
     except ValueError:
-        return [chat]
+        turns = [chat]
+    early = [rows.turn_weights[0]] * (len(turns) - len(rows.turn_weights))
+    return list(zip(turns, [*early, *rows.turn_weights[-len(turns) :]], strict=True))
 
 
 def _split(
@@ -180,7 +234,8 @@ def _split(
         kept.append(len(heads[row]) if prompts[row][: len(heads[row])] == list(heads[row]) else 0)
         if faults[row] is None and not (prompts[row] and response):
             faults[row] = rows.refuse(indices[row], f"the {'response' if prompts[row] else 'prompt'} has no tokens")
-    return {"prompt": prompts, "response": responses, "head": kept, _ROW: indices, FAULT: faults}
+    ones = [1.0] * len(prompts)
+    return {"prompt": prompts, "response": responses, "head": kept, "weight": ones, _ROW: indices, FAULT: faults}
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -191,31 +246,31 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def _windows(
-    rows: Rows, documents: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: int
-) -> TokenExamples:
+def _joined(documents: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:
+    """All documents in a row, with the end-of-sequence token after each."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = [np.asarray(piece, dtype=np.int32) for document in documents if len(document) for piece in (document, end)]
-    stream = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+
+
+def _windows(
+    stream: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase, lengths: Lengths, seed: Sequence[int]
+) -> TokenExamples:
     leading = np.asarray(leading_ids(tokenizer), dtype=np.int32)
     fresh = lengths.max_length - len(leading)
     count = len(stream) // fresh if fresh > 0 else 0
-    if count == 0:
-        raise UserError(
-            f"`source.path`: {rows.parts[0].origin} has {len(stream)} tokens, less than one window of "
-            f"`lengths.max_length`={lengths.max_length}; shorten it or give more text."
-        )
     body = stream[: count * fresh].reshape(count, fresh)
     ids = np.concatenate([np.broadcast_to(leading, (count, len(leading))), body], axis=1)
     starts = np.arange(count, dtype=np.int64) * lengths.max_length
     prompts = [
-        np.random.default_rng((seed, index)).integers(lengths.min_prompt, lengths.max_prompt, endpoint=True)
+        np.random.default_rng((*seed, index)).integers(lengths.min_prompt, lengths.max_prompt, endpoint=True)
         for index in range(count)
     ]
-    return TokenExamples(ids.reshape(-1), np.stack([starts, starts + prompts, starts + lengths.max_length], axis=1))
+    splits = starts + np.asarray(prompts, dtype=np.int64)
+    return TokenExamples(ids.reshape(-1), np.stack([starts, splits, starts + lengths.max_length], axis=1))
 
 
-def _truncated(tokenized: Dataset, lengths: Lengths) -> Iterable[tuple[list[int], list[int]]]:
+def _truncated(tokenized: Iterable[Mapping[str, Any]], lengths: Lengths) -> Iterable[tuple[list[int], list[int]]]:
     for row in tokenized:
         prompt, response = row["prompt"], row["response"]
         if len(prompt) > lengths.max_prompt:

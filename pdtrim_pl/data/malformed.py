@@ -46,10 +46,18 @@ def skipped_rows(skipped: Sequence[str], total: int) -> str:
     Raises:
         UserError: no row is left.
     """
-    named = "; ".join(skipped[:_NAMED]) + ("; ..." if len(skipped) > _NAMED else ".")
     if len(skipped) == total:
-        raise UserError(f"`source.path`: every row is bad, {total} of {total}: {named}")
-    return f"`source.on_bad_row` is `skip`: {len(skipped)} of {total} rows are left out: {named}"
+        raise UserError(f"`source.path`: every row is bad, {total} of {total}: {_first(skipped)}")
+    return named_rows(skipped, total)
+
+
+def named_rows(skipped: Sequence[str], total: int) -> str:
+    """The same warning, for rows that may be all of a piece of a source."""
+    return f"`source.on_bad_row` is `skip`: {len(skipped)} of {total} rows are left out: {_first(skipped)}"
+
+
+def _first(skipped: Sequence[str]) -> str:
+    return "; ".join(skipped[:_NAMED]) + ("; ..." if len(skipped) > _NAMED else ".")
 
 
 def damaged(reason: Exception | str) -> UserError:

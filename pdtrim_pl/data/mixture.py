@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pdtrim_pl.data.examples import TokenExamples
 from pdtrim_pl.data.sources import TextSource
@@ -37,10 +39,19 @@ def check_shares(mixed_in: Sequence[MixedIn]) -> None:
         raise UserError(f"The shares of `mixed_in` add up to {total:g}, and `source` needs some: lower them.")
 
 
-def mixture(examples: Sequence[TokenExamples], shares: Sequence[float], seed: int) -> TokenExamples:
-    """As many examples as the shares allow, no example twice.
+class Chosen(NamedTuple):
+    """Some of a source's examples, without duplicates."""
 
-    The source that has the fewest examples for its share sets the number; of the others a seeded choice is taken.
+    examples: TokenExamples
+    rows: NDArray[np.int64]
+    """Indices of the chosen ones."""
+
+
+def mixture(examples: Sequence[TokenExamples], shares: Sequence[float], seed: int) -> Chosen:
+    """The examples of all sources, and as many of them as the shares allow, no example twice.
+
+    An example that several sources have belongs to the first of them. The source that has the fewest examples for its
+    share sets the number; of the others a seeded choice is taken.
 
     Args:
         examples: those of every source.
@@ -50,14 +61,18 @@ def mixture(examples: Sequence[TokenExamples], shares: Sequence[float], seed: in
     Raises:
         UserError: a source has too few examples.
     """
-    distinct = [np.asarray(each.distinct()) for each in examples]
+    together = TokenExamples.joined(examples)
+    ends = np.cumsum([len(each) for each in examples])
+    kept = np.asarray(together.distinct())
+    distinct = np.split(kept, np.searchsorted(kept, ends[:-1]))
     total = min(int(len(each) / share) for each, share in zip(distinct, shares, strict=True))
     counts = [round(total * share) for share in shares]
     if 0 in counts:
         raise UserError(
-            f"`mixed_in`: the sources have {', '.join(str(len(each)) for each in distinct)} examples, too few for one "
-            "of each at these shares. Give more text, or other shares."
+            f"`mixed_in`: the sources have {', '.join(str(len(each)) for each in examples)} examples, too few for one "
+            f"of each at these shares. Without duplicates: {', '.join(str(len(each)) for each in distinct)}. Give more "
+            "text, or other shares."
         )
     draws = np.random.default_rng(seed)
     chosen = [np.sort(draws.permutation(each)[:count]) for each, count in zip(distinct, counts, strict=True)]
-    return TokenExamples.joined([each.selected(rows) for each, rows in zip(examples, chosen, strict=True)])
+    return Chosen(together, np.concatenate(chosen))

@@ -1,9 +1,12 @@
-"""Settings of the data module: lengths of examples and sizes of the data parts."""
+"""Settings of the data module: lengths of examples, sizes of the data parts, and how a large source is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from pdtrim_pl.errors import UserError
+
+Turns = Literal["last", "all"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Parts:
     """The same share of the training examples, so that a student learns again to recall."""
 
     def __post_init__(self) -> None:
-        for name in ("validation", "calibration", "test"):
+        for name in _HELD_OUT:
             value: int | float = self.__dict__[name]
             if value < 0 or (isinstance(value, float) and value >= 1):
                 raise UserError(
@@ -75,19 +78,69 @@ class Parts:
         Raises:
             UserError: there are too few examples.
         """
-        asked = {name: self.__dict__[name] for name in ("validation", "calibration", "test")}
-        sizes = {
-            name: max(1, int(value * total)) if isinstance(value, float) and value > 0 else int(value)
-            for name, value in asked.items()
-        }
-        for name, limit in (("validation", self.max_validation), ("calibration", self.max_calibration)):
-            sizes[name] = min(sizes[name], limit or sizes[name])
+        sizes = self.held_out(total)
         sizes["train"] = total - sum(sizes.values())
         if sizes["train"] < 1:
-            wanted = ", ".join(f"`parts.{name}`={value}" for name, value in asked.items())
+            wanted = ", ".join(f"`parts.{name}`={self.__dict__[name]}" for name in _HELD_OUT)
             raise UserError(
                 f"The source gives {total} distinct examples; {wanted} leave none for training. "
                 "Lower them, shorten `lengths.max_length`, or give more text."
             )
         sizes["train"] = min(sizes["train"], self.max_train or sizes["train"])
         return sizes
+
+    def held_out(self, total: int) -> dict[str, int]:
+        """Number of examples of `validation`, `calibration` and `test`, out of `total`, with limits applied."""
+        asked = {name: self.__dict__[name] for name in _HELD_OUT}
+        sizes = {
+            name: max(1, int(value * total)) if isinstance(value, float) and value > 0 else int(value)
+            for name, value in asked.items()
+        }
+        for name, limit in (("validation", self.max_validation), ("calibration", self.max_calibration)):
+            sizes[name] = min(sizes[name], limit or sizes[name])
+        return sizes
+
+
+_HELD_OUT = ("validation", "calibration", "test")
+"""Parts that are not for training, in the order of the cut."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a source is read that is larger than memory."""
+
+    examples: int
+    """Training examples in an epoch, over all ranks. An epoch begins in the source where the one before it ended."""
+    buffer: int = 4096
+    """Number of examples, of one rank, that are shuffled together."""
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "buffer"):
+            if self.__dict__[name] < 1:
+                raise UserError(f"`source.streaming.{name}`={self.__dict__[name]} must be at least 1.")
+
+
+def check_streaming(parts: Parts, *, by_length: bool, mixed: bool, workers: int) -> None:
+    """Refuse settings that need to know all examples before the first step.
+
+    Args:
+        parts: sizes of the data parts.
+        by_length: whether batches are to have examples of like lengths.
+        mixed: whether a source of `mixed_in` is to be streamed.
+        workers: number of processes that tokenise the sources beforehand.
+
+    Raises:
+        UserError: there are such settings. The message names all of them.
+    """
+    faults = [
+        said
+        for wrong, said in (
+            (by_length, "`batches: by_length` sorts all examples: use `shuffled`"),
+            (mixed, "`mixed_in` is streamed as `source` is: set `streaming` of `source` alone"),
+            (workers > 1, "`tokenize_workers` tokenises a whole source beforehand: set `num_workers`"),
+            (parts.max_train is not None, "`parts.max_train` cuts a part that is known: set `streaming.examples`"),
+        )
+        if wrong
+    ]
+    if faults:
+        raise UserError(f"`source.streaming` cannot go with these settings. {'; '.join(faults)}.")

@@ -5,16 +5,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
+from math import inf
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from pdtrim_pl.data.files import JSON_ENDINGS, TEXT_ENDINGS, ending
-from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, damaged, empty, skipped_rows
-from pdtrim_pl.data.tables import PLACE, column_names, read_table
+from pdtrim_pl.data.malformed import Kind, OnBadRow, damaged, empty, skipped_rows
+from pdtrim_pl.data.rows import Part, Rows
+from pdtrim_pl.data.settings import Streaming, Turns
+from pdtrim_pl.data.tables import column_names, read_table
 from pdtrim_pl.errors import UserError
 
 EMBEDDED_TEXT = "pydoc"
@@ -25,7 +28,6 @@ _USUAL: list[tuple[Kind, list[str]]] = [
     ("chat", ["messages"]),
     ("chat", ["conversations"]),
 ]
-Turns = Literal["last", "all"]
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -53,15 +55,29 @@ class TextSource:
     everything before it is the prompt."""
     turns: Turns = "last"
     """Which assistant messages of a chat are responses: the `last` one, or `all`, each as an example of its own."""
+    turn_weights: tuple[float, ...] = (1.0,)
+    """What the assistant messages of a chat count in the training loss. The last number is that of the last message,
+    the one before it that of the message before, and the first number that of all earlier ones. `weight` in a message
+    wins over them. Only the ratios count. A message of weight 0 is no response."""
     on_bad_row: OnBadRow = "error"
     """`error` refuses a source with a bad row. `skip` leaves bad rows out, with a warning that gives their number and
     the places of the first ones. A file that cannot be split into rows is always refused."""
+
+    streaming: Streaming | None = None
+    """Read training text on the fly, for a source that is larger than memory."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError(f"`source.path` is empty; give a file, a Hub id or `{EMBEDDED_TEXT}`.")
         if self.turns not in get_args(Turns):
             raise UserError(f"`source.turns`={self.turns!r} must be `last` or `all`.")
+        if not self.turn_weights or not all(0 <= weight < inf for weight in self.turn_weights):
+            raise UserError(f"`source.turn_weights`={list(self.turn_weights)} must be numbers of at least 0.")
+        if self.turn_weights != (1.0,) and self.turns != "all":
+            raise UserError(
+                "`source.turn_weights` weighs the assistant messages of a chat, and `source.turns: last` takes one of "
+                "them: set `source.turns: all`, or give weights in the messages."
+            )
         if self.on_bad_row not in ("error", "skip"):
             raise UserError(f"`source.on_bad_row`={self.on_bad_row!r} must be `error` or `skip`.")
         if (self.prompt_column is None) != (self.response_column is None):
@@ -75,61 +91,6 @@ class TextSource:
                 "`source.text_column`, `source.prompt_column` with `source.response_column`, and "
                 "`source.messages_column` exclude each other; give one of the three."
             )
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rows of one file or dataset."""
-
-    origin: str
-    dataset: Dataset
-    kind: Kind
-    columns: Sequence[str]
-    places: Dataset | None = None
-    """Place of each row in its file, in the column `PLACE`; None if the number of the row is its place."""
-    skipped: Sequence[str] = ()
-    """Place and problem of every row that was left out."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a source, with their kind and their origin."""
-
-    dataset: Dataset
-    """Columns of strings. A chat is stored as the JSON text of its messages."""
-    parts: Sequence[Part]
-    on_bad_row: OnBadRow = "error"
-    turns: Turns = "last"
-
-    @property
-    def kind(self) -> Kind:
-        """The kind of the rows: `text`, `pairs` or `chat`."""
-        return self.parts[0].kind
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """The columns that are read: one for a text or a chat, prompt and response for pairs."""
-        return self.parts[0].columns
-
-    @property
-    def skipped(self) -> list[str]:
-        """Place and problem of every row that was left out while reading."""
-        return [row for part in self.parts for row in part.skipped]
-
-    def where(self, row: int) -> str:
-        """Place of row `row` (from 0), for messages: `data.jsonl, line 3` or `org/data, row 3` (from 1)."""
-        for part in self.parts:
-            if row < len(part.dataset):
-                place = f"row {row + 1}" if part.places is None else part.places[row][PLACE]
-                return f"{part.origin}, {place}"
-            row -= len(part.dataset)
-        raise AssertionError("a row beyond the end of its source")
-
-    def refuse(self, row: int, problem: Exception | str) -> str:
-        """Raise `BadRow` for row `row`, or return the problem as text if bad rows are skipped."""
-        if self.on_bad_row == "error":
-            raise BadRow.at(self.where(row), str(problem))
-        return str(problem)
 
 
 def load_rows(source: TextSource) -> Rows:
@@ -148,9 +109,8 @@ def load_rows(source: TextSource) -> Rows:
         if (part.kind, part.columns) != (first.kind, first.columns):
             raise UserError(f"`source.path`: {part.origin} has other columns than {first.origin}; name the columns.")
     datasets = [part.dataset for part in parts]
-    rows = Rows(
-        datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), parts, source.on_bad_row, source.turns
-    )
+    whole = datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets)
+    rows = Rows(whole, parts, source.on_bad_row, source.turns, source.turn_weights)
     if len(rows.dataset) == 0:
         skipped_rows(rows.skipped, len(rows.skipped))
     return rows
@@ -163,17 +123,28 @@ def _load(source: TextSource) -> list[tuple[str, Dataset | Path]]:
         return [(EMBEDDED_TEXT, Dataset.from_dict({"text": documents}))]
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return [(str(path), _load_saved(source, path))]
-    if path.is_file():
-        return [(str(path), _load_file(path))]
-    if files := sorted(glob(str(path), recursive=True)):
-        return [(file, _load_file(Path(file))) for file in files]
-    if ending(path) not in _ENDINGS and _HUB_ID.fullmatch(source.path):
-        return [(source.path, _load_hub(source))]
-    raise UserError(f"`source.path`: no file matches {source.path!r}; check the path.")
+        return [(str(path), load_saved(source, path))]
+    if files := files_of(source):
+        return [(str(file), _load_file(file)) for file in files]
+    return [(source.path, _load_hub(source))]
 
 
-def _load_file(path: Path) -> Dataset | Path:
+def files_of(source: TextSource) -> list[Path]:
+    """The file that a source names, or those that its glob matches, in order; none for what may be a Hub id.
+
+    Raises:
+        UserError: no file matches, or a file has an unknown ending or is empty.
+    """
+    path = Path(source.path).expanduser()
+    files = [path] if path.is_file() else [Path(file) for file in sorted(glob(str(path), recursive=True))]
+    if not files and (ending(path) in _ENDINGS or not _HUB_ID.fullmatch(source.path)):
+        raise UserError(f"`source.path`: no file matches {source.path!r}; check the path.")
+    for file in files:
+        _check_file(file)
+    return files
+
+
+def _check_file(path: Path) -> None:
     if ending(path) not in _ENDINGS:
         raise UserError(
             f"`source.path`: {path} has an unknown ending; files are read by theirs: {', '.join(sorted(_ENDINGS))}, "
@@ -181,6 +152,9 @@ def _load_file(path: Path) -> Dataset | Path:
         )
     if path.stat().st_size == 0:
         raise empty(str(path))
+
+
+def _load_file(path: Path) -> Dataset | Path:
     if ending(path) != ".parquet":
         return path
     try:
@@ -194,7 +168,7 @@ def _load_file(path: Path) -> Dataset | Path:
 def _part(source: TextSource, origin: str, dataset: Dataset) -> Part:
     if len(dataset) == 0:
         raise empty(origin)
-    kind, columns = _columns(source, origin, dataset.column_names)
+    kind, columns = columns_of(source, origin, dataset.column_names)
     dataset = dataset.select_columns(columns)
     return Part(origin, dataset.map(_packed) if kind == "chat" else dataset, kind, columns)
 
@@ -204,12 +178,17 @@ def _packed(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_file(source: TextSource, path: Path) -> Part:
-    kind, columns = _columns(source, str(path), column_names(path))
+    kind, columns = columns_of(source, str(path), column_names(path))
     dataset, places, skipped = read_table(path, kind, columns, source.on_bad_row)
     return Part(str(path), dataset, kind, columns, places, skipped)
 
 
-def _load_saved(source: TextSource, path: Path) -> Dataset:
+def load_saved(source: TextSource, path: Path) -> Dataset:
+    """The dataset in a directory that `save_to_disk` wrote. Its rows stay on disk.
+
+    Raises:
+        UserError: the directory was not written so, or has no such split.
+    """
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError) as error:
@@ -234,8 +213,12 @@ def _load_hub(source: TextSource) -> Dataset:
         ) from error
 
 
-def _columns(source: TextSource, origin: str, present: Sequence[str]) -> tuple[Kind, list[str]]:
-    """The kind of the rows and the columns to read: those that the settings name, else those of a usual name."""
+def columns_of(source: TextSource, origin: str, present: Sequence[str]) -> tuple[Kind, list[str]]:
+    """The kind of the rows and the columns to read: those that the settings name, else those of a usual name.
+
+    Raises:
+        UserError: a column is not there, or none or several could be meant.
+    """
     forms: list[tuple[Kind, list[str | None]]] = [
         ("text", [source.text_column]),
         ("pairs", [source.prompt_column, source.response_column]),

@@ -1,7 +1,7 @@
 """Read a JSON or text file as a `datasets.Dataset`. The result is cached on disk until the file changes."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from numpy.typing import NDArray
 
-from pdtrim_pl.data.files import TEXT_ENDINGS, ending, read_lines
+from pdtrim_pl.data.files import TEXT_ENDINGS, Line, ending, read_lines
 from pdtrim_pl.data.malformed import BadRow, Kind, OnBadRow, check_value, damaged, empty, skipped_rows
 from pdtrim_pl.errors import UserError
 
@@ -102,14 +102,25 @@ def _string_rows(
     path: str, kind: Kind, columns: tuple[str, ...], on_bad_row: OnBadRow, key: tuple[int, ...]
 ) -> Iterator[dict[str, str | None]]:
     """Rows of a file. `key` only changes the cache key of `Dataset.from_generator`."""
-    for line in read_lines(Path(path)):
+    yield from string_rows(read_lines(Path(path)), path, kind, columns, on_bad_row)
+
+
+def string_rows(
+    lines: Iterable[Line], origin: str, kind: Kind, columns: Sequence[str], on_bad_row: OnBadRow
+) -> Iterator[dict[str, str | None]]:
+    """Some columns of rows as text, with `PLACE` and `FAULT`. A chat becomes JSON text.
+
+    Raises:
+        BadRow: a row is bad, and `on_bad_row` is `error`. `origin` is the name of its file.
+    """
+    for line in lines:
         try:
             if line.fault is not None:
                 raise UserError(line.fault)
             values = {column: _string(kind, column, line.row.get(column)) for column in columns}
         except ValueError as error:
             if on_bad_row == "error":
-                raise BadRow.at(f"{path}, {line.place}", str(error)) from error
+                raise BadRow.at(f"{origin}, {line.place}", str(error)) from error
             yield {**dict.fromkeys(columns), PLACE: line.place, FAULT: str(error)}
         else:
             yield {**values, PLACE: line.place, FAULT: None}
@@ -117,7 +128,7 @@ def _string_rows(
 
 def _string(kind: Kind, column: str, value: Any) -> str:
     check_value(kind, column, value)
-    text = json.dumps(value, ensure_ascii=False) if kind == "chat" else value
+    text = json.dumps(value, ensure_ascii=False, default=str) if kind == "chat" else value
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -35,7 +35,7 @@ class Distilled:
     targets: Tensor
     """Response token ids, [N]."""
     weights: Tensor
-    """Weight of each token in the mean over the batch, [N]; the weights sum to 1."""
+    """Weight of each token in the mean over the batch, [N]; the sum is 1 where all responses count the same."""
     student_head: Head
     teacher_head: Head
     student_cache: KVCache

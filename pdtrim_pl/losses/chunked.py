@@ -2,7 +2,8 @@
 
 Shapes: N response tokens of a batch (padding left out), n tokens of one chunk, H hidden, V vocabulary.
 Losses on tokens are averaged over the response tokens of a row, then over rows. So a batch that is split among ranks
-gives the same value. Losses on states (`hidden`, `kv`) are means over the batch of each rank.
+gives the same value. Losses on states (`hidden`, `kv`) are means over the batch of each rank, in which all rows count
+the same.
 """
 
 from __future__ import annotations
@@ -76,17 +77,25 @@ def check_terms(terms: Sequence[LossTerm]) -> None:
         raise UserError(f"`losses` is {names}: give at least one loss, and each at most once.")
 
 
-def token_weights(response_mask: Tensor, spoken: Tensor | None = None) -> Tensor:
-    """Weights of real response tokens in a mean over the tokens of a row, then over rows: [B, R] -> [N]; sum 1.
+def token_weights(
+    response_mask: Tensor, spoken: Tensor | None = None, response_weights: Tensor | None = None
+) -> Tensor:
+    """Weights of real response tokens in a mean over the tokens of a row, then over rows: [B, R] -> [N].
+
+    The mean is divided by the numbers of tokens and rows, whatever they weigh: a batch of one row counts its weight
+    too, and a batch that is split among ranks or micro-batches gives the same gradient. The weights of a training part
+    have a mean of 1 (`Collator.mean_weight`), so the loss over an epoch is a weighted mean.
 
     Args:
         response_mask: True on real tokens.
         spoken: result of `spoken_tokens`, if it is there already.
+        response_weights: what each token counts, [B, R]; ones by default, and then the result has the sum 1.
     """
     counts = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
     rows = (response_mask.sum(dim=1) > 0).sum().clamp(min=1)
     spoken = spoken_tokens(response_mask) if spoken is None else spoken
-    return (response_mask.float() / counts / rows).flatten()[spoken]
+    said = response_mask if response_weights is None else response_weights
+    return (said.float() / counts / rows).flatten()[spoken]
 
 
 def spoken_tokens(response_mask: Tensor, counts: RowCounts | None = None) -> Tensor:

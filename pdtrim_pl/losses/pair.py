@@ -46,7 +46,7 @@ def run_pair(
     unused = KVCache({}, out.cache.lengths)
     return Distilled(
         student=out.hidden.flatten(0, 1)[spoken], teacher=reference.hidden.flatten(0, 1)[spoken],
-        targets=batch.response_ids.flatten()[spoken], weights=token_weights(mask, spoken),
+        targets=batch.response_ids.flatten()[spoken], weights=token_weights(mask, spoken, batch.response_weights),
         student_head=student.compared_logits, teacher_head=teacher.compared_logits,
         student_head_weights=student.head_weights,
         student_cache=out.cache if keep_caches else unused,

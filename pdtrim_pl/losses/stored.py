@@ -156,8 +156,8 @@ def run_alone(
     unused = KVCache({}, out.cache.lengths)
     return Distilled(
         student=out.hidden.flatten(0, 1)[spoken], teacher=rows, targets=batch.response_ids.flatten()[spoken],
-        weights=token_weights(mask, spoken), student_head=student.compared_logits, teacher_head=_as_stored,
-        student_head_weights=student.head_weights,
+        weights=token_weights(mask, spoken, batch.response_weights), student_head=student.compared_logits,
+        teacher_head=_as_stored, student_head_weights=student.head_weights,
         student_cache=unused, teacher_cache=unused, student_blocks={}, teacher_blocks={}, token_masks={},
         min_chunks=min_chunks, at_heads=gathered_once(student, None) if gather_heads else None,
     )  # fmt: skip
