@@ -84,8 +84,13 @@ class Parallel:
         with torch.no_grad():
             parameter.copy_(value)
 
-    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
-        """Reset the optimizer states of `written` parameters, and add `created` parameters to the optimizers."""
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[tuple[int, nn.Parameter]]) -> None:
+        """Reset the optimizer states of `written` parameters, and add the `created` ones of blocks to the optimizers.
+
+        Args:
+            written: parameters with new values.
+            created: (block, new parameter of it) pairs.
+        """
 
     def release(self, unused: Sequence[nn.Parameter]) -> None:
         """Free the optimizer states of weights that will not train again, where the strategy lets them."""

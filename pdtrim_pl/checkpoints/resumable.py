@@ -68,7 +68,7 @@ class ResumableModule(LightningModule):
         """Train under `plan` from now on, and add its new removals to the run's record.
 
         Weights that were offered for merges of `plan`, and those of `refits`, are written into the student, and their
-        optimizer state is reset. New weights join the first parameter group of the optimizer.
+        optimizer state is reset. New weights join a parameter group of the optimizer: their block's, or the first one.
         """
         known, before, parallel = len(self.plan.history), self._own_weights(), self.parallel
         written: list[nn.Parameter] = []
@@ -82,7 +82,7 @@ class ResumableModule(LightningModule):
         parallel.forget_gradients()
         added = [key for key in self._own_weights() if key not in before]
         self._added += added
-        parallel.renew_optimizer(written, self._weights_of(added))
+        parallel.renew_optimizer(written, [(key[1], weight) for key in added for weight in self._weights_of([key])])
         left = [gate for index, gate in self.student.gates.items() if index not in {*plan.prefill, *plan.decode}]
         parallel.release([parameter for gate in left for parameter in gate.parameters()])
         self.record.removals += [(self.global_step, removal) for removal in plan.history[known:]]

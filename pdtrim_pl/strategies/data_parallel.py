@@ -12,18 +12,20 @@ from typing_extensions import override
 
 from pdtrim_pl import compat
 from pdtrim_pl.strategies.base import S, StrategyParallel
+from pdtrim_pl.strategies.layer_rates import group_of
 
 
 class OptimizerOfLightning(StrategyParallel[S]):
     """Resets optimizer state where Lightning's own optimizers update the parameters themselves, whole or sharded."""
 
     @override
-    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[tuple[int, nn.Parameter]]) -> None:
         for optimizer in self.strategy.optimizers:
             for parameter in written:
                 optimizer.state.pop(parameter, None)
             # Not in a new group: a scheduler only knows the groups that existed when it was created.
-            optimizer.param_groups[0]["params"].extend(created)
+            for block, parameter in created:
+                group_of(optimizer, block)["params"].append(parameter)
 
 
 class DataParallel(OptimizerOfLightning[Strategy]):
@@ -41,7 +43,7 @@ class DataParallel(OptimizerOfLightning[Strategy]):
             parameter.copy_(self._agreed_weight(value, parameter))
 
     @override
-    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[tuple[int, nn.Parameter]]) -> None:
         super().renew_optimizer(written, created)
         wrapper = self.strategy.model
         # DDP sums only gradients of parameters that existed when it wrapped the module: wrap the module again.
