@@ -93,7 +93,10 @@ class Parallel:
         """
 
     def release(self, unused: Sequence[nn.Parameter]) -> None:
-        """Free the optimizer states of weights that will not train again, where the strategy lets them."""
+        """Free the optimizer states of weights that no pass needs any more, and move the weights to host memory.
+
+        A strategy that shards cannot do this and does nothing.
+        """
 
     def forget_gradients(self) -> None:
         """Clear stored gradients after a change of plan, so that dropped blocks are not updated with old ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -31,11 +31,16 @@ class OptimizerOfLightning(StrategyParallel[S]):
 class DataParallel(OptimizerOfLightning[Strategy]):
     """One device, or DDP."""
 
+    store = torch.device("cpu")
+    """Where released weights lie, for checkpoints and the export."""
+
     @override
     def release(self, unused: Sequence[nn.Parameter]) -> None:
         for optimizer in self.strategy.optimizers:
             for parameter in unused:
                 optimizer.state.pop(parameter, None)
+        if self.strategy.root_device != self.store:
+            move(unused, self.store)
 
     @override
     def write_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -50,4 +55,13 @@ class DataParallel(OptimizerOfLightning[Strategy]):
         if created and isinstance(self.strategy, DDPStrategy) and isinstance(wrapper, DistributedDataParallel):
             compat.remove_gradient_hooks(wrapper)  # otherwise every gradient is summed twice
             self.strategy.model = self.strategy.lightning_module
+            move(wrapper.parameters(), self.strategy.root_device)  # DDP refuses a module on two devices
             self.strategy.configure_ddp()
+
+
+def move(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Move parameters, in place, and drop their gradients. Optimizers and modules keep the same objects."""
+    for parameter in parameters:
+        if parameter.device != device:
+            parameter.grad = None
+            parameter.data = parameter.data.to(device)

@@ -6,6 +6,7 @@ import logging
 from abc import abstractmethod
 
 from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
 from typing_extensions import override
 
 from pdtrim_pl.data import PromptResponseDataModule
@@ -84,6 +85,14 @@ class PlacedModule(MeasuredModule):
         """Refuse callbacks that cannot work with this place and with what trains."""
         callbacks = list(self.trainer.callbacks)  # type: ignore[attr-defined]
         check_callbacks(callbacks, offline=self.is_alone, adapters=isinstance(self.trainable, LoRA))
+
+    @override
+    def _unused_weights(self) -> list[nn.Parameter]:
+        unused = super()._unused_weights()
+        if self.placement != "shared":
+            return unused
+        adapters = {id(p) for gate in self.student.gates.values() for p in gate.adapters.parameters()}
+        return [parameter for parameter in unused if id(parameter) in adapters]  # the teacher runs every block
 
     def _loaded_teacher(self, student: StagedCausalLM) -> StagedCausalLM | None:
         """The teacher at its place, and the student's side of the comparison; None if it is offline."""
