@@ -131,6 +131,7 @@ class PDTrimModule(PlacedModule):
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
         check_trainable(self.trainer.strategy, self.trainable)
+        self._check_teacher_bits()
         if stage == "fit":
             self._check_masters(dtype_of(self.loading.dtype))
         check_same_checkpoint(self.parallel, self.found_checkpoint)
