@@ -207,8 +207,8 @@ def _origin(trainer: Trainer, module: PDTrimModule) -> Origin:
 
 
 def _untrained(module: PDTrimModule) -> StagedCausalLM:
-    """The student as it was before training. It has the teacher's weights, unless the teacher is another model."""
-    if module.loading.teacher in (None, module.model_name):
+    """The student as it was before training. It has the teacher's weights, unless these are others or in 8 bits."""
+    if module.loading.teacher in (None, module.model_name) and module.loading.teacher_bits is None:
         return module.teacher
     attention, adapter = module.loading.attn_implementation, module.architecture
     model = load_causal_lm(module.model_name, attn_implementation=attention, architecture=adapter)

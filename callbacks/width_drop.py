@@ -16,8 +16,9 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.export.sliced import narrowed_config
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.plan import Part, StagePlan, Target
+from pdtrim_pl.plan import Part, Stage, StagePlan, Target
 from pdtrim_pl.search import Guards, Narrowing, check_units, narrow
+from pdtrim_pl.search.stacked import check_together
 from pdtrim_pl.sizing.callback_load import CallbackLoad
 from pdtrim_pl.strategies import check_refits
 
@@ -113,6 +114,18 @@ class WidthDrop(RemovalRounds):
         assert units is not None
         left = units - sum(self._count(plan, count) for count in self.schedule.values())
         narrowed_config(student.model.config, {self.part: cut}, {self.part: left}, student.kv_shape.head_dim)
+        for wide in set(self._left_by_all(trainer, plan).values()):
+            narrowed_config(student.model.config, {self.part: cut}, {self.part: wide}, student.kv_shape.head_dim)
+
+    def _left_by_all(self, trainer: Trainer, plan: StagePlan) -> dict[Stage, int]:
+        """Number of units that each stage keeps after all drops of this part; empty if this callback has them all."""
+        drops = [one for one in trainer.callbacks if isinstance(one, WidthDrop) and one.part == self.part]  # type: ignore[attr-defined]
+        if len(drops) == 1:
+            return {}
+        due = [(epoch, place) for place, one in enumerate(drops) for epoch in one.schedule if epoch not in one.done]
+        return check_together(
+            plan, [drops[p]._narrowing(plan, drops[p]._count(plan, drops[p].schedule[e]), 0) for e, p in sorted(due)]
+        )
 
     def _count(self, plan: StagePlan, wanted: int | float) -> int:
         """Number of units to remove from every block. A share of heads is rounded to whole key/value groups."""

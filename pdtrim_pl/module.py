@@ -13,9 +13,13 @@ from uuid import uuid4
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
@@ -49,6 +53,7 @@ from pdtrim_pl.strategies import (
     parallel_of,
 )
 from pdtrim_pl.strategies.flags import StepFlags
+from pdtrim_pl.strategies.layer_rates import LayerRates, check_same_groups, groups_by_block, scaled_rates
 from pdtrim_pl.strategies.schedule import Schedule
 from pdtrim_pl.teacher.placed import PlacedModule
 
@@ -69,6 +74,7 @@ class PDTrimModule(PlacedModule):
         teacher: where the teacher lives: a copy, the student's own weights, or on disk. Its name is in `loading`.
         trainable: `all` weights; those of blocks that stand for several (`merged`); the `norms`; or low-rank adapters
             (`lora`, or their settings), which an export merges.
+        layer_rates: lower learning rates for blocks far from what the plan changed. By default all have the same.
 
     Raises:
         UserError: a setting is invalid.
@@ -90,6 +96,7 @@ class PDTrimModule(PlacedModule):
         schedule: Schedule | None = None,
         teacher: TeacherPlace = TeacherPlace(),
         trainable: Trainable | LoRA = "all",
+        layer_rates: LayerRates | None = None,
     ) -> None:
         super().__init__(teacher, trainable)
         self.losses = [KL()] if losses is None else list(losses)
@@ -99,6 +106,7 @@ class PDTrimModule(PlacedModule):
         if schedule is not None and lr_scheduler is not None:
             raise UserError("`schedule` and `lr_scheduler` both set the learning rate: give one of them.")
         self.optimizer_of, self.schedule, self.lr_scheduler_of = optimizer, schedule, lr_scheduler
+        self.layer_rates = layer_rates
         self.model_name, self.loading = loading.pinned(model)
         self.structure, self.chunk_tokens = structure, chunk_tokens
         check_adapter(architecture)
@@ -142,6 +150,7 @@ class PDTrimModule(PlacedModule):
         check_attention(self.loading.attn_implementation, device, sixteen_bits=halves)
         if self.loading.compile:
             check_compiling(self.trainer.strategy, self.trainable)
+        self._check_teacher_bits()
         if stage == "fit":
             self._check_masters(dtype_of(self.loading.dtype))
         check_same_checkpoint(self.parallel, self.found_checkpoint)
@@ -197,11 +206,19 @@ class PDTrimModule(PlacedModule):
             self.teacher.eval()
         return self
 
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_same_groups(checkpoint, self.layer_rates)
+
     # Training
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer_of(self.optimized_parameters())
+        parameters = self.optimized_parameters()
+        by_block = self.layer_rates is not None
+        optimizer = self.optimizer_of(groups_by_block(self.student, parameters) if by_block else parameters)
         if self.schedule is not None:
             scheduler: LRScheduler = self.schedule.over(self.trainer.estimated_stepping_batches, optimizer)
         elif self.lr_scheduler_of is not None:
@@ -211,10 +228,28 @@ class PDTrimModule(PlacedModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, *args: Any, **kwargs: Any
+    ) -> None:
         """Step, and free the gradients: Lightning keeps them through the next forward pass."""
-        super().optimizer_step(*args, **kwargs)
+        factors = {} if self.layer_rates is None else self.layer_rates.factors(self.plan)
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        with scaled_rates(own, factors):
+            super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         self.zero_grad()
+
+    @override
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:  # fmt: skip
+        """Clip gradients also for fused optimizers in bf16, where Lightning refuses them."""
+        plugin = self.trainer.precision_plugin
+        if gradient_clip_val and isinstance(plugin, MixedPrecision) and plugin.scaler is None:  # nothing is scaled
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -96,11 +96,19 @@ class Parallel:
         with torch.no_grad():
             parameter.copy_(value)
 
-    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
-        """Reset the optimizer states of `written` parameters, and add `created` parameters to the optimizers."""
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[tuple[int, nn.Parameter]]) -> None:
+        """Reset the optimizer states of `written` parameters, and add the `created` ones of blocks to the optimizers.
+
+        Args:
+            written: parameters with new values.
+            created: (block, new parameter of it) pairs.
+        """
 
     def release(self, unused: Sequence[nn.Parameter]) -> None:
-        """Free the optimizer states of weights that will not train again, where the strategy lets them."""
+        """Free the optimizer states of weights that no pass needs any more, and move the weights to host memory.
+
+        A strategy that shards cannot do this and does nothing.
+        """
 
     def forget_gradients(self) -> None:
         """Clear stored gradients after a change of plan, so that dropped blocks are not updated with old ones."""

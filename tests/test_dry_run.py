@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +20,16 @@ from torch import Tensor
 
 from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, Repair, SpanMerge, WidthDrop
 from pdtrim_pl.cli import main as cli
-from pdtrim_pl.cli.dry_run import run
+from pdtrim_pl.cli.dry_run import counted, run
 from pdtrim_pl.criteria import LastN
-from pdtrim_pl.data import PromptResponseDataModule
+from pdtrim_pl.data import Lengths, PromptResponseDataModule
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.search import WidthMoves
 from pdtrim_pl.selectors import BudgetSelector, Effort, KVSelector, MassSelector, NoSelector, SelectorLoad
 from pdtrim_pl.sizing.cost import CostTarget
-from pdtrim_pl.sizing.memory import (
-    GIB,
-    HOST_BYTES,
-    Layout,
-    Load,
-    MemoryEstimate,
-    block_elements,
-    memory_per_process,
-)
+from pdtrim_pl.sizing.load import GIB, Layout, Load
+from pdtrim_pl.sizing.memory import HOST_BYTES, MemoryEstimate, block_bytes, block_elements, memory_per_process
 from pdtrim_pl.sizing.of_run import load_of, model_config
 from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.staged import StagedCausalLM
@@ -363,3 +360,62 @@ def test_activations_are_estimated_within_a_quarter_of_what_autograd_keeps() -> 
     assert out.hidden.requires_grad
     estimated = block_elements(Shape.of(model.config)) * 2 * 2 * 32
     assert sum(kept.values()) == pytest.approx(estimated, rel=0.25)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+def test_activations_of_a_cpu_are_what_autograd_keeps(half: bool) -> None:
+    model = tiny_model("llama", blocks=3, hidden_size=128, intermediate_size=384)
+    staged = StagedCausalLM(model).train()
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights and tensor.numel() >= 512:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=half):
+        out = staged.prefill(torch.randint(64, (4, 128)))
+    assert out.hidden.requires_grad
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    cast = sum(parameter.numel() for parameter in staged.gates[0].block.parameters()) * 3 * 2 if half else 0
+    layout = Layout(compute_bytes=2 if half else 4, autocast=half, on_cpu=True)
+    assert found - cast == pytest.approx(block_bytes(Shape.of(model.config), layout) * 3 * 4 * 128, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "batches", "padding"), [(4, "shuffled", 128), (1, "shuffled", 0), (4, "by_length", 0)]
+)
+def test_a_batch_is_as_long_as_its_longest_prompt_and_its_longest_response(
+    batch_size: int, batches: Any, padding: int
+) -> None:
+    data = PromptResponseDataModule("a", lengths=Lengths(256, 64, 192), batch_size=batch_size, batches=batches)
+    assert load_of(PDTrimModule("a"), data).padding == padding
+
+
+def test_padding_lengthens_what_a_step_keeps_and_nothing_else(eight: Shape) -> None:
+    def device(**changes: int) -> dict[str, int]:
+        return dict(memory_per_process(eight, eight, Layout(), replace(LOAD, searches=False, **changes)).device)
+
+    padded, longer, plain = device(padding=512), device(tokens=4608), device()
+    assert padded == longer
+    assert {name for name in plain if plain[name] != padded[name]} == {"activations or search"}
+
+
+def test_a_run_on_a_cpu_reserves_no_room_for_a_gpus_libraries_and_its_host_holds_python_too(
+    tiny_llama_dir: Path,
+) -> None:
+    names = [f"--model.model={tiny_llama_dir}", f"--data.tokenizer={tiny_llama_dir}", "--trainer.callbacks=[]"]
+    arguments = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *names]
+    on_cpu = counted([*arguments, "--trainer.devices=2"])
+    assert on_cpu.memory.device["reserve"] == GIB // 10
+    assert on_cpu.host == 2 * (on_cpu.memory.total + GIB * 5 // 8)
+    assert counted([*arguments, "--trainer.accelerator=gpu"]).memory.device["reserve"] == 2 * GIB
+
+
+@pytest.mark.slow
+def test_the_estimate_is_within_15_percent_of_the_peak_of_a_real_run() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "dry_run.py"), "--json", "--only", "256 x 4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert json.loads(said.splitlines()[-1])["largest_error"] < 0.15

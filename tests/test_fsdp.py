@@ -24,7 +24,8 @@ from pdtrim_pl.cli.dry_run import run
 from pdtrim_pl.cli.lightning_cli import _uses_checkpoint_io
 from pdtrim_pl.merging import Merging, fit_runs
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.sizing.memory import Load, memory_per_process
+from pdtrim_pl.sizing.load import Load
+from pdtrim_pl.sizing.memory import memory_per_process
 from pdtrim_pl.sizing.of_run import Processes, layout_of
 from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.staged import StagedCausalLM

@@ -354,6 +354,35 @@ def test_the_learning_rate_follows_the_schedule_over_the_steps_of_the_trainer(
     assert rates.seen == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_fused_optimizer_clips_in_bf16_as_another_one(algorithm: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """As in the shipped configurations for SmolLM2."""
+    weights: list[torch.Tensor] = []
+    for fused, clip in ((True, 1e-3), (False, 1e-3), (False, None)):
+        seed_everything(0, verbose=False)
+        module = PDTrimModule(str(tiny_llama_dir), optimizer=partial(torch.optim.SGD, lr=10.0, fused=fused))
+        data = PromptResponseDataModule(
+            str(tiny_llama_dir), SHORT, Lengths(24, 8, 16), Parts(validation=0, calibration=4, max_train=4),
+            batch_size=4,
+        )  # fmt: skip
+        module.structure = Structure(plan=_without_a_block(tiny_llama_dir, tmp_path))
+        Trainer(
+            accelerator="cpu", devices=1, default_root_dir=tmp_path, max_epochs=1, precision="bf16-mixed", logger=False,
+            gradient_clip_val=clip, gradient_clip_algorithm=algorithm, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        ).fit(module, datamodule=data)  # fmt: skip
+        weights.append(module.student.model.get_input_embeddings().weight.detach())
+    torch.testing.assert_close(weights[0], weights[1])
+    assert not torch.allclose(weights[0], weights[2], atol=1e-4)
+
+
+def _without_a_block(model: Path, folder: Path) -> Path:
+    """A plan under which student and teacher differ."""
+    path = folder / "plan.json"
+    StagePlan.full(ModelRef(str(model), "llama", 4)).drop("both", 2).save(path)
+    return path
+
+
 class Rates(Callback):
     """Notes the learning rate of every optimizer step."""
 

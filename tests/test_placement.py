@@ -8,11 +8,13 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_lora import SETTINGS, adapter_parameters, drops, fit, module_of
 from test_losses import batch
 from tiny_models import FAMILIES, tiny_model
@@ -24,7 +26,8 @@ from pdtrim_pl.losses import KL, HiddenMatch, KVMatch
 from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.models.placement import Placement, TeacherPlace
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.sizing.memory import Layout, Load, memory_per_process
+from pdtrim_pl.sizing.load import Layout, Load
+from pdtrim_pl.sizing.memory import memory_per_process
 from pdtrim_pl.sizing.of_run import model_config
 from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.sizing.trained import trained_weights
@@ -243,6 +246,18 @@ def test_the_dry_run_tells_the_place_what_trains_and_less_memory(tiny_llama_dir:
     assert "  teacher                     0.00" in tight
     asked = told(*memory, "79", "--model.teacher.placement=offline", "--model.teacher.cache=somewhere")
     assert "teacher: offline (nothing else is possible with these settings)" in asked
+
+
+def test_a_place_that_is_not_estimated_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a trainer, or with data of one's own, two places are possible and none is compared."""
+    module = PDTrimModule("tiny", trainable="lora")
+    module._trainer = SimpleNamespace(  # type: ignore[assignment]
+        strategy=SingleDeviceStrategy("cpu"), datamodule=None, is_global_zero=True, callbacks=[]
+    )
+    with caplog.at_level(logging.INFO):
+        assert module.placement == "copy"
+    assert "copy (memory is not estimated without a PromptResponseDataModule)" in caplog.text
+    assert "nothing else" not in caplog.text
 
 
 def test_the_dry_run_refuses_callbacks_that_would_run_a_teacher_that_is_not_there() -> None:

@@ -169,6 +169,21 @@ def test_a_broken_plan_file_is_refused(tmp_path: Path, text: str, message: str) 
         StagePlan.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("merged", {"prefil": {}}), ("untied", {"prefil": [1]}), ("widths", {"prefil": {"1": {"channels": "0-3"}}})],
+)
+def test_a_plan_file_that_names_an_unknown_stage_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` names the unknown stage\(s\) \['prefil'\]"):
+        StagePlan.from_json({**FULL.to_json(), name: value})
+
+
+@pytest.mark.parametrize("name", ["merged", "untied", "widths"])
+def test_a_plan_file_with_a_list_in_place_of_stages_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="malformed near"):
+        StagePlan.from_json({**FULL.to_json(), name: [1]})
+
+
 def test_a_missing_plan_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no stage plan at .*nowhere.json"):
         StagePlan.load(tmp_path / "nowhere.json")

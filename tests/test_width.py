@@ -152,6 +152,12 @@ def test_a_range_that_ends_before_it_begins_is_refused() -> None:
         numbers_of("0-2,5-3")
 
 
+@pytest.mark.parametrize("text", ["0-99999999999", "99999999999", "9" * 5000, "0-9999998,0-9999998", "1-" + "9" * 5000])
+def test_a_text_that_names_more_than_any_block_has_is_refused_at_once(text: str) -> None:
+    with pytest.raises(UserError, match="no block has more than 10,000,000 channels or heads"):
+        numbers_of(text)
+
+
 def test_a_plan_file_of_the_first_version_is_read() -> None:
     path = RESULTS / "nested_3" / "stage_plan.json"
     assert json.loads(path.read_text())["format"] == "pdtrim.stage_plan/1"

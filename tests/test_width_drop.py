@@ -16,13 +16,14 @@ from tiny_models import tiny_model
 
 from callbacks import BlockDrop, KVRetention, PlanLogger, Repair, WidthDrop
 from pdtrim_pl.checkpoints.state import CheckpointState
-from pdtrim_pl.criteria import CosineRedundancy, LeastSquaresError
+from pdtrim_pl.criteria import ActivationTimesWeight, CosineRedundancy, LeastSquaresError
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.export import load_stage
 from pdtrim_pl.export.from_checkpoint import export_checkpoint
 from pdtrim_pl.module import PDTrimModule
-from pdtrim_pl.plan import STAGES, StagePlan
-from pdtrim_pl.search import Guards
+from pdtrim_pl.plan import STAGES, ModelRef, Relation, StagePlan, Structure, Target
+from pdtrim_pl.search import Guards, Narrowing
+from pdtrim_pl.search.stacked import check_together
 from pdtrim_pl.selectors import MassSelector
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import reference_to
@@ -112,6 +113,49 @@ def test_a_schedule_that_cannot_be_is_refused(schedule: dict[int, int | float]) 
 def test_a_schedule_that_asks_for_too_much_fails_before_the_first_step(tiny_llama_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="64 channels cannot leave block 0 in `both`: it has 64, and must keep 1"):
         fit(tmp_path, tiny_llama_dir, [WidthDrop("both", {0: 32, 1: 32})])
+
+
+@pytest.mark.parametrize(
+    ("relation", "drops", "message"),
+    [
+        (
+            "nested",
+            [("both", {1: 40}), ("decode", {2: 30})],
+            "30 cannot leave `decode` .* removal 2, where 24 are left",
+        ),
+        ("nested", [("decode", {1: 40}), ("both", {2: 24})], "24 cannot leave `both` .* removal 2, where 24 are left"),
+        ("nested", [("prefill", {1: 40}), ("decode", {2: 12, 3: 12})], "removal 3, where 12 are left and 1 must stay"),
+        ("free", [("both", {2: 40}), ("prefill", {1: 24})], "40 cannot leave `both` .* removal 2, where 40 are left"),
+    ],
+)
+def test_drops_that_are_possible_one_by_one_and_not_together_fail_before_the_first_step(
+    relation: Relation, drops: list[tuple[Target, dict[int, int | float]]], message: str, tiny_llama_dir: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    trainer = trainer_for(tmp_path, [WidthDrop(*drop) for drop in drops], max_epochs=4)
+    module, data = module_for(tiny_llama_dir), data_for(tiny_llama_dir)
+    module.structure = Structure(relation)
+    with pytest.raises(UserError, match=rf"all WidthDrops together take more channels than block 0 has: .*{message}"):
+        trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("relation", "removals", "left"),
+    [
+        ("nested", [("decode", 40), ("prefill", 40)], (24, 24)),  # prefill first loses what decode has lost
+        ("nested", [("decode", 40), ("prefill", 50)], (14, 14)),
+        ("nested", [("prefill", 40), ("decode", 10)], (24, 14)),
+        ("free", [("prefill", 40), ("decode", 60)], (24, 4)),
+        ("unified", [("both", 30), ("both", 33)], (1, 1)),
+    ],
+)
+def test_drops_together_leave_each_stage_what_the_relation_lets_it_keep(
+    relation: Relation, removals: list[tuple[Target, int]], left: tuple[int, int]
+) -> None:
+    plan = StagePlan.full(ModelRef("tiny", "llama", 2, channels=64), relation)
+    narrowings = [Narrowing(target, "channels", count, ActivationTimesWeight()) for target, count in removals]
+    assert check_together(plan, narrowings) == dict(zip(STAGES, left, strict=True))
 
 
 def test_a_share_of_a_model_of_unknown_size_fails_before_the_first_step() -> None:

@@ -296,3 +296,14 @@ def test_a_reduction_that_no_codec_reaches_is_refused() -> None:
         BudgetSelector(codecs=["int5"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"`min_recall` is 1.5: give a share"):
         BudgetSelector(min_recall=1.5)
+
+
+@given(any_codec())
+def test_a_codec_is_read_back_equal(codec: Codec) -> None:
+    assert Codec.from_json(codec.to_json()) == codec
+
+
+@pytest.mark.parametrize("keys", ["none", "fp8"])
+def test_codecs_whose_keys_have_no_groups_are_equal_whatever_group_is_given(keys: Form) -> None:
+    assert Codec(keys, "int4", group=32) == Codec(keys, "int4")
+    assert Codec("int4", "int4", group=32) != Codec("int4", "int4")

@@ -73,7 +73,7 @@ class ResumableModule(LightningModule):
         """Train under `plan` from now on, and add its new removals to the run's record.
 
         Weights that were offered for merges of `plan`, and those of `refits`, are written into the student, and their
-        optimizer state is reset. New weights join the first parameter group of the optimizer.
+        optimizer state is reset. New weights join a parameter group of the optimizer: their block's, or the first one.
         """
         known, before, parallel = len(self.plan.history), self._own_weights(), self.parallel
         written: list[nn.Parameter] = []
@@ -87,9 +87,8 @@ class ResumableModule(LightningModule):
         parallel.forget_gradients()
         added = [key for key in self._own_weights() if key not in before]
         self._added += added
-        parallel.renew_optimizer(written, self._weights_of(added))
-        left = [gate for index, gate in self.student.gates.items() if index not in {*plan.prefill, *plan.decode}]
-        parallel.release([parameter for gate in left for parameter in gate.parameters()])
+        parallel.renew_optimizer(written, [(key[1], weight) for key in added for weight in self._weights_of([key])])
+        parallel.release(self._unused_weights())
         self.record.removals += [(self.global_step, removal) for removal in plan.history[known:]]
 
     def apply_policy(self, policy: KVRetentionPolicy | None) -> None:
@@ -112,6 +111,12 @@ class ResumableModule(LightningModule):
     def _weights_of(self, own: Iterable[tuple[Stage, int]]) -> list[nn.Parameter]:
         gates = self.student.gates
         return [parameter for stage, index in own for parameter in gates[index].untied[stage].parameters()]
+
+    def _unused_weights(self) -> list[nn.Parameter]:
+        """Weights that no pass needs any more: those of blocks that have left both stages."""
+        used = {*self.plan.prefill, *self.plan.decode}
+        left = [gate for index, gate in self.student.gates.items() if index not in used]
+        return [parameter for gate in left for parameter in gate.parameters()]
 
     def _untie(self, blocks: Mapping[Stage, Sequence[int]]) -> None:
         """Give blocks weights of their own in a stage. Sharded weights are gathered first."""
@@ -195,6 +200,7 @@ class ResumableModule(LightningModule):
     @override
     def on_fit_start(self) -> None:
         self.student.freeze_unused()
+        self.parallel.release(self._unused_weights())
         for folder in self._checkpoint_folders():
             check_writable(folder)
 

@@ -44,7 +44,7 @@ def _write(options: argparse.Namespace, rest: list[str]) -> None:
     identity = identity_of(module.pair, data, temperature_of(module.losses), keys)
     index = CacheIndex(identity, making, module.pair.teacher_name, len(keys))
     device = torch.device(options.device)
-    teacher = module.pair.teacher(module.structure.boundary, module.pair.vocabularies[0]).to(device)
+    teacher = module.pair.teacher(module.structure.boundary, module.pair.vocabularies[0], device).to(device)
     warn_of_slow_bf16(device, teacher.model.dtype)
     size = options.batch_size or data.eval_batch_size
     writing = Writing(size, module.chunk_tokens, data.pad_id, device)

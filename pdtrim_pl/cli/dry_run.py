@@ -5,16 +5,44 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TextIO
+
+import torch
 
 from pdtrim_pl.cli.parsed import ParsedRun
 from pdtrim_pl.errors import UserError
+from pdtrim_pl.models.eight_bits import check_eight_bits
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.sizing.callback_load import check_callbacks
-from pdtrim_pl.sizing.memory import GIB, Layout, MemoryEstimate
+from pdtrim_pl.sizing.load import GIB, Layout
+from pdtrim_pl.sizing.memory import CPU_HOST_BYTES, MemoryEstimate
 from pdtrim_pl.sizing.of_run import Processes, RunSize, room_on_device, size_of
 from pdtrim_pl.staged.lora import LoRA
+from pdtrim_pl.strategies import check_teacher_bits
 from pdtrim_pl.teacher.choice import Allowed, Choice, choose
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A run whose memory was counted."""
+
+    module: PDTrimModule
+    size: RunSize
+    choice: Choice
+    memory: MemoryEstimate
+    limit: int
+    """Bytes that one process may use."""
+    on_a_node: int
+    """Number of processes on a host."""
+    on_cpu: bool
+
+    @property
+    def host(self) -> int:
+        """Bytes in the memory of the first host."""
+        if self.on_cpu:
+            return self.on_a_node * (CPU_HOST_BYTES + self.memory.total)
+        return self.memory.of_host(self.on_a_node)
 
 
 def run(args: Sequence[str], out: TextIO | None = None) -> int:
@@ -28,32 +56,51 @@ def run(args: Sequence[str], out: TextIO | None = None) -> int:
     own.add_argument("--device_memory", type=float, default=None, metavar="GIB")
     own.add_argument("--host_memory", type=float, default=None, metavar="GIB")
     options, rest = own.parse_known_args(list(args))
-    parsed = ParsedRun(rest)
+    found = counted(rest, options.device_memory)
+    of = "" if options.host_memory is None else f"  of {options.host_memory:.1f}"
+    lines = [
+        *_table(found),
+        f"GiB in the host memory of the first node, with {found.on_a_node} process(es): {found.host / GIB:.1f}{of}",
+    ]
+    print("\n".join(lines), file=out or sys.stdout)
+    if found.memory.total > found.limit:
+        raise UserError(_too_large(found))
+    if options.host_memory is not None and found.host > options.host_memory * GIB:
+        raise UserError(_too_large_for_host(found.host, options.host_memory, found.size.layout))
+    return 0
+
+
+def counted(args: Sequence[str], device_memory: float | None = None) -> Counted:
+    """Count the memory of `pdtrim fit` with these arguments.
+
+    Args:
+        args: command line without options of the dry run.
+        device_memory: GiB of one device; by default this machine is asked.
+
+    Raises:
+        UserError: see `size_of`, or a callback cannot work with the teacher's place.
+    """
+    parsed = ParsedRun(args)
     module, trainer = parsed.model, parsed.trainer_settings
     on_a_node = _devices(trainer.devices)
     count = on_a_node * int(trainer.num_nodes or 1)
-    processes = Processes(trainer.strategy, str(trainer.precision or "32-true"), count)
+    on_cpu = trainer.accelerator == "cpu"
+    processes = Processes(trainer.strategy, str(trainer.precision or "32-true"), count, on_cpu)
     size = size_of(module, parsed.datamodule, trainer.callbacks, processes, parsed.shape_folders)
-    asked = options.device_memory
-    limit = int(asked * GIB) if asked is not None else room_on_device(trainer.accelerator, count)
+    limit = int(device_memory * GIB) if device_memory is not None else room_on_device(trainer.accelerator, count)
     same = module.loading.teacher in (None, module.model_name)
-    allowed = Allowed(isinstance(module.trainable, LoRA), same, size.layout.zero_stage == 3)
+    eight_bits = module.loading.teacher_bits is not None
+    allowed = Allowed(isinstance(module.trainable, LoRA), same, size.layout.zero_stage == 3, eight_bits)
     choice = choose(allowed.places(module.place), lambda place: size.memory(place).total, limit)
     check_callbacks(
         trainer.callbacks or [], offline=choice.placement == "offline", adapters=isinstance(module.trainable, LoRA)
     )
-    memory, layout = size.memory(choice.placement), size.layout
-    on_host = trainer.accelerator == "cpu"
-    host = on_a_node * memory.total if on_host else memory.of_host(on_a_node)
-    lines = _table(module, size, choice, memory, limit)
-    of = "" if options.host_memory is None else f"  of {options.host_memory:.1f}"
-    lines.append(f"GiB in the host memory of the first node, with {on_a_node} process(es): {host / GIB:.1f}{of}")
-    print("\n".join(lines), file=out or sys.stdout)
-    if memory.total > limit:
-        raise UserError(_too_large(memory, limit, layout, module))
-    if options.host_memory is not None and host > options.host_memory * GIB:
-        raise UserError(_too_large_for_host(host, options.host_memory, layout))
-    return 0
+    if choice.placement != "offline":
+        check_teacher_bits(trainer.strategy, module.loading.teacher_bits)
+        if eight_bits and on_cpu:
+            check_eight_bits(torch.device("cpu"))
+    memory = size.memory(choice.placement)
+    return Counted(module, size, choice, memory, limit, on_a_node, on_cpu)
 
 
 def _devices(devices: Any) -> int:
@@ -64,8 +111,10 @@ def _devices(devices: Any) -> int:
     return text.count(",") + 1 if "," in text else max(int(text), 1) if text.lstrip("-").isdigit() else 1
 
 
-def _table(module: PDTrimModule, size: RunSize, choice: Choice, memory: MemoryEstimate, limit: int) -> list[str]:
-    name, shape, layout, trained = module.model_name, size.student, size.layout, size.layout.trained
+def _table(found: Counted) -> list[str]:
+    memory, choice, limit = found.memory, found.choice, found.limit
+    name, shape, layout = found.module.model_name, found.size.student, found.size.layout
+    trained = layout.trained
     sharded = "FSDP" if layout.fsdp else f"ZeRO-{layout.zero_stage}"
     spread = sharded if layout.zero_stage else "everything on each"
     return [
@@ -81,9 +130,10 @@ def _table(module: PDTrimModule, size: RunSize, choice: Choice, memory: MemoryEs
     ]
 
 
-def _too_large(memory: MemoryEstimate, limit: int, layout: Layout, module: PDTrimModule) -> str:
+def _too_large(found: Counted) -> str:
+    memory, limit, layout = found.memory, found.limit, found.size.layout
     ways = []
-    if not module.loading.gradient_checkpointing:
+    if not found.module.loading.gradient_checkpointing:
         ways.append("`model.loading.gradient_checkpointing: true`")
     if layout.zero_stage < 3 and layout.processes > 1:
         ways.append(f"PDTrimDeepSpeedStrategy with `stage: {max(2, layout.zero_stage + 1)}`")

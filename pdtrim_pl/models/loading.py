@@ -39,6 +39,9 @@ class Loading:
     """Name or path of the teacher; the model itself by default."""
     teacher_dtype: DType = "auto"
     """Element type of the teacher's weights; `auto` is the checkpoint's own."""
+    teacher_bits: Literal[8] | None = None
+    """8: the linear layers of the teacher's blocks are in 8 bits, which takes half of the memory of bf16. It needs
+    bitsandbytes and a GPU, and goes with one device and DDP. Everything else of the teacher is in `teacher_dtype`."""
     attn_implementation: Attention = "sdpa"
     """`sdpa` fits most runs. `flex_attention`, and `flash_attention_2` (in 16 bits, by the package flash-attn), are for
     GPUs. They build no mask of tokens times entries for padded rows either."""

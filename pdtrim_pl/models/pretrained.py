@@ -23,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.architectures import Architecture, architecture_of
+from pdtrim_pl.models.eight_bits import in_eight_bits
 from pdtrim_pl.models.loading import Attention
 from pdtrim_pl.models.model_files import (
     LOADER_ERRORS,
@@ -64,6 +65,7 @@ def load_causal_lm(
     dtype: torch.dtype | None = None,
     attn_implementation: Attention = "sdpa",
     architecture: Architecture | None = None,
+    eight_bits_on: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a decoder-only language model, whole, in eval mode.
 
@@ -73,11 +75,13 @@ def load_causal_lm(
         attn_implementation: see `Loading`. If `sdpa` cannot compute the model, `eager` is used
             and logged.
         architecture: adapter of the model's family, if the package has none.
+        eight_bits_on: the GPU on which its linear layers are to be in 8 bits; None leaves them as they are.
 
     Raises:
-        UserError: there is no such model, its family has no adapter, its weights are quantised, or its files are
-            damaged or incomplete.
+        UserError: there is no such model, its family has no adapter, its weights are quantised, its files are damaged
+            or incomplete, or there is no GPU or library for 8 bits.
     """
+    more = {} if eight_bits_on is None else in_eight_bits(eight_bits_on)
     config = usable_config(name_or_path, architecture)
     path, revision = located(name_or_path)
     with _readable_errors(name_or_path):
@@ -89,6 +93,7 @@ def load_causal_lm(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation,
             trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True, revision=revision,
+            **more,
         )  # fmt: skip
     model, loading_info = loaded
     check_whole(name_or_path, loading_info)

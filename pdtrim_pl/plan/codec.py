@@ -19,6 +19,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 CODE_BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "int4": 4, "int3": 3, "int2": 2})
 PARAMETER_BYTES = 2
 """Bytes of the parameters of one group in an integer form: one byte for its step, one for its centre."""
+GROUP = 64
+"""Number of positions of a group by default."""
 SCALE_BYTES = 2
 """Bytes of one bf16 number: a head's scale or largest step, or a channel's mean."""
 
@@ -40,8 +42,9 @@ class Codec:
     rotate_keys: bool = False
     """Rotate every key by an orthonormal Hadamard matrix before it is rounded."""
     rotate_values: bool = False
-    group: int = 64
-    """Number of positions that share the step and the centre of a key channel."""
+    group: int = GROUP
+    """Number of positions that share the step and the centre of a key channel. Keys in other forms have no groups: then
+    it is the default."""
     exact: int = 0
     """Number of first positions that are sent in the element type of the cache. The first token of a prompt is an
     attention sink: its keys are much larger than all others, and would make the steps of their group coarse."""
@@ -58,6 +61,8 @@ class Codec:
             raise UserError(f"`codec.group` is {self.group!r}: give a number of positions, at least 1.")
         if isinstance(self.exact, bool) or not isinstance(self.exact, int) or self.exact < 0:
             raise UserError(f"`codec.exact` is {self.exact!r}: give a number of positions, at least 0.")
+        if self.keys not in CODE_BITS:
+            object.__setattr__(self, "group", GROUP)  # nothing is grouped: codecs that write the same are equal
         if self.exact and self.is_none:
             raise UserError("`codec.exact` names positions, and `codec` rounds none: leave it out.")
 
@@ -119,7 +124,7 @@ class Codec:
             )
         return cls(
             data.get("keys", "none"), data.get("values", "none"), "keys" in rotate, "values" in rotate,
-            data.get("group", 64), data.get("exact", 0),
+            data.get("group", GROUP), data.get("exact", 0),
         )  # fmt: skip
 
     def __str__(self) -> str:

@@ -164,12 +164,12 @@ class PlannedStages:
                 decode=tuple(data["decode"]["blocks"]),
                 relation=data["relation"],
                 boundary=data["boundary"],
-                merged={s: {_block(k): tuple(v) for k, v in data["merged"].get(s, {}).items()} for s in STAGES},
-                untied={s: tuple(data.get("untied", {}).get(s, ())) for s in STAGES},
+                merged={s: {_block(k): tuple(v) for k, v in runs.items()} for s, runs in data["merged"].items()},
+                untied={s: tuple(blocks) for s, blocks in data.get("untied", {}).items()},
                 history=tuple(Removal(**entry) for entry in data.get("history", ())),
                 widths={
-                    s: {_block(k): Width.from_json(v) for k, v in data.get("widths", {}).get(s, {}).items()}
-                    for s in STAGES
+                    s: {_block(k): Width.from_json(v) for k, v in cut.items()}
+                    for s, cut in data.get("widths", {}).items()
                 },
                 layout=data.get("layout", "compact"),
             )

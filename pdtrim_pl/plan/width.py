@@ -11,6 +11,9 @@ from typing import Any
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan.stages import PARTS, STAGES, ModelRef, Part, Relation, Stage
 
+MOST_UNITS, MOST_DIGITS = 10**7, 8
+"""Bound of what a text may name, so that a typing error does not fill the memory."""
+
 
 @dataclass(frozen=True)
 class Width:
@@ -82,6 +85,8 @@ def numbers_of(text: str) -> tuple[int, ...]:
         first, dash, last = run.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"`widths` has {run!r}, which is neither a number nor a range such as 0-99.")
+        if max(len(first), len(last)) > MOST_DIGITS or len(numbers) + int(last or first) - int(first) > MOST_UNITS:
+            raise UserError(f"`widths` has {run[:40]!r}: no block has more than {MOST_UNITS:,} channels or heads.")
         if int(last or first) < int(first):
             raise UserError(f"`widths` has the range {run!r}, which ends before it begins.")
         numbers += range(int(first), int(last or first) + 1)

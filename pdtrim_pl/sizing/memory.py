@@ -9,12 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from pdtrim_pl.merging import Merging
-from pdtrim_pl.models.placement import Placement
-from pdtrim_pl.selectors import SelectorLoad
+from pdtrim_pl.sizing.load import GIB, Layout, Load
 from pdtrim_pl.sizing.shape import Shape
 
-GIB = 2**30
 LOGIT_COPIES = 8
 """Number of fp32 tensors [tokens of a chunk, V] in memory at once: logits and log-probabilities of both models, and
 their gradients. Half as many where the teacher is offline."""
@@ -22,6 +19,12 @@ HOST_BYTES = 2 * GIB
 """Python, its libraries and the data of one process; not measured on a machine with GPUs."""
 CONTEXT_BYTES = 2 * GIB
 """CUDA's context, NCCL's buffers and what the allocator cannot give back."""
+CPU_LOGIT_COPIES = 3
+"""The same on a CPU, which turns a few rows at a time into fp32: logits of both models, and their gradient."""
+CPU_HOST_BYTES = GIB * 5 // 8
+"""Python and its libraries in a process that trains on a CPU. Measured: 0.54 GiB."""
+CPU_CONTEXT_BYTES = GIB // 10
+"""Data, tokenizer and the buffers of libraries in such a process."""
 GATHERED_PARAMETERS = 10**9
 """DeepSpeed's default for the whole weights that ZeRO-3 keeps in memory (`stage3_max_live_parameters`)."""
 GRAM_MATRICES = 10
@@ -29,74 +32,6 @@ GRAM_MATRICES = 10
 of both stages to fit to and to judge by, and those of the solution."""
 REPEATED_LENGTH = 2
 """A request that repeats its prompt is at most so many times as long as an example."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a run is spread over processes, and its element types."""
-
-    processes: int = 1
-    zero_stage: int = 0
-    """What is sharded, as a ZeRO stage; 0 if every process holds everything."""
-    fsdp: bool = False
-    """FSDP shards the same as ZeRO-3. It trains the fp32 shards themselves, and gathers weights to compute."""
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    student_bytes: int = 4
-    """Bytes of one weight of the student."""
-    teacher_bytes: int = 4
-    """Bytes of one weight of the teacher."""
-    loaded_bytes: tuple[int, int] = (4, 4)
-    """Bytes of one weight of student and teacher while they are loaded."""
-    compute_bytes: int = 4
-    """Bytes of one activation."""
-    autocast: bool = False
-    """Whether fp32 weights are cast in every step. The copies are kept until the end of the step."""
-    optimizer_states: int = 2
-    """Number of state tensors per weight: 2 for Adam."""
-    frozen_embeddings: bool = False
-    """Whether token embeddings and head have neither gradients nor optimizer states."""
-    placement: Placement = "copy"
-    """Where the teacher lives: only `copy` and `sharded` hold weights of it."""
-    trained: int | None = None
-    """Number of weights with gradients, if only a part trains; None for all, or all but frozen embeddings."""
-    adapters: int = 0
-    """Number of weights of adapters, which are in fp32; then only these train."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """The work of one process at one time."""
-
-    batch: int
-    """Examples in a training batch."""
-    eval_batch: int
-    """Examples in a batch of the calibration set, and of the text that merged blocks are fitted on."""
-    tokens: int
-    """Maximum number of tokens of an example."""
-    chunk_tokens: int
-    """Number of tokens whose logits are in memory at once."""
-    gradient_checkpointing: bool
-    calibration: int = 0
-    """Number of examples of the calibration set. Its batches are split among the processes."""
-    searches: bool = True
-    """Whether a callback searches for removals."""
-    merging: Merging | None = None
-    """Settings of local fits; None if no blocks are merged."""
-    fitted_at_once: int = 0
-    """Number of blocks that local fits train at once."""
-    narrowed_on: int = 0
-    """Number of examples on which blocks are made narrower; 0 if none are."""
-    widths_offered: int = 0
-    """Number of widths that a search tries at once."""
-    selection: SelectorLoad | None = None
-    """What the KV selector keeps and runs; None if no policy is chosen."""
-    search_cache_bytes: int = 4 * GIB
-    """Limit of a search, and of a KV selector, for prompt caches and hidden states."""
-    search_teacher_bytes: int = 2 * GIB
-    """Limit of a search for the teacher's probabilities."""
-    untrained_bytes: int = 0
-    """Bytes of one weight of the student before training, if the export loads it again; else 0."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +66,7 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
     width = 4 if layout.adapters else layout.student_bytes
     device = {
         "student": student.parameters * layout.student_bytes // _shards(layout, 3) + 4 * layout.adapters,
-        "teacher": theirs * layout.teacher_bytes // _shards(layout, 3),
+        "teacher": _teacher_bytes(teacher, layout) if theirs else 0,
         "gradients": trained * width // _shards(layout, 2),
         "optimizer": trained * _optimizer_bytes(layout, width) // _shards(layout, 1),
     }
@@ -157,7 +92,7 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
         + _logits(student, load)
         + student.parameters * load.untrained_bytes,
     )
-    device["reserve"] = CONTEXT_BYTES
+    device["reserve"] = CPU_CONTEXT_BYTES if layout.on_cpu else CONTEXT_BYTES
     # FSDP shards models that are loaded whole in host memory. The others load to the device, ZeRO-3 layer by layer.
     whole = (student.parameters * layout.loaded_bytes[0], theirs * layout.loaded_bytes[1])
     return MemoryEstimate(device, host, sum(whole) if layout.fsdp else 0, _first(student, layout))
@@ -165,11 +100,20 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
 
 def _step(student: Shape, teacher: Shape, layout: Layout, load: Load) -> int:
     """Activations and logits of a training step."""
+    ours, logits = _activations(student, layout, load), _logits(student, load)
+    if layout.on_cpu:
+        logits = load.chunk_tokens * student.vocabulary * layout.compute_bytes * CPU_LOGIT_COPIES
+        if layout.trained is None and not layout.frozen_embeddings:
+            logits += 2 * student.vocabulary * student.hidden * 4  # gradients of the head: of a chunk, and their sum
     if layout.placement == "offline":
-        return _activations(student, layout, load) + _logits(student, load) // 2
-    return (
-        _activations(student, layout, load) + _activations(teacher, layout, load, kept=False) + _logits(student, load)
-    )
+        return ours + logits // 2
+    return ours + _activations(teacher, layout, load, kept=False) + logits
+
+
+def _teacher_bytes(teacher: Shape, layout: Layout) -> int:
+    """Bytes of the teacher's weights that one process holds."""
+    small = teacher.blocks * teacher.block if layout.teacher_eight_bits else 0
+    return (small + (teacher.parameters - small) * layout.teacher_bytes) // _shards(layout, 3)
 
 
 def _first(student: Shape, layout: Layout) -> int:
@@ -207,15 +151,25 @@ def _communication(student: Shape, teacher: Shape, layout: Layout, gradients: in
 def _activations(shape: Shape, layout: Layout, load: Load, *, kept: bool = True) -> int:
     """Activations of B x T tokens that backward needs. With `kept=False`: of a pass without gradients, which holds
     the activations of one block, and the caches of all blocks."""
-    tokens = load.batch * load.tokens
-    block = block_elements(shape)
-    thin = shape.hidden + 2 * shape.kv if kept else 2 * shape.kv
-    elements = thin * shape.blocks + block if load.gradient_checkpointing or not kept else block * shape.blocks
-    return tokens * elements * layout.compute_bytes
+    tokens = load.batch * (load.tokens + load.padding)
+    block = block_bytes(shape, layout)
+    if not load.gradient_checkpointing and kept:
+        return tokens * block * shape.blocks
+    thin = (shape.hidden + 2 * shape.kv if kept else 2 * shape.kv) * layout.compute_bytes
+    return tokens * (thin * shape.blocks + block)
+
+
+def block_bytes(shape: Shape, layout: Layout) -> int:
+    """Bytes that autograd keeps for one block and token."""
+    if layout.compute_bytes == 4:
+        return 4 * (8 * shape.hidden + 2 * shape.kv + 4 * shape.inner)
+    if layout.autocast:  # hidden states and norms in fp32, and copies of them for the layers
+        return 2 * (15 * shape.hidden + 2 * shape.kv + 4 * shape.inner)
+    return layout.compute_bytes * block_elements(shape)
 
 
 def block_elements(shape: Shape) -> int:
-    """Elements that autograd keeps for one block and token: norms in fp32, projections, attention, MLP."""
+    """Elements that autograd keeps for one block and token in 16 bits: norms in fp32, projections, attention, MLP."""
     return 11 * shape.hidden + 5 * shape.kv + 4 * shape.inner
 
 

@@ -23,7 +23,8 @@ from pdtrim_pl.models.names import split_revision
 from pdtrim_pl.models.placement import Placement
 from pdtrim_pl.models.pretrained import usable_config
 from pdtrim_pl.sizing.callback_load import TellsLoad
-from pdtrim_pl.sizing.memory import GIB, Layout, Load, MemoryEstimate, memory_per_process
+from pdtrim_pl.sizing.load import GIB, Layout, Load
+from pdtrim_pl.sizing.memory import MemoryEstimate, memory_per_process
 from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.sizing.trained import trained_weights
 from pdtrim_pl.staged.lora import LoRA
@@ -54,6 +55,8 @@ class Processes:
     """As Lightning reads it, short or long."""
     count: int
     """Number of processes of the whole run."""
+    on_cpu: bool = False
+    """Whether they compute on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def size_of(
     of_teacher = config if teacher is None else model_config(teacher, folders, adapter)
     adapter_of_teacher = adapter if of_teacher.model_type == config.model_type else None
     layout = layout_of(settings, processes, config, of_teacher)
-    same = teacher in (None, settings.model_name)
+    same = teacher in (None, settings.model_name) and settings.loading.teacher_bits is None
     load = load_of(settings, data, callbacks, 0 if same else _dtype("auto", config).itemsize)
     return RunSize(Shape.of(config, adapter), Shape.of(of_teacher, adapter_of_teacher), layout, load)
 
@@ -142,12 +145,13 @@ def layout_of(
         zero_stage=sharding.zero_stage, fsdp=sharding.fsdp,
         offload_optimizer=sharding.offload_optimizer, offload_parameters=sharding.offload_parameters,
         student_bytes=2 if half else student,
-        teacher_bytes=2 if half else theirs, loaded_bytes=(student, theirs),
+        teacher_bytes=2 if half else theirs, teacher_eight_bits=settings.loading.teacher_bits is not None,
+        loaded_bytes=(student, theirs),
         compute_bytes=2 if half or "mixed" in precision else student,
         # FSDP gathers weights in bf16.
         autocast="mixed" in precision and not half and not sharding.fsdp and student == 4,
         optimizer_states=_states(settings), frozen_embeddings=settings.loading.freeze_embeddings,
-        trained=trained, adapters=adapters,
+        trained=trained, adapters=adapters, on_cpu=processes.on_cpu,
     )  # fmt: skip
 
 
@@ -175,6 +179,7 @@ def load_of(
     return Load(
         batch=data.batch_size, eval_batch=data.eval_batch_size, tokens=data.lengths.max_length,
         chunk_tokens=settings.chunk_tokens, gradient_checkpointing=settings.loading.gradient_checkpointing,
+        padding=_padding(data),
         calibration=examples,
         merging=max(merges, key=lambda merging: merging.pairs_at_once, default=None),
         fitted_at_once=max((load.fitted_at_once for load in loads), default=0),
@@ -186,6 +191,13 @@ def load_of(
         search_teacher_bytes=max(limit.teacher for limit in limits),
         untrained_bytes=untrained_bytes if any(load.untrained_student for load in loads) else 0,
     )  # fmt: skip
+
+
+def _padding(data: PromptResponseDataModule) -> int:
+    """Tokens that the longest prompt and the longest response of a batch have beyond one example."""
+    if data.batch_size == 1 or data.batches == "by_length":
+        return 0
+    return data.lengths.max_prompt - data.lengths.min_prompt
 
 
 def _dtype(name: DType, config: PreTrainedConfig) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedModel
 
 from pdtrim_pl.errors import UserError
@@ -59,18 +60,20 @@ class ModelPair:
             plan = replace(plan, model=reference)  # a plan file may name its model by another path
         return model, plan, policy
 
-    def teacher(self, boundary: Boundary, vocabulary: int) -> StagedCausalLM:
+    def teacher(self, boundary: Boundary, vocabulary: int, device: torch.device | None = None) -> StagedCausalLM:
         """Load the teacher: frozen, in eval mode, with every block in both stages.
 
         Args:
             boundary: boundary of the student's plan.
             vocabulary: number of rows of the student's embedding.
+            device: where it is to compute; None is the CPU. With `teacher_bits` it is loaded there, else on the CPU.
 
         Raises:
             UserError: the teacher has another vocabulary, or see `load_causal_lm`.
         """
         adapter = self.adapter_of_teacher()
-        model = self._load(self.teacher_name, self.loading.teacher_dtype, adapter)
+        eight_bits_on = None if self.loading.teacher_bits is None else device or torch.device("cpu")
+        model = self._load(self.teacher_name, self.loading.teacher_dtype, adapter, eight_bits_on)
         plan = StagePlan.full(reference_to(model, self.teacher_name), boundary=boundary)
         teacher = StagedCausalLM(model, plan, architecture=adapter).eval().requires_grad_(False)
         teacher.compared_tokens = self._compared_tokens(vocabulary, model.config.vocab_size)
@@ -132,9 +135,13 @@ class ModelPair:
             "distributions cannot be compared. Use a teacher of the same family, or leave `loading.teacher` out."
         )
 
-    def _load(self, name: str, dtype: DType, adapter: Architecture | None) -> PreTrainedModel:
-        attention = self.loading.attn_implementation
-        return load_causal_lm(name, dtype=dtype_of(dtype), attn_implementation=attention, architecture=adapter)
+    def _load(
+        self, name: str, dtype: DType, adapter: Architecture | None, eight_bits_on: torch.device | None = None
+    ) -> PreTrainedModel:
+        return load_causal_lm(
+            name, dtype=dtype_of(dtype), attn_implementation=self.loading.attn_implementation, architecture=adapter,
+            eight_bits_on=eight_bits_on,
+        )  # fmt: skip
 
     def adapter_of_teacher(self) -> Architecture | None:
         """The model's adapter, if the teacher is of the same family; else None (the package's own adapter)."""

@@ -22,6 +22,7 @@ from pdtrim_pl.strategies.checks import (
     check_refits,
     check_skipping,
     check_strategy,
+    check_teacher_bits,
     check_trainable,
     directory_stage,
 )
@@ -32,7 +33,7 @@ from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
 __all__ = [
     "ZERO_STAGES", "PDTrimDeepSpeedStrategy", "PDTrimFSDPStrategy", "Sharding", "check_compiling", "check_drops",
     "check_freezing", "check_masters", "check_merges", "check_new_widths", "check_refits", "check_skipping",
-    "check_strategy", "check_trainable", "directory_stage", "parallel_of",
+    "check_strategy", "check_teacher_bits", "check_trainable", "directory_stage", "parallel_of",
 ]  # fmt: skip
 
 

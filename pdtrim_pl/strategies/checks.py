@@ -142,6 +142,20 @@ def check_compiling(strategy: Strategy | str, trainable: Trainable | LoRA) -> No
         raise UserError(f"`loading.compile` would compile nothing: {why}, or leave `compile` out.")
 
 
+def check_teacher_bits(strategy: Strategy | str, bits: int | None) -> None:
+    """Refuse a teacher in 8 bits under strategies that cast or shard its weights.
+
+    Raises:
+        UserError: the teacher is in 8 bits under DeepSpeed or FSDP.
+    """
+    if bits is not None and isinstance(strategy, PDTrimDeepSpeedStrategy | PDTrimFSDPStrategy):
+        raise UserError(
+            f"`loading.teacher_bits: {bits}` does not go with a strategy that casts or shards every model. Leave it "
+            "out and set `loading.teacher_dtype: bfloat16`, use `teacher.placement: offline`, or use `strategy: "
+            "ddp_find_unused_parameters_true`."
+        )
+
+
 def check_drops(strategy: Strategy) -> None:
     """Refuse a strategy under which blocks cannot be dropped during a run.
 

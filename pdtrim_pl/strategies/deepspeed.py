@@ -235,7 +235,7 @@ class ZeroParallel(StrategyParallel[PDTrimDeepSpeedStrategy]):
         safe_set_local_fp32_param(parameter, compat.own_shard(parameter).float())
 
     @override
-    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[tuple[int, nn.Parameter]]) -> None:
         assert not created, "`check_merges` refuses this"
         stage = 2 if self.whole else 3  # stages 1 and 2 keep optimizer states in the same way
         for parameter in written:

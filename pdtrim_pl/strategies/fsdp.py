@@ -119,7 +119,7 @@ class FSDPParallel(OptimizerOfLightning[PDTrimFSDPStrategy]):
             parameter.copy_(value)
 
     @override
-    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[nn.Parameter]) -> None:
+    def renew_optimizer(self, written: Sequence[nn.Parameter], created: Sequence[tuple[int, nn.Parameter]]) -> None:
         assert not created, "`check_merges` refuses this"
         super().renew_optimizer(written, created)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.models.placement import Placement, TeacherPlace
-from pdtrim_pl.sizing.memory import GIB
+from pdtrim_pl.sizing.load import GIB
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Allowed:
     """Whether the teacher is the model that is trimmed."""
     shards: bool
     """Whether the strategy shards weights."""
+    eight_bits: bool = False
+    """Whether the teacher's weights are to be in 8 bits."""
 
     def places(self, asked: TeacherPlace) -> list[Placement]:
         """The places that are possible, the best one first; the one that was asked for, if there is one.
@@ -29,7 +31,7 @@ class Allowed:
         """
         if asked.placement == "auto":
             found: list[Placement] = ["sharded" if self.shards else "copy"]
-            if self.adapters and self.same and not self.shards:
+            if self.adapters and self.same and not self.shards and not self.eight_bits:
                 found.append("shared")
             return found if asked.cache is None else [*found, "offline"]
         if asked.placement == "shared":
@@ -56,6 +58,11 @@ class Allowed:
             raise UserError(
                 "`teacher.placement: shared` runs the student's own weights, and `loading.teacher` names another "
                 "model. Leave it out, or use `placement: copy`."
+            )
+        if self.eight_bits:
+            raise UserError(
+                "`teacher.placement: shared` runs the student's own weights, and `loading.teacher_bits` wants others. "
+                "Leave it out, or use `placement: copy`."
             )
 
 

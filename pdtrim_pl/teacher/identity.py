@@ -58,7 +58,7 @@ class CacheIdentity:
 
 _SETTINGS: Mapping[str, str] = {
     "teacher": "the weights of the teacher (`model.model`, `model.loading.teacher`)",
-    "dtype": "the teacher's element type (`model.loading.teacher_dtype`)",
+    "dtype": "the teacher's element type (`teacher_bits`, `model.loading.teacher_dtype`)",
     "tokenizer": "the tokenizer (`data.tokenizer`)", "vocabulary": "the number of token ids that both models share",
     "temperature": "the `temperature` of the losses", "max_length": "`data.lengths.max_length`",
     "min_prompt": "`data.lengths.min_prompt`", "max_prompt": "`data.lengths.max_prompt`",

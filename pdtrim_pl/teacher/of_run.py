@@ -32,8 +32,9 @@ def identity_of(
     config = usable_config(pair.teacher_name, pair.adapter_of_teacher())
     dtype = dtype_of(pair.loading.teacher_dtype) or config.dtype or torch.float32
     lengths = data.lengths
+    bits = "" if pair.loading.teacher_bits is None else " with layers in 8 bits"
     return CacheIdentity(
-        teacher=model_fingerprint(pair.teacher_name), dtype=str(dtype).removeprefix("torch."),
+        teacher=model_fingerprint(pair.teacher_name), dtype=str(dtype).removeprefix("torch.") + bits,
         tokenizer=tokenizer_fingerprint(data.tokenizer),
         vocabulary=pair.compared_tokens() or config.vocab_size, temperature=temperature,
         max_length=lengths.max_length, min_prompt=lengths.min_prompt, max_prompt=lengths.max_prompt,

@@ -6,6 +6,7 @@ import logging
 from abc import abstractmethod
 
 from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
 from typing_extensions import override
 
 from pdtrim_pl.data import Batch, PromptResponseDataModule
@@ -13,6 +14,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.measured import MeasuredModule
 from pdtrim_pl.losses import LossTerm
 from pdtrim_pl.models.architectures import Architecture
+from pdtrim_pl.models.eight_bits import check_eight_bits
 from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.models.placement import Placement, TeacherPlace
 from pdtrim_pl.sizing.callback_load import check_callbacks
@@ -23,7 +25,7 @@ from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.staged.shared import SharedTeacher
 from pdtrim_pl.staged.trainable import Trainable
-from pdtrim_pl.strategies import Sharding
+from pdtrim_pl.strategies import Sharding, check_teacher_bits
 from pdtrim_pl.teacher.choice import Allowed, Choice, choose
 from pdtrim_pl.teacher.offline import OfflineTeacher
 
@@ -81,12 +83,27 @@ class PlacedModule(MeasuredModule):
     def allowed(self) -> Allowed:
         """What the settings say of the teacher's place."""
         shards = self._trainer is not None and Sharding.of(self._trainer.strategy).zero_stage == 3
-        return Allowed(isinstance(self.trainable, LoRA), self.pair.teacher_name == self.model_name, shards)
+        same = self.pair.teacher_name == self.model_name
+        return Allowed(isinstance(self.trainable, LoRA), same, shards, self.loading.teacher_bits is not None)
+
+    def _check_teacher_bits(self) -> None:
+        """Refuse a teacher in 8 bits where it cannot be loaded, before data is tokenised."""
+        if self.loading.teacher_bits is not None and not self.is_alone:
+            check_teacher_bits(self.trainer.strategy, self.loading.teacher_bits)
+            check_eight_bits(self.trainer.strategy.root_device)
 
     def _check_callbacks(self) -> None:
         """Refuse callbacks that cannot work with this place and with what trains."""
         callbacks = list(self.trainer.callbacks)  # type: ignore[attr-defined]
         check_callbacks(callbacks, offline=self.is_alone, adapters=isinstance(self.trainable, LoRA))
+
+    @override
+    def _unused_weights(self) -> list[nn.Parameter]:
+        unused = super()._unused_weights()
+        if self.placement != "shared":
+            return unused
+        adapters = {id(p) for gate in self.student.gates.values() for p in gate.adapters.parameters()}
+        return [parameter for parameter in unused if id(parameter) in adapters]  # the teacher runs every block
 
     def _loaded_teacher(self, student: StagedCausalLM) -> StagedCausalLM | None:
         """The teacher at its place, and the student's side of the comparison; None if it is offline."""
@@ -96,7 +113,8 @@ class PlacedModule(MeasuredModule):
             return None
         if placement == "shared":
             return SharedTeacher(student)
-        teacher = self.pair.teacher(boundary, student.model.config.vocab_size)
+        device = None if self._trainer is None else self._trainer.strategy.root_device
+        teacher = self.pair.teacher(boundary, student.model.config.vocab_size, device)
         student.compared_tokens = teacher.compared_tokens
         return teacher
 
@@ -129,10 +147,13 @@ class PlacedModule(MeasuredModule):
 
     def _chosen(self) -> Choice:
         places, data = self.allowed.places(self.place), self._data()
-        if len(places) == 1 or data is None or self._trainer is None:
-            return choose(places[:1], lambda _: 0, 0)
+        if len(places) == 1:
+            return choose(places, lambda _: 0, 0)
+        if data is None or self._trainer is None:
+            return Choice(places[0], "memory is not estimated without a PromptResponseDataModule")
         trainer = self._trainer
-        processes = Processes(trainer.strategy, str(trainer.precision), trainer.world_size)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        processes = Processes(trainer.strategy, str(trainer.precision), trainer.world_size, on_cpu)
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         size = size_of(self, data, callbacks, processes)
         room = room_on_device(trainer.strategy.root_device.type, trainer.world_size // trainer.num_nodes)
