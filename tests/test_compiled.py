@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
-from pdtrim_pl.losses import KL, HiddenMatch, KVMatch, LossTerm, training_loss
+from pdtrim_pl.losses import KL, CrossEntropy, HiddenMatch, KVMatch, LossTerm, training_loss
 from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import KVRetentionPolicy, Retention, Width
@@ -130,7 +130,9 @@ def test_a_run_trains_to_the_losses_of_a_plain_one(backend: str, tiny_llama_dir:
             batch_size=4,
         )  # fmt: skip
         optimizer = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
-        module = PDTrimModule(str(tiny_llama_dir), loading=Loading(compile=setting), optimizer=optimizer)
+        module = PDTrimModule(
+            str(tiny_llama_dir), losses=[CrossEntropy()], loading=Loading(compile=setting), optimizer=optimizer
+        )
         trainer = Trainer(
             default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", devices=1, logger=False, barebones=False,
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
@@ -138,7 +140,8 @@ def test_a_run_trains_to_the_losses_of_a_plain_one(backend: str, tiny_llama_dir:
         trainer.fit(module, datamodule=data)
         found.append([loss for _, loss in module.record.losses])
         assert (counters["stats"]["unique_graphs"] > 0) == setting
-    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-7)
+    assert found[0][-1] != found[0][0] > 1, "it learns"
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_prompt_and_response_in_one_pass_have_the_rows_of_their_mask(pair: tuple
 @given(masks())
 def test_counted_responses_are_where_the_mask_is_true(pair: tuple[Tensor, Tensor]) -> None:
     counts = RowCounts.of(*pair)
+    assert counts is not None
     found = counts.real_responses(pair[1].shape[1], torch.device("cpu"))
     assert torch.equal(found, pair[1].flatten().nonzero()[:, 0])
     assert counts.longest == max((pair[0].sum(1) + pair[1].sum(1)).tolist())
@@ -117,3 +118,12 @@ def test_a_pass_with_counts_gives_the_hidden_states_of_one_without(
                 for each in (counts, None)
             )
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_masks_that_are_padded_elsewhere_are_not_counted() -> None:
+    whole = torch.ones(2, 3, dtype=torch.bool)
+    for place in (0, 1, 2):
+        mask = whole.clone()
+        mask[1, place] = False
+        assert (RowCounts.of(mask, whole) is None) == (place != 0)
+        assert (RowCounts.of(whole, mask) is None) == (place != 2)

@@ -224,7 +224,7 @@ class StagedCausalLM(GatedCausalLM):
 
     def compared_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the first `compared_tokens` ids, for a comparison of two models."""
-        return self.architecture.logits(self.model, hidden)[..., : self.compared_tokens]
+        return self.logits(hidden)[..., : self.compared_tokens]
 
     def gathered_logits(self, hidden: Tensor) -> Tensor:
         """The same while the head's weights are whole: within `at_head` and `whole_head`."""

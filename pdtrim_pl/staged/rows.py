@@ -20,10 +20,16 @@ class RowCounts(NamedTuple):
     responses: tuple[int, ...]
 
     @classmethod
-    def of(cls, prompt_mask: Tensor, response_mask: Tensor) -> RowCounts:
-        """Count the tokens of masks [B, P] and [B, R]. Waits for the device, if they are on one."""
-        prompts, responses = torch.stack([prompt_mask.sum(dim=1), response_mask.sum(dim=1)]).tolist()
-        return cls(tuple(prompts), tuple(responses))
+    def of(cls, prompt_mask: Tensor, response_mask: Tensor) -> RowCounts | None:
+        """Count the tokens of masks [B, P] and [B, R]; None if one is padded elsewhere, or not in host memory."""
+        if prompt_mask.device.type != "cpu":
+            return None
+        prompts, responses = prompt_mask.sum(dim=1), response_mask.sum(dim=1)
+        left = torch.arange(prompt_mask.shape[1]) >= prompt_mask.shape[1] - prompts[:, None]
+        right = torch.arange(response_mask.shape[1]) < responses[:, None]
+        if not (torch.equal(left, prompt_mask) and torch.equal(right, response_mask)):
+            return None
+        return cls(tuple(prompts.tolist()), tuple(responses.tolist()))
 
     @property
     def tokens(self) -> int:
