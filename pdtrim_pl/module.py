@@ -33,19 +33,17 @@ from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, training_loss
 from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
-from pdtrim_pl.models.loading import Loading, check_attention, dtype_of, warn_of_slow_bf16
+from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.models.placement import TeacherPlace
 from pdtrim_pl.parallel import Parallel
-from pdtrim_pl.plan import KVRetentionPolicy, StagePlan, Structure
+from pdtrim_pl.plan import Structure
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.below import common_blocks
 from pdtrim_pl.staged.decoding import generate, stop_ids_of
 from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.staged.trainable import Trainable
 from pdtrim_pl.strategies import (
-    check_compiling,
     check_freezing,
     check_masters,
     check_strategy,
@@ -112,7 +110,6 @@ class PDTrimModule(PlacedModule):
         check_adapter(architecture)
         self.architecture = architecture
         self._checked = False
-        self._compared: tuple[StagePlan, KVRetentionPolicy | None, int] | None = None
         self.flags = StepFlags()
         """What the ranks agree on at every optimizer step."""
 
@@ -145,11 +142,7 @@ class PDTrimModule(PlacedModule):
         check_strategy(self.trainer.strategy, stage)
         check_freezing(self.trainer.strategy, self.loading.freeze_embeddings)
         check_trainable(self.trainer.strategy, self.trainable)
-        device, precision = self.trainer.strategy.root_device.type, str(self.trainer.precision)
-        halves = precision.startswith(("bf16", "16")) or self.loading.dtype in ("bfloat16", "float16")
-        check_attention(self.loading.attn_implementation, device, sixteen_bits=halves)
-        if self.loading.compile:
-            check_compiling(self.trainer.strategy, self.trainable)
+        self._check_kernels()
         self._check_teacher_bits()
         if stage == "fit":
             self._check_masters(dtype_of(self.loading.dtype))
@@ -184,9 +177,6 @@ class PDTrimModule(PlacedModule):
         teacher = self._loaded_teacher(self.student)
         if teacher is not None:
             self.teacher = teacher
-        if self.loading.compile:
-            for staged in (self.student, *([] if teacher is None else [teacher])):
-                staged.compile_blocks()
         if self._trainer is not None and self._trainer.is_global_zero:
             device, precision = self._trainer.strategy.root_device, str(self._trainer.precision)
             warn_of_slow_bf16(device, model.dtype, (teacher or self.student).model.dtype, precision)
@@ -288,14 +278,6 @@ class PDTrimModule(PlacedModule):
             keep_caches=any(term.reads_caches for term in self.losses), min_chunks=min_chunks, counts=counts,
             common=self._common(), gather_heads=gather,
         )  # fmt: skip
-
-    def _common(self) -> int:
-        """Number of first blocks that the teacher runs for the student too. Computed anew after a change of plan."""
-        if self.trainable != "merged" or not self.parallel.whole:
-            return 0  # elsewhere the first block trains
-        if self._compared is None or self._compared[0] is not self.plan or self._compared[1] is not self.policy:
-            self._compared = (self.plan, self.policy, common_blocks(self.student, self.teacher))
-        return self._compared[2]
 
     # Generation
 

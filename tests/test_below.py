@@ -148,7 +148,7 @@ def test_weights_are_compared_once_a_plan(monkeypatch: pytest.MonkeyPatch) -> No
         asked.append(common_blocks(*models))
         return asked[-1]
 
-    monkeypatch.setattr("pdtrim_pl.module.common_blocks", counted)
+    monkeypatch.setattr("pdtrim_pl.teacher.placed.common_blocks", counted)
     for _ in range(2):
         trained(module)
     drop(module)

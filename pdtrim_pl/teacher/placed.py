@@ -15,17 +15,19 @@ from pdtrim_pl.evaluation.measured import MeasuredModule
 from pdtrim_pl.losses import LossTerm
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.eight_bits import check_eight_bits
-from pdtrim_pl.models.loading import Loading
+from pdtrim_pl.models.loading import Loading, check_attention
 from pdtrim_pl.models.placement import Placement, TeacherPlace
+from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
 from pdtrim_pl.sizing.callback_load import check_callbacks
 from pdtrim_pl.sizing.of_run import Processes, room_on_device, size_of
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.below import common_blocks
 from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.staged.shared import SharedTeacher
 from pdtrim_pl.staged.trainable import Trainable
-from pdtrim_pl.strategies import Sharding, check_teacher_bits
+from pdtrim_pl.strategies import Sharding, check_compiling, check_teacher_bits
 from pdtrim_pl.teacher.choice import Allowed, Choice, choose
 from pdtrim_pl.teacher.offline import OfflineTeacher
 
@@ -40,6 +42,7 @@ class PlacedModule(MeasuredModule):
         trainable: what trains.
     """
 
+    teacher: StagedCausalLM
     model_name: str
     loading: Loading
     losses: list[LossTerm]
@@ -55,6 +58,7 @@ class PlacedModule(MeasuredModule):
         self._choice: Choice | None = None
         self._counts: RowCounts | None = None
         """Numbers of tokens of the next training batch."""
+        self._compared: tuple[StagePlan, KVRetentionPolicy | None, int] | None = None
 
     @property
     @abstractmethod
@@ -106,7 +110,12 @@ class PlacedModule(MeasuredModule):
         return [parameter for parameter in unused if id(parameter) in adapters]  # the teacher runs every block
 
     def _loaded_teacher(self, student: StagedCausalLM) -> StagedCausalLM | None:
-        """The teacher at its place, and the student's side of the comparison; None if it is offline."""
+        """The teacher at its place, and the student's side of the comparison; None if it is offline.
+
+        Blocks of both models are compiled, if they are to be.
+        """
+        if self.loading.compile:
+            student.compile_blocks()
         placement, boundary = self.placement, student.plan.boundary
         if placement == "offline":
             student.compared_tokens = self.pair.compared_tokens()
@@ -116,6 +125,8 @@ class PlacedModule(MeasuredModule):
         device = None if self._trainer is None else self._trainer.strategy.root_device
         teacher = self.pair.teacher(boundary, student.model.config.vocab_size, device)
         student.compared_tokens = teacher.compared_tokens
+        if self.loading.compile:
+            teacher.compile_blocks()
         return teacher
 
     def _data(self) -> PromptResponseDataModule | None:
@@ -133,6 +144,22 @@ class PlacedModule(MeasuredModule):
         assert self.place.cache is not None, "`TeacherPlace` refuses this"
         offline = OfflineTeacher(self.place.cache, self.pair, data, self.losses)
         self.offline = offline
+
+    def _check_kernels(self) -> None:
+        """Refuse attention implementations and compiled blocks that cannot run here."""
+        strategy, precision = self.trainer.strategy, str(self.trainer.precision)
+        halves = precision.startswith(("bf16", "16")) or self.loading.dtype in ("bfloat16", "float16")
+        check_attention(self.loading.attn_implementation, strategy.root_device.type, sixteen_bits=halves)
+        if self.loading.compile:
+            check_compiling(strategy, self.trainable)
+
+    def _common(self) -> int:
+        """Number of first blocks that the teacher runs for the student too. Computed anew after a change of plan."""
+        if self.trainable != "merged" or not self.parallel.whole:
+            return 0  # elsewhere the first block trains
+        if self._compared is None or self._compared[0] is not self.plan or self._compared[1] is not self.policy:
+            self._compared = (self.plan, self.policy, common_blocks(self.student, self.teacher))
+        return self._compared[2]
 
     def _watch_batches(self) -> None:
         """Look at every training batch while it is in host memory."""
