@@ -64,11 +64,16 @@ class LowRank(nn.Module):
         self.scale = settings.alpha / settings.rank
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """What the adapter adds: [T, I] -> [T, O]."""
+    def forward(self, inputs: Tensor, out: Tensor) -> Tensor:
+        """The layer's output with the adapter's: inputs [T, I] and output [T, O] -> [T, O], in the type of `out`."""
         if not torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.to(self.down.dtype)
-        return F.linear(F.linear(inputs, self.down), self.up) * self.scale
+        low = F.linear(inputs, self.down)
+        if low.dtype != out.dtype:
+            return out + (F.linear(low, self.up) * self.scale).to(out.dtype)
+        # One operation: the tensors in between would be as large as the output.
+        rows = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.up.t(), alpha=self.scale)
+        return rows.view(out.shape)
 
     def merged(self, weight: Tensor) -> Tensor:
         """The layer's weight with the adapter in it, [O, I], in the element type of `weight`."""
@@ -141,4 +146,5 @@ class _Adding:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         adapter = _ADAPTERS.get().get(self.name)
-        return None if adapter is None else out + adapter(args[0]).to(out.dtype)
+        added: Tensor | None = None if adapter is None else adapter(args[0], out)
+        return added
