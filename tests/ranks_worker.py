@@ -210,10 +210,13 @@ def loss_guard(strategy: DDPStrategy, folder: Path) -> None:
         global_rank=strategy.global_rank,
         default_root_dir=folder,
         fast_dev_run=0,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_should_accumulate=lambda: False)),
     )
-    module: Any = None
+    module, optimizer = PDTrimModule("any"), torch.optim.SGD([torch.zeros(1)])
+    guard.on_fit_start(trainer, module)
     guard.on_train_batch_start(trainer, module, DATA[0], 0)
     guard.on_before_backward(trainer, module, torch.tensor(float("nan") if strategy.global_rank else 1.0))
+    guard.on_before_optimizer_step(trainer, module, optimizer)
 
 
 def export(strategy: DDPStrategy, folder: Path) -> None:
