@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from plans import without
 from torch.utils.data import Subset
 
 from pdtrim_pl.compare.settings import Subject, Training
@@ -73,14 +74,15 @@ def main() -> int:
     if options.text:
         texts["text"] = examples(options.text)
     judge = Judge(options, teacher, examples(asked), stop_ids_of(teacher.model, tokenizer))
-    rows = {"untrained": judge(student_of(options, teacher))}
+    untrained = student_of(options)
+    rows = {"untrained": judge(untrained)}
     for name, text in texts.items():
-        student = student_of(options, teacher)
+        student = student_of(options)
         found = trained(options, student, teacher, text)
         rows[name] = {**judge(student), **found}
         print(f"{name}: {rows[name]}", file=sys.stderr)
     found = {
-        "model": options.model, "plan": {"prefill": judge.plan.prefill, "decode": judge.plan.decode},
+        "model": options.model, "plan": {"prefill": untrained.plan.prefill, "decode": untrained.plan.decode},
         "prompts": options.prompts.name, "held_out": options.held_out, "new_tokens": options.new_tokens,
         "temperature": options.temperature, "rate": options.rate, "threads": torch.get_num_threads(), "rows": rows,
     }  # fmt: skip
@@ -150,7 +152,7 @@ def answered(options: argparse.Namespace, prompts: Path) -> Path:
     return spoken
 
 
-def student_of(options: argparse.Namespace, teacher: StagedCausalLM) -> StagedCausalLM:
+def student_of(options: argparse.Namespace) -> StagedCausalLM:
     """The student before training."""
     student = StagedCausalLM(load_causal_lm(options.model, dtype=torch.float32)).eval()
     plan = student.plan
@@ -160,11 +162,7 @@ def student_of(options: argparse.Namespace, teacher: StagedCausalLM) -> StagedCa
             raise SystemExit(
                 "--plan has blocks with weights of their own, and no checkpoint is read: give a plan of drops"
             )
-    for line in options.drop:
-        stage, blocks = line.split(":")
-        for block in blocks.split(","):
-            plan = plan.drop(stage, int(block))
-    student.apply_plan(plan)
+    student.apply_plan(without(plan, options.drop))
     return student
 
 
@@ -198,7 +196,6 @@ class Judge:
         self, options: argparse.Namespace, teacher: StagedCausalLM, asked: TokenExamples, stops: Sequence[int]
     ) -> None:
         self.teacher, self.stops, self.room = teacher, stops, options.new_tokens
-        self.plan = student_of(options, teacher).plan
         self.asked = sorted(asked, key=lambda example: len(example.prompt))  # type: ignore[arg-type]
         self.wanted = self.continuations(teacher)
         own = [Example(one.prompt, torch.tensor(said)) for one, said in zip(self.asked, self.wanted, strict=True)]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from plans import without
 
 from pdtrim_pl import criteria
 from pdtrim_pl.criteria import ScoringContext, WidthCriterion
@@ -54,11 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     teacher, student = (StagedCausalLM(load_causal_lm(MODEL, dtype=torch.float32)).eval() for _ in range(2))
     plan = StagePlan.full(reference_to(student.model, MODEL), options.relation, options.boundary)
-    for line in options.drop:
-        stage, blocks = line.split(":")
-        for block in blocks.split(","):
-            plan = plan.drop(stage, int(block))
-    student.apply_plan(plan)
+    student.apply_plan(without(plan, options.drop))
     text, test = (tokens_of(path) for path in (options.tune, options.test))
     context = ScoringContext(student, teacher, requests(text, options.examples))
     criterion: WidthCriterion = getattr(criteria, options.criterion)()

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from pdtrim_pl import compat
 from pdtrim_pl.checkpoints.fast_dev_run import trial_batches
 from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
@@ -75,12 +74,12 @@ class LossGuard(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not compat.optimizer_step_is_due(trainer):
-            return  # DeepSpeed accumulates by itself, and Lightning calls this hook for every batch
         assert isinstance(pl_module, PDTrimModule)
-        bad = pl_module.flags.answers(trainer.strategy, trainer.global_step)["loss"]
+        answers = pl_module.flags.at_step(trainer)
+        if answers is None:
+            return
         losses, self._losses = self._losses, []
-        if not bad:
+        if not answers["loss"]:
             return
         mine = [(batch, value) for batch, value in ((b, float(each)) for b, each in losses) if not isfinite(value)]
         # Only now that every rank knows: one that cannot write must not keep the others waiting.

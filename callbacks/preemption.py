@@ -96,8 +96,9 @@ class Preemption(Checkpoint):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, PDTrimModule)
-        if compat.optimizer_step_is_due(trainer):  # DeepSpeed accumulates by itself, with this hook for every batch
-            self._leaves = pl_module.flags.answers(trainer.strategy, trainer.global_step)["preemption"]
+        answers = pl_module.flags.at_step(trainer)
+        if answers is not None:
+            self._leaves = answers["preemption"]
 
     @override
     def on_train_batch_end(

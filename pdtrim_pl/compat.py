@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def optimizer_step_is_due(trainer: Any) -> bool:
-    """Whether the optimizer steps after this batch; call it inside `training_step`.
+    """Whether the optimizer steps after this batch. Call it inside `training_step`, or before the step.
 
     True for every `accumulate_grad_batches`-th batch and for the last batch of an epoch.
     """

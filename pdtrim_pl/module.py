@@ -1,6 +1,6 @@
 """The LightningModule: it builds teacher and student, distils the student, and measures it.
 
-The base classes place the teacher (`teacher/placed.py`), measure the student (`evaluation/measured.py`), and save and
+The base classes place the teacher (`teacher/placed.py`), measure the student (`evaluation/measured.py`), save and
 resume a run (`checkpoints/resumable.py`), and step the optimizer (`strategies/stepping.py`).
 """
 
@@ -36,13 +36,7 @@ from pdtrim_pl.staged.lora import LoRA
 from pdtrim_pl.staged.pair import ModelPair
 from pdtrim_pl.staged.rows import RowCounts
 from pdtrim_pl.staged.trainable import Trainable
-from pdtrim_pl.strategies import (
-    check_freezing,
-    check_masters,
-    check_strategy,
-    check_trainable,
-    parallel_of,
-)
+from pdtrim_pl.strategies import check_freezing, check_masters, check_strategy, check_trainable, parallel_of
 from pdtrim_pl.strategies.flags import StepFlags
 from pdtrim_pl.strategies.layer_rates import LayerRates
 from pdtrim_pl.strategies.schedule import Schedule

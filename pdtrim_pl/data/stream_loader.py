@@ -155,10 +155,9 @@ class StreamLoader:
         ]
         while True:
             places = tuple(reader.place for reader in readers)
-            pool = take_together(readers, self.counts)
-            part = self.changed(Subset(pool, range(len(pool))))
+            part = take_together(readers, self.counts, self.changed)
             mean = float(weights_of(part).mean())
-            order = np.random.default_rng((self.share.seed, self.share.rank, *places[0])).permutation(len(pool))
+            order = np.random.default_rng((self.share.seed, self.share.rank, *places[0])).permutation(len(part))
             for given, index in enumerate(order[skip:].tolist(), start=skip + 1):
                 example = part[index]
                 yield Example(example.prompt, example.response, example.weight / mean), Position(places, given)
@@ -197,16 +196,16 @@ class FirstBatches:
         counts = [max(1, round(_TOGETHER * source.share)) for source in self.sources]
         more = True
         while more:
-            pool = take_together(readers, counts)
-            part = self.changed(Subset(pool, range(len(pool))))
+            part = take_together(readers, counts, self.changed)
             yield from (part[index] for index in range(len(part)))
-            more = len(pool) == sum(counts)
+            more = len(part) == sum(counts)
 
 
 _TOGETHER = 64
 """Examples for local fits that are mixed by shares, and of which a share says its prompts again."""
 
 
-def take_together(readers: Sequence[PieceReader], counts: Sequence[int]) -> TokenExamples:
-    """The next examples of every source; fewer where a source has ended."""
-    return TokenExamples.joined([reader.take(count) for reader, count in zip(readers, counts, strict=True)])
+def take_together(readers: Sequence[PieceReader], counts: Sequence[int], changed: Changed) -> Subset[Example]:
+    """The next examples of every source, changed for training; fewer where a source has ended."""
+    pool = TokenExamples.joined([reader.take(count) for reader, count in zip(readers, counts, strict=True)])
+    return changed(Subset(pool, range(len(pool))))

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
+
+from pdtrim_pl import compat
 
 Question = Callable[[], Tensor | bool]
 """What this rank says. A tensor stays on its device until all questions are answered."""
@@ -25,6 +28,15 @@ class StepFlags:
         """Ask a question at every optimizer step from now on. All ranks must ask the same."""
         self._questions[name] = question
         self._step = -1
+
+    def at_step(self, trainer: Trainer) -> Mapping[str, bool] | None:
+        """The answers before the optimizer steps; None if it does not step after this batch.
+
+        DeepSpeed accumulates by itself, and there Lightning calls `on_before_optimizer_step` for every batch.
+        """
+        if not compat.optimizer_step_is_due(trainer):
+            return None
+        return self.answers(trainer.strategy, trainer.global_step)
 
     def answers(self, strategy: Strategy, step: int) -> Mapping[str, bool]:
         """For each question, whether any rank says yes. Every rank must call it.
