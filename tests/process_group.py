@@ -61,6 +61,12 @@ def end(processes: Sequence[ForkServerProcess], timeout: float) -> list[int | No
             process.join()
 
 
+def run_workers(function: Callable[..., None], *args: Any, folder: Path, timeout: float, processes: int = 2) -> None:
+    """Run `function(rank, folder / "store", *args)` in so many processes, which meet at the store."""
+    workers = [start(function, rank, folder / "store", *args) for rank in range(processes)]
+    assert end(workers, timeout) == [0] * processes
+
+
 def run_ranks(name: str, *args: str, folder: Path, timeout: float, processes: int = 2) -> None:
     """Run `tests/NAME` in so many processes as torchrun would; their output goes to `folder/log`."""
     log = folder / "log"

@@ -12,9 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from test_data import Recorder, ids_of, make_module, pairs, write_rows
+from test_data import Recorder, ids_of, make_module, pairs, recorded, write_rows
 from torch.utils.data import Subset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -125,20 +123,10 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(
     path = write_rows(tmp_path, [{**row, "prompt": row["prompt"] * (1 + i % 5)} for i, row in enumerate(pairs(30))])
 
     def run(resume: str | None, **settings: Any) -> Recorder:
-        savers = [
-            ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1),
-            ModelCheckpoint(tmp_path, filename="end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1),
-        ]
-        trainer = Trainer(
-            accelerator="cpu", default_root_dir=tmp_path, max_epochs=2, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[*savers],
-        )  # fmt: skip
-        recorder = Recorder()
-        trainer.fit(recorder, datamodule=make_module(tiny_tokenizer_dir, path, **settings), ckpt_path=resume)
-        return recorder
+        return recorded(make_module(tiny_tokenizer_dir, path, **settings), tmp_path, 2, resume)
 
     whole = run(None, batches="by_length").seen
-    assert run(str(tmp_path / f"{checkpoint}.ckpt"), batches="by_length").seen == whole[batches * 4 :]
+    assert run(checkpoint, batches="by_length").seen == whole[batches * 4 :]
     shuffled = run(None).seen
     assert shuffled != whole
     assert sorted(shuffled) == sorted(whole)

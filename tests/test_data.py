@@ -375,6 +375,21 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def recorded(data: PromptResponseDataModule, folder: Path, epochs: int, resume: str | None) -> Recorder:
+    """A run that saves a checkpoint at every step and epoch, or continues from the one of this name."""
+    savers: list[Callback] = [
+        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1),
+        ModelCheckpoint(folder, filename="end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1),
+    ]
+    trainer = Trainer(
+        accelerator="cpu", default_root_dir=folder, max_epochs=epochs, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=savers,
+    )  # fmt: skip
+    recorder = Recorder()
+    trainer.fit(recorder, datamodule=data, ckpt_path=None if resume is None else str(folder / f"{resume}.ckpt"))
+    return recorder
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "batches"),
     [("step=3", 3), ("step=6", 6), ("step=8", 8), ("step=12", 12), ("end-epoch=0", 6), ("end-epoch=1", 12)],
@@ -385,29 +400,14 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(
     path = write_rows(tmp_path, pairs(30))  # 24 for training: 6 batches an epoch
 
     def run(resume: str | None) -> Recorder:
-        savers: list[Callback] = [
-            ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1),
-            ModelCheckpoint(tmp_path, filename="end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1),
-        ]
-        trainer = Trainer(
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-            max_epochs=3,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=savers,
-        )
-        recorder = Recorder()
-        trainer.fit(recorder, datamodule=make_module(tiny_tokenizer_dir, path), ckpt_path=resume)
-        return recorder
+        return recorded(make_module(tiny_tokenizer_dir, path), tmp_path, 3, resume)
 
     whole = run(None).seen
     assert len(whole) == 3 * 24
     epochs = [[ids for epoch, ids in whole if epoch == number] for number in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert epochs[0] != epochs[1]
-    assert run(str(tmp_path / f"{checkpoint}.ckpt")).seen == whole[batches * 4 :]
+    assert run(checkpoint).seen == whole[batches * 4 :]
 
 
 def test_each_rank_gets_its_own_share_of_the_training_part(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from deepspeed_run import INTERRUPTED, WHOLE, fit
 from full_disk_run import FULL
 from process_group import run_ranks, run_script
-from tiny_models import tiny_model
+from tiny_models import TIED, saved_tiny_model, tiny_model
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 600
@@ -26,11 +26,7 @@ Told = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four blocks and tied embeddings."""
-    folder = tmp_path_factory.mktemp("model")
-    settings = {"vocab_size": 259, "tie_word_embeddings": True, "initializer_range": 0.1}
-    tiny_model("llama", **settings).save_pretrained(folder)
-    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
-    return folder
+    return saved_tiny_model(tmp_path_factory.mktemp("model"), tiny_tokenizer_dir, **TIED)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from fsdp_worker import CASES, PROCESSES, STEPS, compare
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
-from process_group import end, start
+from process_group import run_workers
 from test_criteria import batches
 from tiny_models import tiny_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -38,8 +38,7 @@ TIMEOUT = 240
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """Of every case and step, between a student cut up between two processes and a whole one."""
     folder = tmp_path_factory.mktemp("fsdp")
-    workers = [start(compare, rank, folder / "store", folder / "told.json") for rank in range(PROCESSES)]
-    assert end(workers, TIMEOUT) == [0] * PROCESSES
+    run_workers(compare, folder / "told.json", folder=folder, timeout=TIMEOUT, processes=PROCESSES)
     return json.loads((folder / "told.json").read_text(encoding="utf-8"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import yaml
 from distributed_run import strategy_of
 from kinds_run import KINDS, fit
 from process_group import run_ranks
-from tiny_models import tiny_model
+from tiny_models import TIED, saved_tiny_model, tiny_model
 
 from pdtrim_pl.cli.dry_run import run as dry_run
 from pdtrim_pl.errors import UserError
@@ -39,9 +38,7 @@ TABLE: dict[str, dict[str, str]] = {
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four blocks, tied embeddings, and a plan in which block 1 stands for two."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", vocab_size=259, tie_word_embeddings=True, initializer_range=0.1).save_pretrained(folder)
-    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+    folder = saved_tiny_model(tmp_path_factory.mktemp("model"), tiny_tokenizer_dir, **TIED)
     plan = StagePlan.full(ModelRef(str(folder), "llama", 4))
     plan.merge("both", (1, 2), 1, untied=False).save(folder / "plan.json")
     return folder

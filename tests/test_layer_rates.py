@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from merge_at import MergeAt
 from process_group import run_ranks
 from short_text import SHORT
-from tiny_models import tiny_model
+from tiny_models import TIED, saved_tiny_model
 from torch import Tensor
 
 from callbacks import BlockDrop
@@ -196,10 +195,7 @@ def test_a_checkpoint_of_a_run_with_other_groups_is_refused(
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four blocks and tied embeddings."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", vocab_size=259, tie_word_embeddings=True, initializer_range=0.1).save_pretrained(folder)
-    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
-    return folder
+    return saved_tiny_model(tmp_path_factory.mktemp("model"), tiny_tokenizer_dir, **TIED)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from process_group import run_ranks
 from safetensors.torch import load_file
 from test_lora import drops, fit, module_of
 from test_placement import SHARED
-from tiny_models import tiny_model
+from tiny_models import TIED, saved_tiny_model
 from torch import nn
 
 from callbacks import BlockDrop, ExportPair
@@ -110,9 +109,7 @@ def test_a_move_keeps_the_parameter_and_drops_its_gradient() -> None:
 
 @pytest.mark.slow
 def test_ddp_never_reads_the_weights_of_blocks_that_have_left(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    tiny_model("llama", vocab_size=259, tie_word_embeddings=True, initializer_range=0.1).save_pretrained(model)
-    shutil.copytree(tiny_tokenizer_dir, model, dirs_exist_ok=True)
+    model = saved_tiny_model(tmp_path / "model", tiny_tokenizer_dir, **TIED)
     alone = rates_run.fit("auto", 1, model, tmp_path / "alone")
     strategy = "ddp_find_unused_parameters_true"
     run_ranks("left_run.py", strategy, "2", str(model), str(tmp_path), folder=tmp_path, timeout=300)

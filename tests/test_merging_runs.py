@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from merging_run import EPOCHS, fit
 from process_group import run_ranks
-from tiny_models import tiny_model
+from tiny_models import saved_tiny_model
 
 from pdtrim_pl.checkpoints.state import CheckpointState
 from pdtrim_pl.export import load_plan_and_policy
@@ -30,9 +30,7 @@ KINDS = ("own", "shared")
 def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six blocks with dropout, so that every step draws from the random generator."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", blocks=6, vocab_size=259, initializer_range=0.1).save_pretrained(folder)
-    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
-    return folder
+    return saved_tiny_model(folder, tiny_tokenizer_dir, blocks=6, vocab_size=259, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from distributed_run import data_of
 from placed_run import KEPT, fit, module_of, runs
 from process_group import run_ranks
 from test_strategies import STRATEGIES
-from tiny_models import tiny_model
+from tiny_models import TIED, saved_tiny_model
 
 from pdtrim_pl.checkpoints.run_record import RunRecord
 from pdtrim_pl.plan import ModelRef, StagePlan
@@ -21,9 +20,7 @@ from pdtrim_pl.teacher import CacheIndex, Making, identity_of, training_keys, wr
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four blocks, a plan that drops some, and a cache of the training text."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", vocab_size=259, tie_word_embeddings=True, initializer_range=0.1).save_pretrained(folder)
-    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+    folder = saved_tiny_model(tmp_path_factory.mktemp("model"), tiny_tokenizer_dir, **TIED)
     plan = StagePlan.full(ModelRef(str(folder), "llama", 4))
     plan.drop("decode", 2).drop("prefill", 2).drop("decode", 1).save(folder / "plan.json")
     pair, data = module_of(folder).pair, data_of(folder, 1)

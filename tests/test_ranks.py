@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from process_group import end, start
+from process_group import run_workers
 from ranks_worker import BLOCKS, DATA, FAILING, GAVE_UP, PROCESSES, WORK, both, scores
 
 from pdtrim_pl.errors import AnotherRankFailed
@@ -21,8 +21,7 @@ TIMEOUT = 240
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    workers = [start(both, rank, folder / "store", folder) for rank in range(PROCESSES)]
-    assert end(workers, TIMEOUT) == [0] * PROCESSES
+    run_workers(both, folder, folder=folder, timeout=TIMEOUT, processes=PROCESSES)
     return [json.loads((folder / f"told-{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
 
 

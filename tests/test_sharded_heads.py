@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from heads_worker import CASES, LOSSES, compare
-from process_group import end, start
+from process_group import run_workers
 from test_losses import batch, module_with
 from tiny_models import tiny_model
 
@@ -25,8 +25,7 @@ TIMEOUT = 240
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     folder = tmp_path_factory.mktemp("heads")
-    workers = [start(compare, rank, folder / "store", folder / "told.json") for rank in range(PROCESSES)]
-    assert end(workers, TIMEOUT) == [0] * PROCESSES
+    run_workers(compare, folder / "told.json", folder=folder, timeout=TIMEOUT, processes=PROCESSES)
     found: dict[str, list[dict[str, float]]] = json.loads((folder / "told.json").read_text(encoding="utf-8"))
     return found
 

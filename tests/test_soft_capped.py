@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from model_runs import run
-from tiny_models import tiny_model
+from tiny_models import saved_tiny_model, tiny_model
 
 from pdtrim_pl.cli.main import main
 from pdtrim_pl.export import load_stage
@@ -20,10 +19,7 @@ SAID = "is computed with `attn_implementation: eager`"
 
 @pytest.fixture
 def gemma2(tiny_tokenizer_dir: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "gemma2"
-    tiny_model("gemma2", vocab_size=259).save_pretrained(folder)
-    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
-    return folder
+    return saved_tiny_model(tmp_path / "gemma2", tiny_tokenizer_dir, "gemma2", vocab_size=259)
 
 
 @pytest.mark.usefixtures("forked_workers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
 from process_group import run_ranks
-from tiny_models import tiny_model
+from tiny_models import TIED, saved_tiny_model, tiny_model
 
 from callbacks import BlockDrop
 from pdtrim_pl.checkpoints.sharded import ShardedCheckpoint, put_in_place, unfinished
@@ -42,10 +41,7 @@ STRATEGIES = ("ddp_find_unused_parameters_true", "zero1", "zero2", "zero3", "fsd
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight blocks, tied embeddings; beside the weights a plan whose block 3 has weights of its own in decode."""
-    folder = tmp_path_factory.mktemp("model")
-    settings = {"vocab_size": 259, "tie_word_embeddings": True, "initializer_range": 0.1}
-    tiny_model("llama", blocks=8, **settings).save_pretrained(folder)
-    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+    folder = saved_tiny_model(tmp_path_factory.mktemp("model"), tiny_tokenizer_dir, blocks=8, **TIED)
     plan = StagePlan.full(ModelRef(str(folder), "llama", 8), "free")
     replace(plan, untied={"decode": (3,)}).save(folder / "plan.json")
     return folder

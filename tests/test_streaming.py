@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from process_group import end, start
+from process_group import run_workers
 from row_files import lines, written
 from stream_worker import PIECE_BYTES, both
 from test_callbacks import module_for, trainer_for
-from test_data import Recorder, decoded, ids_of, pairs
+from test_data import Recorder, decoded, ids_of, pairs, recorded
 
 from callbacks import BlockDrop
 from pdtrim_pl.criteria import CosineRedundancy
@@ -228,21 +226,11 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(
     checkpoint: str, batches: int, tiny_tokenizer_dir: Path, path: str, tmp_path: Path
 ) -> None:
     def run(resume: str | None) -> Recorder:
-        savers = [
-            ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1),
-            ModelCheckpoint(tmp_path, filename="end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1),
-        ]
-        trainer = Trainer(
-            accelerator="cpu", default_root_dir=tmp_path, max_epochs=2, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[*savers],
-        )  # fmt: skip
-        recorder = Recorder()
-        trainer.fit(recorder, datamodule=streamed(tiny_tokenizer_dir, path), ckpt_path=resume)
-        return recorder
+        return recorded(streamed(tiny_tokenizer_dir, path), tmp_path, 2, resume)
 
     whole = run(None).seen
     assert len(whole) == 48
-    assert run(str(tmp_path / f"{checkpoint}.ckpt")).seen == whole[batches * 4 :]
+    assert run(checkpoint).seen == whole[batches * 4 :]
 
 
 def test_a_run_drops_merges_and_trains_from_a_stream(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -265,8 +253,7 @@ def test_a_run_drops_merges_and_trains_from_a_stream(tiny_llama_dir: Path, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_continue_where_each_of_them_was(tiny_tokenizer_dir: Path, path: str, tmp_path: Path) -> None:
-    workers = [start(both, rank, tmp_path / "store", str(tiny_tokenizer_dir), path, tmp_path) for rank in range(2)]
-    assert end(workers, 120) == [0, 0]
+    run_workers(both, str(tiny_tokenizer_dir), path, tmp_path, folder=tmp_path, timeout=120)
     told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2)]
     assert told[0]["state"] == told[1]["state"]
     assert len(told[0]["state"]["positions"]) == 2

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from process_group import run_script
-from tiny_models import tiny_model
+from tiny_models import saved_tiny_model
 from width_run import fit
 
 from pdtrim_pl.export import load_plan_and_policy
@@ -21,9 +20,7 @@ TIMEOUT = 300
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", blocks=3, vocab_size=259, initializer_range=0.1).save_pretrained(folder)
-    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
-    return folder
+    return saved_tiny_model(folder, tiny_tokenizer_dir, blocks=3, vocab_size=259, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")

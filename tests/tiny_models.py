@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 2.0},
     "starcoder2": _SLIDING,
 }
+TIED: dict[str, Any] = {"vocab_size": 259, "tie_word_embeddings": True, "initializer_range": 0.1}
+"""Settings for runs in several processes: the ids of the tiny tokenizer, and one tensor for embeddings and head."""
 FAMILIES: tuple[str, ...] = tuple(_OWN)
 
 
@@ -48,3 +52,10 @@ def tiny_model(family: str, *, blocks: int = 4, seed: int = 0, **overrides: Any)
     attention = "eager" if family == "gemma2" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.eval()
+
+
+def saved_tiny_model(folder: Path, tokenizer_dir: Path, family: str = "llama", **settings: Any) -> Path:
+    """Write a `tiny_model` with a tokenizer into a folder; returns the folder."""
+    tiny_model(family, **settings).save_pretrained(folder)
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    return folder
