@@ -49,8 +49,8 @@ class WidthDrop(RemovalRounds):
     it are already narrowed and refitted when a block is measured.
 
     Args:
-        stage: `prefill`, `decode`, or `both`. Under `relation: nested`, decode also loses what prefill loses. Prefill
-            first loses what decode has already lost.
+        stage: `prefill`, `decode`, or `both`; `both` narrows a block that one stage has dropped in the other. Under
+            `relation: nested`, decode also loses what prefill loses. Prefill first loses what decode has already lost.
         schedule: {epoch: number, or share of the whole block's, to remove from every block}. Epochs count from 0.
         part: `channels` of the MLP, or query `heads`. Every key/value head loses the same number of query heads.
         criterion: measures how much it hurts to remove one.

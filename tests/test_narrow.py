@@ -298,7 +298,20 @@ def test_heads_and_channels_may_leave_one_after_the_other_and_only_some_blocks_b
         student.apply_plan(found.plan, refits=found.refits)
     widths = student.plan.widths
     left = {s: {b: [len(w.kept(part) or ()) for part in PARTS] for b, w in widths[s].items()} for s in STAGES}
-    assert left == {"prefill": {1: [0, 2], 2: [38, 2]}, "decode": {0: [24, 0], 2: [14, 0], 3: [24, 0]}}
+    assert left == {"prefill": {1: [38, 2], 2: [38, 2]}, "decode": {0: [14, 0], 2: [14, 0], 3: [14, 0]}}
+
+
+@pytest.mark.parametrize("relation", ["nested", "free"])
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_block_that_decode_has_lost_is_as_narrow_as_the_others_of_prefill(relation: Relation, repair: bool) -> None:
+    student = student_of(relation=relation)
+    student.apply_plan(student.plan.drop("decode", 1))
+    found = narrowed(student, asked(count=12, repair=repair))
+    kept = {stage: {b: len(w.kept("channels") or ()) for b, w in found.plan.widths[stage].items()} for stage in STAGES}
+    assert kept == {stage: dict.fromkeys(found.plan.blocks(stage), 36) for stage in STAGES}
+    alone = [refit.stages for refit in found.refits if refit.block == 1]
+    assert alone == ([("prefill",)] if repair else [])
+    assert not any(found.plan.untied.values())  # decode does not use these weights
 
 
 @pytest.mark.parametrize(

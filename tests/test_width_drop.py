@@ -158,6 +158,14 @@ def test_drops_together_leave_each_stage_what_the_relation_lets_it_keep(
     assert check_together(plan, narrowings) == dict(zip(STAGES, left, strict=True))
 
 
+def test_drops_together_narrow_a_block_in_the_stage_that_still_runs_it() -> None:
+    plan = StagePlan.full(ModelRef("tiny", "llama", 2, channels=64), "nested").drop("decode", 0)
+    both = Narrowing("both", "channels", 40, ActivationTimesWeight())
+    assert check_together(plan, [both]) == dict.fromkeys(STAGES, 24)
+    with pytest.raises(UserError, match=r"block 0 has: 40 cannot leave `prefill` .* removal 2, where 24 are left"):
+        check_together(plan, [both, both])
+
+
 def test_a_share_of_a_model_of_unknown_size_fails_before_the_first_step() -> None:
     module, model = PDTrimModule("tiny"), tiny_model("llama")
     plan = StagePlan.full(replace(reference_to(model), channels=None))

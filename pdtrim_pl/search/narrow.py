@@ -12,7 +12,7 @@ Shapes: N tokens, H hidden, I inputs of a last layer, U units: channels, or head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,21 @@ class Narrowing:
     """Refit a layer only if all stages that use it lose the same units, so that no stage gets weights of its own."""
     round: int = 0
     """Round number, for the history."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the target."""
+        return STAGES if self.target == "both" else (self.target,)
+
+    def at(self, plan: StagePlan, block: int) -> Narrowing | None:
+        """The narrowing of one block: in the stages of the target that run it. None if none of them does.
+
+        A block that decode has dropped is thus narrowed in prefill alone, so that all blocks of prefill have one width.
+        """
+        running = [stage for stage in self.stages if block in plan.blocks(stage)]
+        if not running:
+            return None
+        return self if len(running) == len(self.stages) else replace(self, target=running[0])
 
 
 @dataclass(eq=False)
@@ -109,8 +124,9 @@ def _narrowed(
         for done, block in enumerate(blocks):
             context.ranks.check_in()
             changes: Changes = {}
-            if all(block in start.blocks(stage) for stage in _named(narrowing.target)):
-                layer = _Layer(context, result.plan, narrowing, block, cut, held_back, effects)
+            here = narrowing.at(start, block)
+            if here is not None:
+                layer = _Layer(context, result.plan, here, block, cut, held_back, effects)
                 walk.run(block, result.plan, {}, cut.columns, layer.see)
                 changes = layer.narrow(result)
             walk.advance(block, result.plan, changes)
@@ -148,12 +164,11 @@ def check_units(cut: Cut | None, plan: StagePlan, narrowing: Narrowing) -> Cut:
             f"Give a multiple of {groups} in `schedule`."
         )
     for block in sorted({*plan.prefill, *plan.decode}):
-        if not all(block in plan.blocks(stage) for stage in _named(narrowing.target)):
-            continue
-        if (there := len(_common(plan, narrowing, block))) < narrowing.count + groups:
+        here = narrowing.at(plan, block)
+        if here is not None and (there := len(_common(plan, here, block))) < here.count + groups:
             raise UserError(
-                f"{narrowing.count} {narrowing.part} cannot leave block {block} in `{narrowing.target}`: it has "
-                f"{there}, and must keep {groups}. Lower the `schedule`."
+                f"{here.count} {here.part} cannot leave block {block} in `{here.target}`: it has {there}, and must "
+                f"keep {groups}. Lower the `schedule`."
             )
     return cut
 
@@ -228,7 +243,7 @@ class _Layer:
     def _leaving(self, seen: list[Seen]) -> set[int]:
         """The units that leave the target: those whose loss hurts least, summed over all stages that lose them."""
         narrowing, model = self.narrowing, self.plan.model
-        named, losing = _named(narrowing.target), {stage for group in self.groups for stage in group}
+        named, losing = narrowing.stages, {stage for group in self.groups for stage in group}
         left, gone = _common(self.plan, narrowing, self.block), set[int]()
         # Units that only the target has leave first: to lose them costs no other stage anything.
         others = {u for s in losing - set(named) for u in self.plan.kept_units(s, self.block, narrowing.part)}
@@ -271,10 +286,6 @@ class _Layer:
             return (found.full_tensor() if isinstance(found, DTensor) else found).float().clone()
 
 
-def _named(target: Target) -> tuple[Stage, ...]:
-    return STAGES if target == "both" else (target,)
-
-
 def _common(plan: StagePlan, narrowing: Narrowing, block: int) -> set[int]:
     """The units that a block still has in every stage of the target."""
-    return set.intersection(*({*plan.kept_units(stage, block, narrowing.part)} for stage in _named(narrowing.target)))
+    return set.intersection(*({*plan.kept_units(stage, block, narrowing.part)} for stage in narrowing.stages))

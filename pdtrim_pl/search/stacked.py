@@ -29,21 +29,18 @@ def check_together(plan: StagePlan, narrowings: Sequence[Narrowing]) -> dict[Sta
         there = [stage for stage in STAGES if block in plan.blocks(stage)]
         kept = {stage: {*plan.kept_units(stage, block, narrowings[0].part)} for stage in there}
         for number, narrowing in enumerate(narrowings):
-            named = STAGES if narrowing.target == "both" else (narrowing.target,)
-            if set(named) <= set(there):
-                _narrow(plan, block, kept, narrowing, number, named)
+            here = narrowing.at(plan, block)
+            if here is not None:
+                _narrow(plan, block, kept, here, number)
         for stage in there:
             widest[stage] = max(widest[stage], len(kept[stage]))
     return widest
 
 
-def _narrow(
-    plan: StagePlan, block: int, kept: dict[Stage, set[int]], narrowing: Narrowing, number: int,
-    named: Sequence[Stage],
-) -> None:  # fmt: skip
+def _narrow(plan: StagePlan, block: int, kept: dict[Stage, set[int]], narrowing: Narrowing, number: int) -> None:
     """Take the units of one narrowing from `kept`: first those that cost no other stage anything."""
     part, groups = narrowing.part, plan.model.groups(narrowing.part)
-    left = set.intersection(*(kept[stage] for stage in named))
+    left = set.intersection(*(kept[stage] for stage in narrowing.stages))
     if len(left) < narrowing.count + groups:
         raise UserError(
             f"The `schedule`s of all WidthDrops together take more {part} than block {block} has: "
@@ -51,7 +48,7 @@ def _narrow(
             f"left and {groups} must stay. Lower one of them."
         )
     losing = [stage for stage in plan.stages_losing(narrowing.target, block) if stage in kept]
-    others = set[int]().union(*(kept[stage] for stage in losing if stage not in named))
+    others = set[int]().union(*(kept[stage] for stage in losing if stage not in narrowing.stages))
     size, gone = (plan.model.sizes[part] or 0) // groups, set[int]()
     for group in range(groups):
         members = sorted((unit for unit in left if unit // size == group), key=lambda unit: (unit in others, unit))
