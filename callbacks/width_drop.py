@@ -110,18 +110,12 @@ class WidthDrop(RemovalRounds):
             return
         total = sum(self._count(plan, self.schedule[epoch]) for epoch in due)
         cut = check_units(student.architecture.cuts.get(self.part), plan, self._narrowing(plan, total, 0))
-        units = plan.model.sizes[self.part]
-        assert units is not None
-        left = units - sum(self._count(plan, count) for count in self.schedule.values())
-        narrowed_config(student.model.config, {self.part: cut}, {self.part: left}, student.kv_shape.head_dim)
-        for wide in set(self._left_by_all(trainer, plan).values()):
-            narrowed_config(student.model.config, {self.part: cut}, {self.part: wide}, student.kv_shape.head_dim)
+        for left in set(self._left_by_all(trainer, plan).values()):
+            narrowed_config(student.model.config, {self.part: cut}, {self.part: left}, student.kv_shape.head_dim)
 
     def _left_by_all(self, trainer: Trainer, plan: StagePlan) -> dict[Stage, int]:
-        """Number of units that each stage keeps after all drops of this part; empty if this callback has them all."""
+        """Number of units that each stage keeps after all drops of this part."""
         drops = [one for one in trainer.callbacks if isinstance(one, WidthDrop) and one.part == self.part]  # type: ignore[attr-defined]
-        if len(drops) == 1:
-            return {}
         due = [(epoch, place) for place, one in enumerate(drops) for epoch in one.schedule if epoch not in one.done]
         return check_together(
             plan, [drops[p]._narrowing(plan, drops[p]._count(plan, drops[p].schedule[e]), 0) for e, p in sorted(due)]
