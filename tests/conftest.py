@@ -60,6 +60,9 @@ def loggers_as_they_were() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
     """Fork the engine's workers from the process that has imported what they need; `test_terminal.py` spawns them."""
+    first = SERVER.Process(target=int)  # what the imports print is printed before a test looks
+    first.start()
+    first.join()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pdtrim_pl.serving.engine.crew.multiprocessing.get_context", lambda method: SERVER)
         yield
