@@ -1,11 +1,13 @@
 """One training step of distillation against the plain recipe: two models, full logits, `F.kl_div`.
 
-    python benchmarks/distill.py [--tokens 256 2048] [--batch_size 2] [--steps 8] [--precision bf16-mixed] [--json]
+    python benchmarks/distill.py [--tokens 256 2048] [--batch_size 2] [--steps 8] [--precision bf16-mixed] [--compile]
+        [--json]
 
 Both sides train the same model (SmolLM2-135M, or random Llama weights with --tiny) on the same tokens with AdamW, from
 a teacher in the type of its checkpoint: ours in a Lightning trainer with its module, the plain one in a loop. As in the
 configurations of this package, our AdamW is torch's fused one; that of the plain recipe is torch's default, or with
---plain_fused the fused one too. Half of the tokens are prompt. Steps alternate in one process. The ratio is the median
+--plain_fused the fused one too. With --compile our blocks are compiled (`loading.compile`), those of the plain recipe
+are not. Half of the tokens are prompt. Steps alternate in one process. The ratio is the median
 over steps of the plain step's time to ours. Memory is the peak of the resident set beyond the one before the second
 step, each side in a process of its own; on a GPU, the peak of allocated memory. `offline_ratio` is of our step with the
 teacher's distributions on disk (top 64 and the mass of all others), in a run of its own. In the one object of --json it
@@ -113,6 +115,7 @@ def main() -> int:
     parser.add_argument("--chunk_tokens", type=int, default=256)
     parser.add_argument("--tiny", action="store_true", help="random weights of a tiny model")
     parser.add_argument("--plain_fused", action="store_true", help="the plain recipe uses the fused AdamW too")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks; the first two steps do not count")
     parser.add_argument("--trl", metavar="FOLDER", help="folder with TRL in it")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", choices=("ours", "plain", "trl"), help=argparse.SUPPRESS)
@@ -127,6 +130,7 @@ def main() -> int:
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "precision": options.precision, "plain_fused": options.plain_fused,
+        "compile": options.compile,
         "tokens_per_second_ratio": min(row["tokens_per_second_ratio"] for row in rows),
         "offline_ratio": min(row["offline_ratio"] for row in rows), "memory_ratio": rows[-1]["memory_ratio"],
         "tokens_per_second_vs_trl": min(row["tokens_per_second_vs_trl"] for row in rows) if options.trl else None,
@@ -146,7 +150,8 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     seed_everything(0, verbose=False)
     turns = Turns(Plain(options))
     train(options, tokens, turns)
-    counted = turns.seconds[1:]
+    warmup = 2 if options.compile else 1
+    counted = turns.seconds[warmup:]
     ratios = sorted(plain / ours for ours, plain in counted)
     offline = Turns(Plain(options))
     train(options, tokens, offline, offline=True)
@@ -159,7 +164,7 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
         "tokens_per_second_ratio": median(ratios),
         "least_ratio": ratios[0],
         "largest_ratio": ratios[-1],
-        "offline_ratio": median(plain / ours for ours, plain in offline.seconds[1:]),
+        "offline_ratio": median(plain / ours for ours, plain in offline.seconds[warmup:]),
         "memory_mib": memory["ours"],
         "plain_memory_mib": memory["plain"],
         "memory_ratio": memory["ours"] / memory["plain"],
@@ -225,6 +230,9 @@ def train(options: argparse.Namespace, tokens: int, *callbacks: Callback, offlin
     module = PDTrimModule(MODEL, optimizer=optimizer, chunk_tokens=options.chunk_tokens)
     module.student = StagedCausalLM(model_of(options)).train()
     module.teacher = StagedCausalLM(teacher_of(options))
+    if options.compile:
+        module.student.compile_blocks()
+        module.teacher.compile_blocks()
     if offline:
         folder = tempfile.TemporaryDirectory()
         module.offline = Offline(stored(options, tokens, module.teacher, Path(folder.name)))
@@ -293,6 +301,7 @@ def measured_alone(options: argparse.Namespace, tokens: int, side: str) -> float
     command += ["--accelerator", options.accelerator, "--chunk_tokens", str(options.chunk_tokens)]
     command += ["--tiny"] if options.tiny else []
     command += ["--plain_fused"] if options.plain_fused else []
+    command += ["--compile"] if options.compile else []
     command += ["--trl", options.trl] if options.trl else []
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(json.loads(out.splitlines()[-1]))
