@@ -23,6 +23,7 @@ from pdtrim_pl.export import check_target, export_pair
 from pdtrim_pl.export.documents import write_documents
 from pdtrim_pl.export.merged import without_adapters
 from pdtrim_pl.export.origin import Origin
+from pdtrim_pl.export.own_widths import check_own_widths
 from pdtrim_pl.export.verify import sliced_stage
 from pdtrim_pl.export.whole import whole_copy
 from pdtrim_pl.models.context import usable_context
@@ -30,7 +31,7 @@ from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.parallel import on_first_rank
-from pdtrim_pl.plan import STAGES, Layout
+from pdtrim_pl.plan import STAGES, ExportWidths, Layout
 from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
@@ -53,6 +54,8 @@ class ExportPair(Callback, TellsLoad):
         prompt_tokens: length of the prompt for times and bytes.
         new_tokens: tokens generated for the decode time.
         layout: `padded` gives both checkpoints equally many blocks, for engines that pair them by position.
+        widths: `uniform` makes all blocks of a checkpoint as wide as the widest. `per_block` gives each its own width;
+            transformers builds that for few families, and a run of another one is refused before its first step.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class ExportPair(Callback, TellsLoad):
         prompt_tokens: int = 256,
         new_tokens: int = 32,
         layout: Layout = "compact",
+        widths: ExportWidths = "uniform",
     ) -> None:
         if prompt_tokens < 1 or new_tokens < 1:
             raise UserError("`prompt_tokens` and `new_tokens` of the export must be at least 1.")
@@ -73,6 +77,7 @@ class ExportPair(Callback, TellsLoad):
         self.measure = measure
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
         self.layout: Layout = layout
+        self.widths: ExportWidths = widths
         self._exported = False
 
     @override
@@ -88,6 +93,9 @@ class ExportPair(Callback, TellsLoad):
         assert isinstance(pl_module, PDTrimModule)
         if not self._exported and not trainer.strategy.restore_checkpoint_after_setup:
             check_target(self.output, self.overwrite, _origin(trainer, pl_module))
+        if self.widths == "per_block":
+            student = pl_module.student
+            check_own_widths(student.model.config, type(student.model), student.architecture)
         if not self.measure:
             return
         context = usable_context(pl_module.student.model.config.to_dict())
@@ -156,8 +164,10 @@ class ExportPair(Callback, TellsLoad):
         target = export_pair(
             student, self.output, tokenizer=None if data is None else data.tokenizer, dtype=self.dtype,
             overwrite=self.overwrite, origin=_origin(trainer, module), layout=self.layout,
+            widths=self.widths,
             extras=lambda folder: write_documents(
-                folder, student, module.record, summary, target=self.output, dtype=self.dtype, layout=self.layout
+                folder, student, module.record, summary, target=self.output, dtype=self.dtype, layout=self.layout,
+                widths=self.widths,
             ),
         )  # fmt: skip
         if summary is not None:

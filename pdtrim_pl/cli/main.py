@@ -157,6 +157,10 @@ def _export(args: list[str]) -> int:
         "--layout", choices=["compact", "padded"], default="compact",
         help="padded: equally many layers in both halves, for engines that pair them by position",
     )  # fmt: skip
+    parser.add_argument(
+        "--widths", choices=["uniform", "per_block"], default="uniform",
+        help="per_block: each block has its own width, where transformers builds the model so",
+    )  # fmt: skip
     parser.add_argument("--model", type=str | None, help="where the model is now, if not where the checkpoint says")
     parser.add_argument("--manifest", type=Path | None, help="only write pair.json anew, into this export")
     options = parser.parse_args(args)

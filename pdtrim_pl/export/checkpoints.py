@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pdtrim_pl.export.own_widths import with_own_widths
 from pdtrim_pl.export.sliced import emptied, narrowed_config, sliced
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.plan import Stage, StagePlan
@@ -48,13 +49,18 @@ def stage_config(config: PreTrainedConfig, positions: Sequence[int]) -> PreTrain
 
 
 def exported_config(staged: StagedCausalLM, plan: StagePlan, stage: Stage) -> PreTrainedConfig:
-    """The configuration of one stage: its blocks, and as many channels and heads as the widest of them keeps.
+    """The configuration of one stage: its blocks, and how many channels and heads they have in the export.
 
     Raises:
-        UserError: a number of heads that the model's configuration class refuses.
+        UserError: a number of heads that the model's configuration class refuses, or blocks of different widths that
+            its model class does not build.
     """
     config = stage_config(staged.model.config, [staged.originals.index(index) for index in plan.held(stage)])
-    return narrowed_config(config, staged.architecture.cuts, plan.widest(stage), staged.kv_shape.head_dim)
+    config = narrowed_config(config, staged.architecture.cuts, plan.widest(stage), staged.kv_shape.head_dim)
+    widths = plan.exported_widths(stage)
+    return with_own_widths(
+        config, type(staged.model), staged.architecture, [widths[block] for block in plan.held(stage)]
+    )
 
 
 def stage_tensors(

@@ -18,13 +18,14 @@ from pdtrim_pl.export.pair import check_target, export_pair
 from pdtrim_pl.models.adapters import adapter_at
 from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.models.pretrained import load_causal_lm, load_config, load_tokenizer
-from pdtrim_pl.plan import Layout
+from pdtrim_pl.plan import ExportWidths, Layout
 from pdtrim_pl.staged import StagedCausalLM
 
 
 def export_checkpoint(
     ckpt_path: Path, output: Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     overwrite: bool = False, model: str | None = None, layout: Layout = "compact",
+    widths: ExportWidths = "uniform",
 ) -> Path:  # fmt: skip
     """Load a checkpoint's student on the CPU and export it as `ExportPair` would, without the measured table.
 
@@ -35,6 +36,7 @@ def export_checkpoint(
         overwrite: replace an earlier export there.
         model: name, path or Hub id of the original model; by default the one that the checkpoint names.
         layout: how the checkpoints hold the blocks, see `StagePlan.held`.
+        widths: how wide the blocks of a checkpoint are, see `StagePlan.exported_widths`.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of another format or model, or the target is taken.
@@ -66,8 +68,9 @@ def export_checkpoint(
     whole = without_adapters(student)
     return export_pair(
         whole, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite, layout=layout,
+        widths=widths,
         extras=lambda folder: write_documents(
-            folder, whole, state.record, None, target=output, dtype=target_dtype, layout=layout
+            folder, whole, state.record, None, target=output, dtype=target_dtype, layout=layout, widths=widths
         ),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.checkpoints import cast, per_block_settings, projections, resized_config
 from pdtrim_pl.export.files import KV_ONLY_FILE, blaming, read_tensors
+from pdtrim_pl.export.own_widths import PER_LAYER, own_settings
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.plan import PLAN_FILE, StagePlan
 from pdtrim_pl.staged import StagedCausalLM
@@ -76,6 +77,10 @@ def insert_kv_only(model: PreTrainedModel, plan: StagePlan, path: Path, architec
     _add_missing_rope(model, skeleton, config)
     # The model's own modules hold this config object, so it is changed in place.
     model.config.num_hidden_layers = config.num_hidden_layers
+    if own := own_settings(model.config):
+        held = sorted({*plan.prefill, *plan.kv_only})
+        moved = {held.index(plan.prefill[position]): settings for position, settings in own.items()}
+        setattr(model.config, PER_LAYER, moved)
     for name, values in per_block_settings(config).items():
         setattr(model.config, name, values)
 
@@ -92,7 +97,10 @@ def _config_with_kv_only(config: PreTrainedConfig, plan: StagePlan, metadata: Ma
         by_block = dict(zip(plan.prefill, values, strict=True))
         by_block.update({index: own[str(index)][name] for index in plan.kv_only})
         settings[name] = [by_block[index] for index in sorted(by_block)]
-    return resized_config(config, len(plan.prefill) + len(plan.kv_only), settings)
+    config = resized_config(config, len(plan.prefill) + len(plan.kv_only), settings)
+    if own_settings(config):
+        setattr(config, PER_LAYER, None)  # only projections of keys and values are taken from this model
+    return config
 
 
 def _split_by_block(tensors: Mapping[str, Tensor], plan: StagePlan) -> dict[int, dict[str, Tensor]]:

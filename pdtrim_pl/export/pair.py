@@ -20,7 +20,7 @@ from pdtrim_pl.export.checkpoints import write_checkpoint
 from pdtrim_pl.export.kv_only import write_kv_only
 from pdtrim_pl.export.origin import Origin
 from pdtrim_pl.export.verify import verify_pair
-from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, KVRetentionPolicy, Layout, write_manifest
+from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, STAGES, ExportWidths, KVRetentionPolicy, Layout, write_manifest
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def export_pair(
     staged: StagedCausalLM, target: Path, *, tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype | None = None, overwrite: bool = False, extras: Callable[[Path], None] | None = None,
-    origin: Origin | None = None, layout: Layout = "compact",
+    origin: Origin | None = None, layout: Layout = "compact", widths: ExportWidths = "uniform",
 ) -> Path:  # fmt: skip
     """Write `prefill/`, `decode/`, `stage_plan.json`, `kv_policy.json` and `pair.json`: all of them or none.
 
@@ -47,18 +47,20 @@ def export_pair(
         origin: the run that exports; it is written into the export. An export that this run wrote before it was killed
             is replaced, and the remains of an unfinished one are deleted.
         layout: how the checkpoints hold the blocks, see `StagePlan.held`.
+        widths: how wide the blocks of a checkpoint are, see `StagePlan.exported_widths`.
 
     Returns:
         The absolute path of the export.
 
     Raises:
-        UserError: the target is taken, the student lacks blocks of its plan, or the reloaded pair differs.
+        UserError: the target is taken, the student lacks blocks of its plan, its classes do not build the `widths`, or
+            the reloaded pair differs.
         OSError: it cannot be written.
     """
     target = target.resolve()
     check_target(target, overwrite, origin)
     dtype = dtype or staged.model.dtype
-    policy, plan = _complete_policy(staged, dtype), replace(staged.plan, layout=layout)
+    policy, plan = _complete_policy(staged, dtype), replace(staged.plan, layout=layout, export_widths=widths)
     if layout == "padded" and not policy.sends_everything:
         log.warning("The connectors for which `layout: padded` is made know no KV policy: they send every position.")
     _check_blocks(staged)

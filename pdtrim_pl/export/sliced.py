@@ -1,7 +1,8 @@
 """Cut lost channels and heads out of the weights of a block, and write the new width into the configuration.
 
 All blocks of an exported stage are as wide as its widest block, so stock classes and every engine can load it. The
-weights of narrower blocks are filled up with zeros, which do not change the output.
+weights of narrower blocks are filled up with zeros, which do not change the output. With `export_widths: per_block`
+each block has its own width, where the model's classes build that.
 
 Shapes: I inputs of a last layer, H hidden.
 """
@@ -34,11 +35,11 @@ def sliced(tensors: Mapping[str, Tensor], cuts: Cuts, plan: StagePlan, stage: St
         stage: the stage to export.
         block: original index of the block.
     """
-    out = dict(tensors)
+    out, widths = dict(tensors), plan.exported_widths(stage)[block]
     for part, cut in cuts.items():
         units, kept = plan.model.sizes[part], plan.width(stage, block).kept(part)
         if units is not None and kept is not None:
-            wide = plan.widest(stage)[part]
+            wide = widths[part]
             _cut_out(out, cut, torch.tensor(_filled_up(kept, wide, part, plan.model)), units)
     return out
 

@@ -14,7 +14,18 @@ from typing import Any, Self, get_args
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan.json_files import check_format, read_json, write_whole
-from pdtrim_pl.plan.stages import PARTS, STAGES, Boundary, Layout, ModelRef, Part, Relation, Removal, Stage
+from pdtrim_pl.plan.stages import (
+    PARTS,
+    STAGES,
+    Boundary,
+    ExportWidths,
+    Layout,
+    ModelRef,
+    Part,
+    Relation,
+    Removal,
+    Stage,
+)
 from pdtrim_pl.plan.validity import plan_faults
 from pdtrim_pl.plan.width import Width, canonical, width_faults
 
@@ -48,6 +59,8 @@ class PlannedStages:
     """Per stage: narrowed block -> the MLP channels and query heads that it keeps."""
     layout: Layout = "compact"
     """How the checkpoints of an export hold the blocks. It changes nothing that is computed."""
+    export_widths: ExportWidths = "uniform"
+    """How wide the blocks of an export are. It changes nothing that is computed."""
 
     def __post_init__(self) -> None:
         blocks: dict[Stage, tuple[int, ...]] = {"prefill": self.prefill, "decode": self.decode}
@@ -55,6 +68,8 @@ class PlannedStages:
         faults += width_faults(self.model, blocks, self.relation, self.widths)
         if self.layout not in get_args(Layout):
             faults.append(f"`layout` is {self.layout!r}, not one of {', '.join(get_args(Layout))}")
+        if self.export_widths not in get_args(ExportWidths):
+            faults.append(f"`export_widths` is {self.export_widths!r}, not one of {', '.join(get_args(ExportWidths))}")
         if faults:
             raise UserError("This stage plan cannot be run: " + "; ".join(faults) + ".")
         merged = {stage: MappingProxyType(dict(self.merged.get(stage, {}))) for stage in STAGES}
@@ -69,7 +84,7 @@ class PlannedStages:
         merged = {stage: dict(runs) for stage, runs in self.merged.items()}
         widths = {stage: dict(cut) for stage, cut in self.widths.items()}
         shared = (self.model, self.prefill, self.decode, self.relation, self.boundary)
-        return type(self), (*shared, merged, dict(self.untied), self.history, widths, self.layout)
+        return type(self), (*shared, merged, dict(self.untied), self.history, widths, self.layout, self.export_widths)
 
     @classmethod
     def full(cls, model: ModelRef, relation: Relation = "nested", boundary: Boundary = "prefill") -> Self:
@@ -129,6 +144,19 @@ class PlannedStages:
                 out[part] = whole or max(narrowed)
         return out
 
+    def exported_widths(self, stage: Stage) -> dict[int, dict[Part, int]]:
+        """Number of channels and of query heads of each block in the export of a stage, by its original index.
+
+        With `uniform` widths all are those of the widest block, so that every engine can load the export. With
+        `per_block` a block that the stage runs has its own. Parts that keep everything are left out.
+        """
+        found = dict.fromkeys(self.held(stage), self.widest(stage))
+        if self.export_widths == "per_block":
+            for block in self.blocks(stage):
+                kept = {part: self.width(stage, block).kept(part) for part in PARTS}
+                found[block] = {part: len(units) for part, units in kept.items() if units is not None}
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """The plan as the `pdtrim.stage_plan/2` object. Empty optional keys are left out."""
         out: dict[str, Any] = {
@@ -147,6 +175,8 @@ class PlannedStages:
             out["widths"] = {s: {str(k): v.to_json() for k, v in self.widths[s].items()} for s in STAGES}
         if self.layout != "compact":
             out["layout"] = self.layout
+        if self.export_widths != "uniform":
+            out["export_widths"] = self.export_widths
         return out
 
     @classmethod
@@ -172,6 +202,7 @@ class PlannedStages:
                     for s, cut in data.get("widths", {}).items()
                 },
                 layout=data.get("layout", "compact"),
+                export_widths=data.get("export_widths", "uniform"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"The stage plan is malformed near {error}. Write it with `StagePlan.save`.") from error

@@ -13,6 +13,8 @@ Relation = Literal["nested", "unified", "prefill_only", "free"]
 Boundary = Literal["prefill", "decode"]
 Layout = Literal["compact", "padded"]
 """How the checkpoints of an export hold their blocks, see `PlannedStages.held`."""
+ExportWidths = Literal["uniform", "per_block"]
+"""How wide the blocks of an export are, see `PlannedStages.exported_widths`."""
 Action = Literal["drop", "merge", "narrow"]
 Part = Literal["channels", "heads"]
 """The parts of a block that can leave one by one: MLP channels, and query heads."""

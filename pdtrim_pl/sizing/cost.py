@@ -30,6 +30,9 @@ from pdtrim_pl.sizing.shape import meta_model
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import kv_shape_of
 
+Widths = Mapping[int, Mapping[Part, int]]
+"""Block -> its numbers of channels and heads; what is missing is as in the model."""
+
 ROUNDING = 1e-9
 """Relative tolerance of the comparison with a target, so that 24 of 30 blocks meet a target of 0.8."""
 
@@ -95,7 +98,8 @@ class CostModel:
 
     `wire_bytes` are the bytes of keys and values that the policy sends.
 
-    All blocks of a stage are counted as wide as the widest one, because an export writes them so.
+    Blocks are counted as wide as an export writes them: all as the widest one of their stage, unless the plan has
+    `export_widths: per_block`.
 
     Shares are relative to the dense model with the `boundary` of the plan, so the full plan costs 1.0 under both.
     """
@@ -173,11 +177,11 @@ class CostModel:
 
     def prefill_flops(self, plan: StagePlan) -> int:
         """Floating-point operations of prefill, counted as in `FlopCounterMode`."""
-        return self._prefill(plan.prefill, plan.kv_only, plan.boundary, plan.widest("prefill"))
+        return self._prefill(plan.prefill, plan.kv_only, plan.boundary, plan.exported_widths("prefill"))
 
     def decode_bytes(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> float:
         """Bytes that a decode step reads, as the mean over the steps of the response. No policy sends everything."""
-        return self._decode(plan.decode, policy, plan.boundary, plan.widest("decode"))
+        return self._decode(plan.decode, policy, plan.boundary, plan.exported_widths("decode"))
 
     def wire_bytes(self, plan: StagePlan, policy: KVRetentionPolicy | None = None) -> int:
         """Bytes of keys and values on the wire; see `KVRetentionPolicy.sent_bytes`. No policy sends everything."""
@@ -204,25 +208,25 @@ class CostModel:
         boundaries: tuple[Boundary, ...] = ("prefill", "decode")
         return {b: (self._prefill(every, (), b, {}), self._decode(every, None, b, {})) for b in boundaries}
 
-    def _prefill(
-        self, runs: Iterable[int], projects: Iterable[int], boundary: Boundary, widths: Mapping[Part, int]
-    ) -> int:
-        positions = handled_positions(self.prompt, boundary)
-        heads = widths.get("heads", self.query_heads)
-        attention = 2 * heads * self.kv.head_dim * positions * positions  # scores, and their product with the values
-        adds = sum(self.blocks[block].narrowed(widths).matrices * positions + attention for block in runs)
+    def _prefill(self, runs: Iterable[int], projects: Iterable[int], boundary: Boundary, widths: Widths) -> int:
+        positions, adds = handled_positions(self.prompt, boundary), 0
+        for block in runs:
+            wide = widths.get(block, {})
+            pairs = wide.get("heads", self.query_heads) * positions * positions
+            adds += self.blocks[block].narrowed(wide).matrices * positions
+            adds += 2 * self.kv.head_dim * pairs  # scores, and their product with the values
         adds += sum(self.blocks[block].kv_matrices * positions for block in projects)
         return 2 * (adds + (self.head_matrix if boundary == "prefill" else 0))
 
     def _decode(
-        self, runs: Iterable[int], policy: KVRetentionPolicy | None, boundary: Boundary, widths: Mapping[Part, int]
+        self, runs: Iterable[int], policy: KVRetentionPolicy | None, boundary: Boundary, widths: Widths
     ) -> float:
         positions, steps = handled_positions(self.prompt, boundary), self.response - (boundary == "prefill")
         weights, entries = self.step_parameters, 0
         for index in runs:
             block, rule = self.blocks[index], KEEP_ALL if policy is None else policy.rule(index)
             kept = _counts(rule.keep, rule.first, rule.last, positions)
-            weights += block.narrowed(widths).parameters
+            weights += block.narrowed(widths.get(index, {})).parameters
             entries += _entries(*kept, positions, steps, block.window)
         return weights * BYTES_PER_ELEMENT[self.kv.dtype] + self.kv.bytes_per_position * entries / steps
 

@@ -34,6 +34,10 @@ class ServedPair:
             raise UserError(
                 f"{export} has `layout: padded`, which is for stock connectors. Give this one the compact export."
             )
+        if plan.export_widths == "per_block":
+            raise UserError(
+                f"{export} has `export_widths: per_block`, which vLLM cannot load. Export `uniform` widths."
+            )
         if plan.kv_only:
             raise UserError(
                 f"In the plan of {export}, decode runs block(s) {list(plan.kv_only)} that prefill does not run. vLLM "
