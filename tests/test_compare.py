@@ -249,6 +249,17 @@ def test_narrower_blocks_cost_no_more_than_the_row_they_are_measured_against(
                 assert float(row[cost]) <= float(table[start][cost]) + 1e-6
 
 
+def test_a_mix_need_not_send_less_where_narrower_blocks_meet_the_other_costs(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    widths = ours("Mixed", start="shortgpt", repair_tokens=0, width={"shares": [1.0]})
+    assert main(["compare", "--config", str(write({"shortgpt": EVERY["shortgpt"], "mixed": widths}))]) == 0
+    row = next(row for row in rows(tmp_path / "out") if row["method"] == "mixed")
+    plan = StagePlan.load(next((tmp_path / "out" / "plans").glob("mixed_*")) / "stage_plan.json")
+    assert len(plan.prefill) == len(plan.decode) == plan.model.num_blocks
+    assert float(row["wire_bytes"]) == 1.0
+
+
 def test_a_method_of_the_users_own_is_named_by_its_class_path(write: Callable[..., Path], tmp_path: Path) -> None:
     assert main(["compare", "--config", str(write({"mine": method("test_compare.EveryOther")}))]) == 0
     assert StagePlan.load(tmp_path / "out" / "plans" / "mine_2" / "stage_plan.json").prefill == (0, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from typing_extensions import override
 
@@ -42,6 +44,8 @@ class Joint(Method):
 class Mixed(ReadsTrainingText):
     """Narrower blocks, fewer blocks or a mix of both: the one with the least KL within the costs of another method.
 
+    FLOPs of prefill and bytes of a decode step count, bytes on the wire do not: a policy saves those.
+
     Args:
         start: name of the other method. Only the costs of its result count.
         width: the widths to try. `examples` is not used here.
@@ -60,7 +64,7 @@ class Mixed(ReadsTrainingText):
     @override
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
-        target = bench.target_of(start)
+        target = replace(bench.target_of(start), wire_bytes=1.0)
         student = bench.student(Found(bench.full("free", start.plan.boundary)), dtype="float32")
         text, tokens = bench.refitting_text(self.tokens)
         context = bench.context(student)
