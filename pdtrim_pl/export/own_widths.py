@@ -37,16 +37,15 @@ def with_own_widths(
     Raises:
         UserError: the installed classes do not build blocks of these widths.
     """
-    cuts = architecture.cuts
+    cuts, whole = architecture.cuts, config.to_dict()
+    wanted = [{cuts[part].setting: wide for part, wide in block.items()} for block in widths]
     own = {
-        position: {
-            cuts[part].setting: wide for part, wide in block.items() if wide != config.to_dict()[cuts[part].setting]
-        }
-        for position, block in enumerate(widths)
+        str(position): {name: wide for name, wide in block.items() if wide != whole[name]}
+        for position, block in enumerate(wanted)
     }
     if not any(own.values()):
         return config
-    found = type(config).from_dict({**config.to_dict(), PER_LAYER: {str(k): v for k, v in own.items() if v}})
+    found = type(config).from_dict({**whole, PER_LAYER: {position: names for position, names in own.items() if names}})
     if why := _not_built(found, model_class, architecture, widths):
         raise UserError(
             f"`widths: per_block` cannot be exported: {model_class.__name__} of transformers "

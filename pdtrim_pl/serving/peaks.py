@@ -57,9 +57,6 @@ def stage_peaks(
 
 def growth(run: Callable[[], None], device: torch.device) -> int | None:
     """Bytes by which memory grows at most while `run` runs; None if the system does not tell."""
-    if device.type != "cuda":
-        with suppress(AttributeError):  # a C library other than glibc
-            ctypes.CDLL(None).malloc_trim(0)  # else freed memory that is used again would not count
     try:
         before = start_of_peak(device)
     except OSError:
@@ -79,6 +76,8 @@ def start_of_peak(device: torch.device) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    with suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # else freed memory that is used again would not count
     (PROCESS / "clear_refs").write_text("5")
     return _status("VmRSS")
 
