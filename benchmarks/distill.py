@@ -7,11 +7,11 @@ Both sides train the same model (SmolLM2-135M, or random Llama weights with --ti
 a teacher in the type of its checkpoint: ours in a Lightning trainer with its module, the plain one in a loop. As in the
 configurations of this package, our AdamW is torch's fused one; that of the plain recipe is torch's default, or with
 --plain_fused the fused one too. With --compile our blocks are compiled (`loading.compile`), those of the plain recipe
-are not. Half of the tokens are prompt. Steps alternate in one process. The ratio is the median
-over steps of the plain step's time to ours. Memory is the peak of the resident set beyond the one before the second
-step, each side in a process of its own; on a GPU, the peak of allocated memory. `offline_ratio` is of our step with the
-teacher's distributions on disk (top 64 and the mass of all others), in a run of its own. In the one object of --json it
-and `tokens_per_second_ratio` are the least over the lengths, `memory_ratio` is that of the last length.
+are not. Half of the tokens are prompt. Steps alternate in one process. The ratio is the median over steps of the plain
+step's time to ours. Memory is the peak of the resident set beyond the one before the second step, each side in a
+process of its own; on a GPU, the peak of allocated memory. `offline_ratio` is of our step with the teacher's
+distributions on disk (top 64 and the mass of all others), in a run of its own. In the one object of --json it and
+`tokens_per_second_ratio` are the least over the lengths, `memory_ratio` is that of the last length.
 
 With --trl FOLDER (made by `pip install --no-deps --target FOLDER trl==1.16.0`) TRL's DistillationTrainer takes turns
 with the plain recipe too, on the same tokens as given responses. `tokens_per_second_vs_trl` is our ratio over its own.
@@ -153,7 +153,7 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     warmup = 2 if options.compile else 1
     counted = turns.seconds[warmup:]
     ratios = sorted(plain / ours for ours, plain in counted)
-    offline = Turns(Plain(options))
+    offline = Turns(turns.plain)
     train(options, tokens, offline, offline=True)
     memory = {side: measured_alone(options, tokens, side) for side in ("ours", "plain")}
     trained = options.batch_size * tokens
@@ -171,7 +171,7 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
         "largest_loss_difference": max(abs(ours - theirs) for ours, theirs in turns.losses),
     }
     if options.trl:
-        seconds = trl_turns(options, tokens, Plain(options))[1:]
+        seconds = trl_turns(options, tokens, turns.plain)[1:]
         memory_of_trl = measured_alone(options, tokens, "trl")
         found["trl_ratio"] = median(plain / theirs for theirs, plain in seconds)
         found["tokens_per_second_vs_trl"] = found["tokens_per_second_ratio"] / found["trl_ratio"]

@@ -163,12 +163,8 @@ class ExportPair(Callback, TellsLoad):
         log.info("Writing the pair and comparing it with the student.")
         target = export_pair(
             student, self.output, tokenizer=None if data is None else data.tokenizer, dtype=self.dtype,
-            overwrite=self.overwrite, origin=_origin(trainer, module), layout=self.layout,
-            widths=self.widths,
-            extras=lambda folder: write_documents(
-                folder, student, module.record, summary, target=self.output, dtype=self.dtype, layout=self.layout,
-                widths=self.widths,
-            ),
+            overwrite=self.overwrite, origin=_origin(trainer, module), layout=self.layout, widths=self.widths,
+            extras=lambda folder: write_documents(folder, module.record, summary, target=self.output),
         )  # fmt: skip
         if summary is not None:
             summary.at(target).render_text(Console())

@@ -17,7 +17,9 @@ from pdtrim_pl.models.loading import Loading
 from pdtrim_pl.models.names import EMBEDDED_MODEL, split_revision
 from pdtrim_pl.models.pretrained import check_model, load_causal_lm, load_config, load_tokenizer, model_type_of
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.plan import PLAN_FILE, POLICY_FILE, KVRetentionPolicy
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.description import kv_shape_of
 
 
 @pytest.fixture
@@ -88,7 +90,9 @@ def test_model_and_teacher_are_loaded_at_their_revisions(
 def test_an_export_names_the_model_as_the_hub_does_and_its_plan_the_revision(hub: str, tmp_path: Path) -> None:
     model, plan, _ = PDTrimModule(hub, loading=Loading(revision="v2")).pair.student()
     staged = StagedCausalLM(model, plan)
-    write_documents(tmp_path, staged, RunRecord(), None, target=tmp_path, dtype=torch.float32)
+    plan.save(tmp_path / PLAN_FILE)
+    KVRetentionPolicy(plan.boundary, kv_shape_of(model)).save(tmp_path / POLICY_FILE, plan)
+    write_documents(tmp_path, RunRecord(), None, target=tmp_path)
     assert f"base_model: {json.dumps(hub)}\n" in (tmp_path / "README.md").read_text()
     assert staged.plan.model.name_or_path == "me/mine@v2"
 

@@ -65,13 +65,9 @@ def export_checkpoint(
     check_weights(weights, student.state_dict())
     student.load_state_dict(weights)
     target_dtype: torch.dtype = TORCH_DTYPES[dtype]
-    whole = without_adapters(student)
     return export_pair(
-        whole, output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite, layout=layout,
-        widths=widths,
-        extras=lambda folder: write_documents(
-            folder, whole, state.record, None, target=output, dtype=target_dtype, layout=layout, widths=widths
-        ),
+        without_adapters(student), output, tokenizer=load_tokenizer(name), dtype=target_dtype, overwrite=overwrite,
+        layout=layout, widths=widths, extras=lambda folder: write_documents(folder, state.record, None, target=output),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.export.files import KV_ONLY_FILE, blaming
 from pdtrim_pl.export.kv_only import insert_kv_only
-from pdtrim_pl.export.own_widths import setting_of
+from pdtrim_pl.export.own_widths import block_settings
 from pdtrim_pl.export.schemas import validate_file
 from pdtrim_pl.models.adapters import adapter_at
 from pdtrim_pl.models.architectures import Architecture, architecture_of
@@ -113,10 +113,10 @@ def _check_config(config: PreTrainedConfig, plan: StagePlan, stage: Stage, archi
             "The files are not of one export: export again."
         )
     widths = plan.exported_widths(stage)
-    for position, block in enumerate(plan.held(stage)):
+    for position, (block, settings) in enumerate(zip(plan.held(stage), block_settings(config), strict=True)):
         for part, wide in widths[block].items():
             setting = architecture.cuts[part].setting
-            if (found := setting_of(config, position, setting)) != wide:
+            if (found := settings.get(setting)) != wide:
                 raise UserError(
                     f"its `{setting}` of block {position} is {found}, and {PLAN_FILE} gives this block of the "
                     f"`{stage}` stage {wide} {part}. The files are not of one export: export again."

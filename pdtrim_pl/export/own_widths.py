@@ -75,9 +75,10 @@ def own_settings(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     return {int(position): settings for position, settings in config.to_dict().get(PER_LAYER, {}).items()}
 
 
-def setting_of(config: PreTrainedConfig, position: int, name: str) -> Any:
-    """A setting of the block at `position`."""
-    return own_settings(config).get(position, {}).get(name, config.to_dict().get(name))
+def block_settings(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """All settings of each block, in order."""
+    whole, own = config.to_dict(), own_settings(config)
+    return [{**whole, **own.get(position, {})} for position in range(config.num_hidden_layers)]
 
 
 def _not_built(

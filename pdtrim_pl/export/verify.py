@@ -74,7 +74,7 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
     """
     dtype = dtype or staged.model.dtype
     plan = load_plan_and_policy(export)[0]
-    if plan != replace(staged.plan, layout=plan.layout, export_widths=plan.export_widths):
+    if plan != _written_as(staged.plan, plan):
         raise UserError(f"{export / PLAN_FILE} is not the student's plan. Export again.")
     warn_of_slow_bf16("cpu", dtype)  # the pair will compute in it wherever a CPU serves it
     config = staged.model.config
@@ -86,6 +86,11 @@ def verify_pair(export: Path, staged: StagedCausalLM, *, dtype: torch.dtype | No
         for name, ours, theirs in _keys_and_values(encoded.blocks[index], block):
             _check(export, f"student's {name} of block {index}", ours, theirs)
     return _check(export, "student's logits", logits, expected)
+
+
+def _written_as(plan: StagePlan, written: StagePlan) -> StagePlan:
+    """The plan, for checkpoints of the form that `written` has."""
+    return replace(plan, layout=written.layout, export_widths=written.export_widths)
 
 
 def _check(export: Path, what: str, found: Tensor, expected: Tensor) -> float:
@@ -219,7 +224,7 @@ def _worker(export: Path, stage: Stage, staged: StagedCausalLM, dtype: torch.dty
     """Load one stage of the export and compare its tensors with the student's."""
     attention = attention_of(staged.model)
     worker = load_stage(export, stage, attn_implementation=attention, architecture=staged.architecture)
-    plan = replace(staged.plan, layout=worker.plan.layout, export_widths=worker.plan.export_widths)
+    plan = _written_as(staged.plan, worker.plan)
     _compare(export / stage, stage_tensors(worker, stage), stage_tensors(staged, stage, dtype, plan))
     if stage == "prefill":
         _compare(export / stage, kv_only_tensors(worker), kv_only_tensors(staged, dtype))
