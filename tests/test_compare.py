@@ -60,6 +60,10 @@ EVERY = {
     "quadratic": ours("Quadratic", tokens=300),
     "minitron": ours("Narrow", start="shortgpt", criterion=criterion("ActivationNorm")),
     "width": ours("Narrow", start="shortgpt", criterion=criterion("LeastSquaresError"), repair_tokens=192),
+    "span_width": ours(
+        "Narrow", start="shortgpt", criterion=criterion("LeastSquaresError"), repair_tokens=100,
+        first=ours("ReplaceSpan", relation="nested", share=0.4),
+    ),
     "mixed": ours("Mixed", start="shortgpt", repair_tokens=192, width={"shares": [0.0, 1.0]}, annealing=BRIEF),
     "width_distilled": ours("Distilled", start="width"),
 }  # fmt: skip
@@ -71,12 +75,13 @@ TRAINED = {
     "span",
     "span_distilled",
     "width",
+    "span_width",
     "mixed",
     "width_distilled",
 }
 
 
-NARROWED = {"minitron", "width", "mixed", "width_distilled"}
+NARROWED = {"minitron", "width", "span_width", "mixed", "width_distilled"}
 
 
 class EveryOther(Method):
@@ -240,13 +245,26 @@ def test_a_joint_search_costs_no_more_than_the_row_it_starts_from(write: Callabl
 def test_narrower_blocks_cost_no_more_than_the_row_they_are_measured_against(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    chosen = {name: EVERY[name] for name in ("shortgpt", "minitron", "width", "mixed")}
+    chosen = {name: EVERY[name] for name in ("shortgpt", "minitron", "width", "span_width", "mixed")}
     assert main(["compare", "--config", str(write(chosen))]) == 0
     table = rows(tmp_path / "out")
     for start in range(0, len(table), len(chosen)):
         for row in table[start + 1 : start + len(chosen)]:
             for cost in ("prefill_flops", "decode_bytes"):
                 assert float(row[cost]) <= float(table[start][cost]) + 1e-6
+
+
+def test_blocks_that_leave_before_the_widths_save_their_share_of_the_count(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    chosen = {name: EVERY[name] for name in ("shortgpt", "span_width")}
+    assert main(["compare", "--config", str(write(chosen))]) == 0
+    one, two = (row for row in rows(tmp_path / "out") if row["method"] == "span_width")
+    assert (one["decode_removed"], two["decode_removed"]) == ("1", "1")
+    assert int(one["trained_tokens"]) <= 0.4 * 300  # the block alone meets the costs: no text to refit on
+    assert 0.4 * 300 < int(two["trained_tokens"]) <= 0.4 * 300 + 100
+    plans = [StagePlan.load(path) for path in sorted((tmp_path / "out" / "plans").glob("span_width*/stage_plan.json"))]
+    assert sorted("channels" in plan.widest("decode") for plan in plans) == [False, True]
 
 
 def test_a_mix_need_not_send_less_where_narrower_blocks_meet_the_other_costs(
@@ -445,6 +463,25 @@ def test_unknown_and_mistyped_keys_are_refused(
         ),
         ({"last_n": EVERY["last_n"]}, {"rows": {"counts": [4]}}, "asks for 4 blocks of 4, but Guards(protect_first=0,"),
         ({"odd": ours("Drop", criterion=criterion("LastN"), target="prefill")}, {}, "does not fit `relation: unified`"),
+        (
+            {
+                "shortgpt": EVERY["shortgpt"],
+                "width": {
+                    **EVERY["span_width"],
+                    "init_args": {**EVERY["span_width"]["init_args"], "first": EVERY["span_distilled"]},
+                },
+            },
+            {},
+            "`first` starts from 'span': give a method that starts from the full model",
+        ),
+        (
+            {
+                "shortgpt": EVERY["shortgpt"],
+                "width": ours("Narrow", start="shortgpt", criterion=criterion("ActivationNorm"), first_share=1.0),
+            },
+            {},
+            "`first_share` is 1.0: give a share of the blocks",
+        ),
         ({}, {}, "`methods` names none"),
         ({"last_n": EVERY["last_n"]}, {"rows": {"counts": [3, 2]}}, "`rows.counts` is [3, 2]"),
     ],

@@ -149,12 +149,18 @@ class Bench:
         """The costs of a result, as a target for another one."""
         return CostTarget(**asdict(self.costs.shares(found.plan, found.policy)))
 
-    def refitting_text(self, tokens: int) -> tuple[Sequence[Batch], int]:
+    def refitting_text(self, tokens: int, skip: int = 0) -> tuple[Sequence[Batch], int]:
         """The text to make blocks narrower on, and its number of tokens: training text, or for 0 the calibration set.
 
         The calibration set is not trained on, so it counts 0 tokens.
+
+        Args:
+            tokens: maximum number of tokens.
+            skip: tokens of the training text that were used before.
         """
-        return self.texts.training_batches(tokens, self.training.batch_size) if tokens else (self.texts.calibration, 0)
+        if not tokens:
+            return self.texts.calibration, 0
+        return self.texts.training_batches(tokens, self.training.batch_size, skip=skip)
 
     def charge(self, fitted: FittedRuns) -> None:
         """Add the cost of fits that were not measured to the search cost."""

@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from pdtrim_pl.export.pair import export_pair
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
-from pdtrim_pl.plan import Codec, KVRetentionPolicy, Retention, StagePlan
+from pdtrim_pl.plan import Codec, KVRetentionPolicy, Retention, StagePlan, Width
 from pdtrim_pl.plan.stages import Boundary, Stage
 from pdtrim_pl.serving.engine.engine import Engine
 from pdtrim_pl.serving.engine.requests import Ask, Done, Token
@@ -41,6 +41,8 @@ class Trimming:
 
     dropped: Mapping[Stage, tuple[int, ...]]
     rules: Mapping[int, Retention]
+    widths: Mapping[Stage, Width]
+    """What every block keeps of each stage."""
 
 
 EMBEDDED = Trimming(
@@ -51,6 +53,10 @@ EMBEDDED = Trimming(
         **{block: Retention(codec=Codec("int8", "int8")) for block in (5, 6, 7)},
         8: Retention(codec=Codec("fp8", "none")),
     },
+    {
+        "prefill": Width(channels=tuple(c for c in range(1536) if c % 12)),
+        "decode": Width(channels=tuple(c for c in range(1536) if c % 6), heads=(0, 1, 3, 5, 7, 8)),
+    },
 )
 RANDOM = Trimming(
     {"prefill": (6,), "decode": (2, 6)},
@@ -60,6 +66,7 @@ RANDOM = Trimming(
         4: Retention("first_last", 2, 0.3, INT4),
         5: Retention(codec=Codec("fp8", "none")),
     },
+    {"prefill": Width(channels=tuple(range(64, 512))), "decode": Width(channels=tuple(range(320)), heads=(1, 2))},
 )
 TEXT = (
     "The lighthouse keeper wrote in his log every evening. The sea was calm today, and two ships passed to the north. "
@@ -108,6 +115,9 @@ def make(folder: Path, boundary: Boundary, model: PreTrainedModel, trimming: Tri
         for stage, gone in trimming.dropped.items()
     }
     plan = StagePlan(reference, prefill=kept["prefill"], decode=kept["decode"], boundary=boundary)
+    for stage, width in trimming.widths.items():
+        for block in plan.blocks(stage):
+            plan = plan.narrow(stage, block, width)
     policy = KVRetentionPolicy(boundary, kv_shape_of(model), trimming.rules)
     export = export_pair(StagedCausalLM(model, plan, policy), folder / "pair", tokenizer=tokenizer)
     stop_ids, found = stop_ids_of(export, tokenizer), []
