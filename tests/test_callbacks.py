@@ -13,7 +13,18 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from short_text import SHORT
 
-from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, PlanLogger, RepeatedDrop, RequestShape, SpanMerge
+from callbacks import (
+    BlockDrop,
+    ExportPair,
+    JointDrop,
+    KVRetention,
+    PlanLogger,
+    RepeatedDrop,
+    RequestShape,
+    SpanMerge,
+    WidthDrop,
+)
+from callbacks.width_drop import Repair
 from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, sidecar
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
@@ -381,19 +392,24 @@ def test_a_round_may_merge_neighbours_into_weights_of_their_own(tiny_llama_dir: 
     assert state.plan == module.plan
 
 
+@pytest.mark.parametrize("channels", [None, 16])
 def test_one_block_takes_the_place_of_a_span_and_the_run_goes_on_from_a_checkpoint(
-    tiny_llama_dir: Path, tmp_path: Path
+    channels: int | None, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     merging = Merging(min_cosine=-1.0, steps=8)
 
     def span() -> list[Callback]:
-        return [SpanMerge(2, 1, merging, screening_steps=2, trailing_blocks=1, guards=Guards(0, 0))]
+        merge = SpanMerge(2, 1, merging, screening_steps=2, trailing_blocks=1, guards=Guards(0, 0))
+        narrower = [] if channels is None else [WidthDrop("both", {1: channels}, repair=Repair(examples=8))]
+        return [merge, *narrower]
 
     _, module = fit(tmp_path / "whole", tiny_llama_dir, span())
     ((into, run),) = module.plan.merged["prefill"].items()
     assert (len(run), module.plan.merged["decode"]) == (3, {into: run})
-    step = module.plan.history[-1]
+    step = next(entry for entry in module.plan.history if entry.action == "merge")
     assert (step.action, step.criterion, step.round) == ("merge", "fitted_kl", 0)
+    if channels is not None:
+        assert module.plan.widest("decode")["channels"] == module.plan.model.sizes["channels"] - channels
     assert not any(gate.offers for gate in module.student.gates.values())
     for epoch in (0, 1):
         checkpoint = next((tmp_path / "whole" / "checkpoints").glob(f"epoch={epoch}*.ckpt"))
