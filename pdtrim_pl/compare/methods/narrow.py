@@ -56,8 +56,9 @@ class Narrow(ReadsTrainingText):
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         assert start is not None
         target = bench.target_of(start)
-        begun = Found(bench.full(self.relation, start.plan.boundary))
-        if self.first is not None:
+        if self.first is None:
+            begun = Found(bench.full(self.relation, start.plan.boundary))
+        else:
             begun = self.first.find(bench, None, max(1, round(self.first_share * count)))
         student = bench.student(begun, dtype="float32")
         units = max(units_to_meet(bench.costs, student.plan, stage, self.part, target) for stage in STAGES)
