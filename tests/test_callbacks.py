@@ -19,12 +19,12 @@ from callbacks import (
     JointDrop,
     KVRetention,
     PlanLogger,
+    Repair,
     RepeatedDrop,
     RequestShape,
     SpanMerge,
     WidthDrop,
 )
-from callbacks.width_drop import Repair
 from pdtrim_pl.checkpoints.state import CheckpointState, PlanCheckpointIO, sidecar
 from pdtrim_pl.criteria import CosineRedundancy, Criterion, GreedyKL, ScoringContext
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule

@@ -466,10 +466,9 @@ def test_unknown_and_mistyped_keys_are_refused(
         (
             {
                 "shortgpt": EVERY["shortgpt"],
-                "width": {
-                    **EVERY["span_width"],
-                    "init_args": {**EVERY["span_width"]["init_args"], "first": EVERY["span_distilled"]},
-                },
+                "width": ours(
+                    "Narrow", start="shortgpt", criterion=criterion("ActivationNorm"), first=EVERY["span_distilled"]
+                ),
             },
             {},
             "`first` starts from 'span': give a method that starts from the full model",
