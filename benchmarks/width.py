@@ -29,7 +29,7 @@ from pdtrim_pl.evaluation.quality import measure_quality
 from pdtrim_pl.evaluation.recall import measure_recall, repetition
 from pdtrim_pl.models.pretrained import load_causal_lm, load_tokenizer
 from pdtrim_pl.plan import Boundary, Relation, StagePlan
-from pdtrim_pl.search import Narrowing, narrow
+from pdtrim_pl.search import Narrowing, narrow, refit_kv_only
 from pdtrim_pl.sizing.cost import CostModel
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import reference_to
@@ -43,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tune", type=Path)
     parser.add_argument("test", type=Path)
-    parser.add_argument("--leave", action="append", required=True, help="stage:part:count; may be given several times")
+    parser.add_argument("--leave", action="append", default=[], help="stage:part:count; may be given several times")
     parser.add_argument("--drop", action="append", default=[], help="stage:block,block; may be given several times")
     parser.add_argument("--criterion", default="ActivationTimesWeight")
     parser.add_argument("--no-repair", action="store_true")
@@ -64,6 +64,9 @@ def main() -> int:
         target, part, count = line.split(":")
         narrowing = Narrowing(target, part, int(count), criterion, not options.no_repair, round=turn)
         result = narrow(context, student.plan, narrowing, context.batches)
+        student.apply_plan(result.plan, refits=result.refits)
+    if not options.no_repair:
+        result = refit_kv_only(context, context.batches)
         student.apply_plan(result.plan, refits=result.refits)
     seconds = time.monotonic() - began
     costs = CostModel.of(student, PROMPT, SIZE - PROMPT).shares(student.plan)

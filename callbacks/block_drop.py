@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -21,6 +21,8 @@ from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import Stage, StagePlan, Target
 from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops
 from pdtrim_pl.search.rounds import Removals
+from pdtrim_pl.sizing.callback_load import CallbackLoad
+from pdtrim_pl.strategies import check_kv_refits
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +64,11 @@ class BlockDrop(RemovalRounds):
         merging: offer merges beside plain drops: one block, fitted to two neighbours, stands for both. A round then
             chooses by KL to the teacher, whatever the criterion.
         memory: how much a search may keep on the models' device.
+        refit_examples: number of training examples on which the projections of KV-only blocks are refitted: blocks that
+            prefill has dropped and decode runs. 0 refits nothing.
 
     Raises:
-        UserError: a schedule with a negative epoch or a count below 1.
+        UserError: a schedule with a negative epoch or a count below 1, or a negative number of examples.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class BlockDrop(RemovalRounds):
         annealing: Annealing | None = None,
         merging: Merging | None = None,
         memory: SearchMemory = SearchMemory(),
+        refit_examples: int = 0,
     ) -> None:
         self.stage = stage
         self.criterion = criterion
@@ -87,6 +92,9 @@ class BlockDrop(RemovalRounds):
         super().__init__(f"{stage} drops", self.schedule, guards, merging, memory)
         self.until = schedule.until if isinstance(schedule, RepeatedDrop) else None
         self.annealing = annealing
+        if refit_examples < 0:
+            raise UserError(f"`refit_examples` of the {stage} drops is {refit_examples}: give 0 or more.")
+        self.refit_examples = refit_examples
 
     @property
     @override
@@ -97,6 +105,17 @@ class BlockDrop(RemovalRounds):
     def _counted(self) -> Stage:
         """The stage whose blocks are counted. With `both`, the two stages lose the same blocks."""
         return "decode" if self.stage == "decode" else "prefill"
+
+    @override
+    def load(self) -> CallbackLoad:
+        load = super().load()
+        return replace(load, writes_weights=True) if self.refit_examples else load
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.refit_examples:
+            check_kv_refits(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,6 +143,8 @@ class BlockDrop(RemovalRounds):
             context = scoring_context(trainer, module, student, teacher, self.memory)
             plan = self._chosen(trainer, context, module.plan, count, round)
         module.apply_plan(StagePlan.from_json(context.ranks.agree(plan.to_json())))
+        if self.refit_examples:
+            self.refit_kv_only(trainer, module, self.refit_examples)
 
     def _chosen(self, trainer: Trainer, context: ScoringContext, start: StagePlan, count: int, round: int) -> StagePlan:
         if self.merging is None:

@@ -154,6 +154,8 @@ class JointDrop(RemovalRounds):
         index, structure, sent = context.ranks.agree((index, plan.to_json(), sent))
         plan = StagePlan.from_json(structure)
         module.apply_plan(plan, mixed.refits_under(plan, starts[index].refits))
+        if self.width is not None and self.width.examples:
+            self.refit_kv_only(trainer, module, self.width.examples)
         module.apply_policy(None if sent is None else KVRetentionPolicy.from_json(sent))
 
     def _policies(self, trainer: Trainer, module: PDTrimModule, context: ScoringContext, round: int) -> PolicyOf | None:

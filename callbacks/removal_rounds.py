@@ -22,10 +22,10 @@ from pdtrim_pl.criteria import ScoringContext
 from pdtrim_pl.data import PromptResponseDataModule
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
-from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import Move, StagePlan, Target
-from pdtrim_pl.search import Guards, distillation_set
+from pdtrim_pl.search import Guards, distillation_set, refit_kv_only
 from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.strategies import check_drops, check_merges, parallel_of
@@ -100,6 +100,21 @@ class RemovalRounds(Callback, TellsLoad):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = list(state_dict["done"])
+
+    def refit_kv_only(self, trainer: Trainer, module: PDTrimModule, examples: int) -> None:
+        """Refit the projections of blocks of which prefill only makes keys and values, if there are any.
+
+        Args:
+            trainer: its data module has the text.
+            module: the plan has been applied to it.
+            examples: number of training examples to fit to.
+        """
+        if not module.plan.kv_only:
+            return
+        with evaluating(module) as (student, teacher):
+            context = scoring_context(trainer, module, student, teacher, self.memory)
+            result = refit_kv_only(context, refitting_batches(trainer, examples))
+        module.apply_plan(result.plan, result.refits)
 
     def merges(self, trainer: Trainer, context: ScoringContext, start: StagePlan, *targets: Target) -> list[Move]:
         """The distillation sets of some targets; empty without `merging`."""
@@ -181,7 +196,7 @@ def fitting_batches(trainer: Trainer, batches: Callable[[int], int]) -> list[Any
 
 
 def refitting_batches(trainer: Trainer, examples: int) -> list[Any]:
-    """The text to make blocks narrower on: at least two batches, since one judges refits; calibration text for 0."""
+    """The text to refit layers on: at least two batches, since one judges refits; calibration text for 0."""
     if not examples:
         return calibration_batches(trainer)
     return fitting_batches(trainer, lambda size: max(2, ceil(examples / size)))

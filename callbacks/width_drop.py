@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Repair:
-    """Settings of the refits: the layer that read the removed channels or heads is fitted by least squares."""
+    """Settings of the refits by least squares: of the layers that read the removed channels or heads.
+
+    Where prefill loses channels or heads, the projections of its KV-only blocks are refitted too.
+    """
 
     examples: int = 128
     """Number of training examples to score and to refit on. A quarter of them is held back to judge the refits. A layer
@@ -144,6 +147,8 @@ class WidthDrop(RemovalRounds):
             context = scoring_context(trainer, module, student, teacher, self.memory)
             result = narrow(context, module.plan, narrowing, self._text(trainer))
         module.apply_plan(result.plan, result.refits)
+        if self.repair is not None and not self.repair.tied and self.stage != "decode":
+            self.refit_kv_only(trainer, module, self.repair.examples)
 
     def _text(self, trainer: Trainer) -> list[Any]:
         text = refitting_batches(trainer, 0 if self.repair is None else self.repair.examples)

@@ -49,6 +49,7 @@ def plans(
     else:
         prefill = draw(_some_of(every))
     kept: dict[Stage, tuple[int, ...]] = {"prefill": prefill, "decode": decode}
+    used: dict[Stage, list[int]] = {"prefill": sorted({*prefill, *decode}), "decode": list(decode)}  # KV-only ones too
     model = model or ModelRef("tiny", "llama", num_blocks)
     return StagePlan(
         model=model,
@@ -57,7 +58,7 @@ def plans(
         relation=relation,
         boundary=draw(st.sampled_from(BOUNDARIES)),
         merged={stage: draw(_merges(num_blocks, kept[stage])) for stage in STAGES},
-        untied={stage: tuple(sorted(draw(st.sets(st.sampled_from(kept[stage]))))) for stage in STAGES},
+        untied={stage: tuple(sorted(draw(st.sets(st.sampled_from(used[stage]))))) for stage in STAGES},
         history=tuple(draw(st.lists(_removals(num_blocks), max_size=4))),
         widths=draw(_widths(model, kept, relation, tuple(parts))) if parts else {},
     )

@@ -38,9 +38,14 @@ def test_two_processes_lose_the_same_channels_and_train_as_one_does(
     for part in ("whole", "continued"):
         told = json.loads((tmp_path / part / "told.json").read_text(encoding="utf-8"))
         plan = StagePlan.from_json(told["plan"])
+        assert (plan.prefill, plan.kv_only) == (alone.plan.prefill, alone.plan.kv_only) == ((0, 2), (1,))
         assert plan.widths["prefill"] == alone.plan.widths["prefill"]
-        assert plan.widths["decode"] == (alone.plan.widths["prefill"] if shared else alone.plan.widths["decode"])
-        assert plan.untied["decode"] == (() if shared else alone.plan.untied["decode"])
+        if shared:
+            assert plan.widths["prefill"].items() < plan.widths["decode"].items()
+            assert not any(plan.untied.values())
+        else:
+            assert plan.widths["decode"] == alone.plan.widths["decode"]
+            assert plan.untied == alone.plan.untied == {"prefill": (1,), "decode": (0, 1, 2)}
         steps = [step for step, _ in alone.record.losses]
         upto = steps[: len(steps) * 2 // 3] if shared else steps
         for (step, ours), (_, theirs) in zip(told["losses"], alone.record.losses, strict=True):

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from distributed_run import GLOBAL_BATCH, strategy_of, whole_and_continued
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from callbacks import ExportPair, Repair, WidthDrop
+from callbacks import BlockDrop, ExportPair, Repair, WidthDrop
 from pdtrim_pl.checkpoints.state import PlanCheckpointIO
+from pdtrim_pl.criteria import CosineRedundancy
 from pdtrim_pl.data import Lengths, Parts, PromptResponseDataModule
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.plan import Structure
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy
 
 torch.set_num_threads(1)
@@ -27,13 +29,18 @@ EPOCHS = 3
 
 
 def fit(strategy: str, processes: int, model: Path, folder: Path, ckpt_path: Path | None = None) -> PDTrimModule:
-    """Both stages lose channels in the second epoch; where weights are not sharded, decode loses more in the third."""
+    """Both stages lose channels in the second epoch, and prefill a block in the third.
+
+    Where weights are not sharded, decode then loses more channels, and the block's keys and values are refitted.
+    """
     seed_everything(0, verbose=False)
     make = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    module, chosen = PDTrimModule(str(model), optimizer=make), strategy_of(strategy)
-    drops = [WidthDrop("both", {1: 12}, repair=Repair(16, tied=True))]
-    if isinstance(chosen, str):
+    chosen = strategy_of(strategy)
+    whole, module = isinstance(chosen, str), PDTrimModule(str(model), optimizer=make, structure=Structure("free"))
+    drops: list[Callback] = [WidthDrop("both", {1: 12}, repair=Repair(16, tied=True))]
+    if whole:
         drops.append(WidthDrop("decode", {2: 8}, repair=Repair(16)))
+    drops.append(BlockDrop("prefill", CosineRedundancy(), {2: 1}, refit_examples=16 if whole else 0))
     data = PromptResponseDataModule(
         str(model), lengths=Lengths(24, 8, 16), parts=Parts(validation=4, calibration=6, max_train=20),
         batch_size=GLOBAL_BATCH // processes, eval_batch_size=2,

@@ -52,7 +52,8 @@ class PlannedStages:
     merged: Mapping[Stage, Mapping[int, tuple[int, ...]]] = field(default_factory=lambda: _EMPTY)
     """Per stage: merged block -> the run of original blocks that it replaces, itself included."""
     untied: Mapping[Stage, tuple[int, ...]] = field(default_factory=lambda: _EMPTY)
-    """Per stage: blocks for which the stage has weights of its own instead of the shared ones."""
+    """Per stage: blocks for which the stage has weights of its own instead of the shared ones. In prefill they may be
+    KV-only: it then projects keys and values by its own weights."""
     history: tuple[Removal, ...] = ()
     """Every removal that led to this plan, in order."""
     widths: Mapping[Stage, Mapping[int, Width]] = field(default_factory=lambda: _EMPTY)

@@ -64,12 +64,14 @@ class StagePlan(PlannedStages):
                 )
             kept[stage] = tuple(other for other in kept[stage] if other != block)
             entries.append(Removal(round, stage, "drop", block, criterion, score))
+        used = {"prefill": {*kept["prefill"], *kept["decode"]}, "decode": set(kept["decode"])}
+        used["prefill"] -= {block} - set(kept["prefill"])  # what it projects from now on, it projects by shared weights
         return replace(
             self,
             prefill=kept["prefill"],
             decode=kept["decode"],
             merged={s: {k: v for k, v in self.merged[s].items() if k in kept[s]} for s in STAGES},
-            untied={s: tuple(b for b in self.untied[s] if b in kept[s]) for s in STAGES},
+            untied={s: tuple(b for b in self.untied[s] if b in used[s]) for s in STAGES},
             history=self.history + tuple(entries),
             widths={s: {k: v for k, v in self.widths[s].items() if k in kept[s]} for s in STAGES},
         )
@@ -159,6 +161,10 @@ class StagePlan(PlannedStages):
             untied={stage: tuple(sorted(own[stage])) for stage in STAGES},
             history=self.history + tuple(entries),
         )
+
+    def untie(self, stage: Stage, blocks: Iterable[int]) -> StagePlan:
+        """A new plan in which a stage has weights of its own for these blocks too."""
+        return replace(self, untied={**self.untied, stage: tuple(sorted({*self.untied[stage], *blocks}))})
 
     def _stage_set(self, target: Target) -> tuple[int, ...]:
         """Blocks that can be dropped from `target`: for `both`, the blocks that both stages run."""

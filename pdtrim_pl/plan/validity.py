@@ -22,7 +22,10 @@ def plan_faults(
     if boundary not in get_args(Boundary):
         faults.append(f"`boundary` is {boundary!r}, not one of {', '.join(get_args(Boundary))}")
     for stage in STAGES:
-        faults += _stage_faults(stage, num_blocks, blocks[stage], merged.get(stage, {}), untied.get(stage, ()))
+        faults += _stage_faults(stage, num_blocks, blocks[stage], merged.get(stage, {}))
+        used = {*blocks[stage], *(blocks["decode"] if stage == "prefill" else ())}  # KV-only blocks too
+        if stray := [block for block in untied.get(stage, ()) if block not in used]:
+            faults.append(f"`untied.{stage}` names {stray}, which that stage does not run")
     faults += _relation_faults(num_blocks, set(blocks["prefill"]), set(blocks["decode"]), relation)
     for name, mapping in (("merged", merged), ("untied", untied)):
         unknown = sorted(set(mapping) - set(STAGES))
@@ -41,9 +44,8 @@ def _relation_faults(num_blocks: int, prefill: set[int], decode: set[int], relat
 
 
 def _stage_faults(
-    stage: Stage, num_blocks: int, blocks: tuple[int, ...], merged: Mapping[int, tuple[int, ...]],
-    untied: tuple[int, ...],
-) -> Iterable[str]:  # fmt: skip
+    stage: Stage, num_blocks: int, blocks: tuple[int, ...], merged: Mapping[int, tuple[int, ...]]
+) -> Iterable[str]:
     if not blocks:
         yield f"`{stage}` has no blocks"
     if not all(type(block) is int for block in blocks):
@@ -54,9 +56,6 @@ def _stage_faults(
     outside = [block for block in blocks if not 0 <= block < num_blocks]
     if outside:
         yield f"`{stage}.blocks` names {outside}, outside 0..{num_blocks - 1}"
-    stray = [block for block in untied if block not in blocks]
-    if stray:
-        yield f"`untied.{stage}` names {stray}, which that stage does not run"
     yield from _merge_faults(stage, blocks, merged)
 
 

@@ -5,6 +5,7 @@ from pdtrim_pl.search.choose import choose_drops
 from pdtrim_pl.search.greedy import Chooser, Growth, Option, grow
 from pdtrim_pl.search.guards import Guards
 from pdtrim_pl.search.joint import JointSearch
+from pdtrim_pl.search.kv_only import refit_kv_only
 from pdtrim_pl.search.merges import distillation_set, replace_span
 from pdtrim_pl.search.mixed import WidthMoves
 from pdtrim_pl.search.narrow import Narrowed, Narrowing, check_units, narrow
@@ -29,5 +30,6 @@ __all__ = [
     "distillation_set",
     "grow",
     "narrow",
+    "refit_kv_only",
     "replace_span",
 ]

@@ -70,7 +70,7 @@ class Narrowing:
 
 @dataclass(eq=False)
 class Narrowed:
-    """The result: a narrower plan, and the refitted layers that belong to it."""
+    """A plan, and the refitted layers that belong to it."""
 
     plan: StagePlan
     refits: list[Refit] = field(default_factory=list)
@@ -81,9 +81,9 @@ class Narrowed:
         Weights are not sent here: whoever writes a refit into the model sends the weights of rank 0. A rank without the
         refit gets zeros of the right shape instead.
         """
-        own = {(refit.block, refit.stages): refit for refit in self.refits}
+        own = {(refit.block, refit.stages, refit.layer): refit for refit in self.refits}
         agreed = ranks.agree([(r.block, r.stages, r.layer, tuple(r.weight.shape)) for r in self.refits])
-        refits = [own.get((b, s)) or Refit(b, s, layer, torch.zeros(shape)) for b, s, layer, shape in agreed]
+        refits = [own.get((b, s, name)) or Refit(b, s, name, torch.zeros(shape)) for b, s, name, shape in agreed]
         return Narrowed(StagePlan.from_json(ranks.agree(self.plan.to_json())), refits)
 
 

@@ -97,7 +97,7 @@ def _alone(plan: StagePlan, untied: Mapping[Stage, tuple[int, ...]], block: int)
         # The block is KV-only, but a plan must give prefill a block. The output of the next block is not used. If there
         # is no next one, the block before does not run, because the pass starts behind it.
         prefill = (block + 1 if block + 1 < plan.model.num_blocks else block - 1,)
-    own = {stage: tuple({block} & set(untied[stage])) for stage in STAGES if block in plan.blocks(stage)}
+    own = {s: tuple({block} & set(untied[s])) for s in STAGES if block in plan.blocks(s) or s == "prefill"}
     widths = {stage: {block: plan.width(stage, block)} for stage in STAGES if block in plan.blocks(stage)}
     return StagePlan(plan.model, prefill, decode, "free", plan.boundary, untied=own, widths=widths)
 

@@ -16,6 +16,7 @@ from pdtrim_pl.strategies.checks import (
     check_compiling,
     check_drops,
     check_freezing,
+    check_kv_refits,
     check_masters,
     check_merges,
     check_new_widths,
@@ -32,8 +33,8 @@ from pdtrim_pl.strategies.fsdp import PDTrimFSDPStrategy
 
 __all__ = [
     "ZERO_STAGES", "PDTrimDeepSpeedStrategy", "PDTrimFSDPStrategy", "Sharding", "check_compiling", "check_drops",
-    "check_freezing", "check_masters", "check_merges", "check_new_widths", "check_refits", "check_skipping",
-    "check_strategy", "check_teacher_bits", "check_trainable", "directory_stage", "parallel_of",
+    "check_freezing", "check_kv_refits", "check_masters", "check_merges", "check_new_widths", "check_refits",
+    "check_skipping", "check_strategy", "check_teacher_bits", "check_trainable", "directory_stage", "parallel_of",
 ]  # fmt: skip
 
 

@@ -209,6 +209,15 @@ def check_refits(strategy: Strategy, tied: bool) -> None:
         )
 
 
+def check_kv_refits(strategy: Strategy) -> None:
+    """Refuse refits of keys and values that a strategy cannot apply during a run.
+
+    Raises:
+        UserError: the strategy cannot add weights during a run. The message gives an alternative.
+    """
+    _refuse_new_weights(strategy, "Set `refit_examples: 0`, or use `strategy: ddp_find_unused_parameters_true`.")
+
+
 def check_new_widths(strategy: Strategy) -> None:
     """Refuse strategies that cannot try refitted layers of narrower blocks during a search.
 

@@ -7,14 +7,15 @@ from typing_extensions import override
 
 from pdtrim_pl.compare.bench import Bench
 from pdtrim_pl.compare.found import Found
-from pdtrim_pl.compare.method import Method
+from pdtrim_pl.compare.method import ReadsTrainingText
 from pdtrim_pl.criteria import Criterion
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan import ONLY_TARGET, Boundary, Relation, Target
+from pdtrim_pl.plan import ONLY_TARGET, Boundary, Relation, StagePlan, Target
+from pdtrim_pl.search import refit_kv_only
 from pdtrim_pl.search.choose import choose_drops
 
 
-class Drop(Method):
+class Drop(ReadsTrainingText):
     """Drops the `count` blocks of least harm by a criterion, without training.
 
     ShortGPT, SLEB and POP are this method with their criterion, relation and boundary. A greedy criterion continues
@@ -26,6 +27,8 @@ class Drop(Method):
         relation: how the blocks of the two stages relate.
         target: the stage(s) that lose the blocks.
         boundary: which stage handles the prompt's last token.
+        refit_tokens: tokens of training text on which the projections of KV-only blocks are refitted: blocks that
+            prefill has dropped and decode runs. 0 refits nothing.
 
     Raises:
         UserError: the relation does not allow this target.
@@ -33,9 +36,9 @@ class Drop(Method):
 
     def __init__(
         self, criterion: Criterion, relation: Relation = "unified", target: Target = "both",
-        boundary: Boundary = "prefill",
+        boundary: Boundary = "prefill", refit_tokens: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(None, refit_tokens)
         only = ONLY_TARGET.get(relation, target)
         if target != only:
             raise UserError(f"`target: {target}` does not fit `relation: {relation}`: use `target: {only}`.")
@@ -53,4 +56,11 @@ class Drop(Method):
         context = bench.context(bench.student(begun))
         with torch.no_grad():
             plan = choose_drops(self.criterion, context, begun.plan, self.target, count - gone, guards=bench.guards)
-        return Found(plan)
+        return self._refitted(bench, plan) if self.tokens and plan.kv_only else Found(plan)
+
+    def _refitted(self, bench: Bench, plan: StagePlan) -> Found:
+        student = bench.student(Found(plan), dtype="float32")
+        text, tokens = bench.refitting_text(self.tokens)
+        found = refit_kv_only(bench.context(student), text)
+        student.apply_plan(found.plan, refits=found.refits)
+        return Found(found.plan, None, bench.changed(student), tokens)
