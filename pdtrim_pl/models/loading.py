@@ -50,6 +50,9 @@ class Loading:
     compile: bool = False
     """Compile the blocks of both models with `torch.compile`. The first batches then take minutes. Does not go with
     sharded weights (ZeRO-3, FSDP) or with adapters."""
+    liger: bool = False
+    """Run the norms and MLPs of both models by Liger's kernels (package liger-kernel, on a GPU), which keep less for
+    backward."""
     freeze_embeddings: bool = False
     """Do not train the student's token embeddings and head. This saves memory and time, and few training tokens can do
     them more harm than good."""
@@ -65,6 +68,8 @@ class Loading:
                 f"`loading.compile` was not tried with `attn_implementation: {self.attn_implementation}`, which brings "
                 "kernels of its own. Use `sdpa`, or leave `compile` out."
             )
+        if self.compile and self.liger:
+            raise UserError("`loading.compile` and `loading.liger` both replace what blocks run: give one of them.")
 
     def pinned(self, model: str) -> tuple[str, Loading]:
         """Name of the model with its revision, and these settings with that of the teacher.

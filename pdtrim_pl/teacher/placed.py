@@ -15,6 +15,7 @@ from pdtrim_pl.evaluation.measured import MeasuredModule
 from pdtrim_pl.losses import LossTerm
 from pdtrim_pl.models.architectures import Architecture
 from pdtrim_pl.models.eight_bits import check_eight_bits
+from pdtrim_pl.models.liger import check_liger, use_liger
 from pdtrim_pl.models.loading import Loading, check_attention
 from pdtrim_pl.models.placement import Placement, TeacherPlace
 from pdtrim_pl.plan import KVRetentionPolicy, StagePlan
@@ -125,6 +126,8 @@ class PlacedModule(MeasuredModule):
         device = None if self._trainer is None else self._trainer.strategy.root_device
         teacher = self.pair.teacher(boundary, student.model.config.vocab_size, device)
         student.compared_tokens = teacher.compared_tokens
+        if self.loading.liger:
+            use_liger(teacher.model)
         if self.loading.compile:
             teacher.compile_blocks()
         return teacher
@@ -146,12 +149,14 @@ class PlacedModule(MeasuredModule):
         self.offline = offline
 
     def _check_kernels(self) -> None:
-        """Refuse attention implementations and compiled blocks that cannot run here."""
+        """Refuse attention implementations, compiled blocks and other kernels that cannot run here."""
         strategy, precision = self.trainer.strategy, str(self.trainer.precision)
         halves = precision.startswith(("bf16", "16")) or self.loading.dtype in ("bfloat16", "float16")
         check_attention(self.loading.attn_implementation, strategy.root_device.type, sixteen_bits=halves)
         if self.loading.compile:
             check_compiling(strategy, self.trainable)
+        if self.loading.liger:
+            check_liger(strategy.root_device)
 
     def _common(self) -> int:
         """Number of first blocks that the teacher runs for the student too. Computed anew after a change of plan."""
