@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -268,6 +269,26 @@ def test_a_share_of_the_budget_leaves_the_rest_to_distillation(bench: Bench) -> 
     assert 0 < moved[1] < 0.5 * moved[0]
     with pytest.raises(ValueError, match=r"`rate` is 0: give a positive factor of the learning rate"):
         Distilled("span", rate=0)
+
+
+def test_keys_and_values_of_dropped_blocks_are_refitted_within_the_budget(bench: Bench) -> None:
+    settings: Any = {"relation": "prefill_only", "target": "prefill", "boundary": "decode", "guards": NO_GUARDS}
+    plain, made_good = Drop(LastN(), **settings), Drop(LastN(), refit_tokens=200, **settings)
+    assert (plain.trains, made_good.trains) == (False, True)
+    found = {method: method.find(bench, None, 2) for method in (plain, made_good)}
+    assert [one.plan.prefill for one in found.values()] == [(0, 1), (0, 1)], "the last block too"
+    assert (found[plain].trained_tokens, found[plain].plan.untied["prefill"]) == (0, ())
+    assert 100 < found[made_good].trained_tokens <= 200
+    assert found[made_good].plan.untied["prefill"] == (3,), "block 2 reads what it always did"
+    changed = {name for name, x in found[made_good].weights.items() if not torch.equal(x, shared_weight(bench, name))}
+    assert {name.split(".untied.prefill.")[1] for name in changed} == {
+        "self_attn.k_proj.weight", "self_attn.v_proj.weight"
+    }  # fmt: skip
+
+
+def shared_weight(bench: Bench, name: str) -> torch.Tensor:
+    """The teacher's weight of which a stage has its own."""
+    return bench.teacher.get_parameter(name.replace("untied.prefill", "block"))
 
 
 def test_annealing_with_merges_ends_no_worse_than_its_start(bench: Bench) -> None:

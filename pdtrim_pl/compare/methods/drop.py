@@ -11,7 +11,7 @@ from pdtrim_pl.compare.method import ReadsTrainingText
 from pdtrim_pl.criteria import Criterion
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan import ONLY_TARGET, Boundary, Relation, StagePlan, Target
-from pdtrim_pl.search import refit_kv_only
+from pdtrim_pl.search import Guards, refit_kv_only
 from pdtrim_pl.search.choose import choose_drops
 
 
@@ -29,6 +29,8 @@ class Drop(ReadsTrainingText):
         boundary: which stage handles the prompt's last token.
         refit_tokens: tokens of training text on which the projections of KV-only blocks are refitted: blocks that
             prefill has dropped and decode runs. 0 refits nothing.
+        guards: limits on the drops; null takes those of the comparison. Under `boundary: decode` nothing reads the
+            output of prefill's last block, so it need not be protected.
 
     Raises:
         UserError: the relation does not allow this target.
@@ -37,12 +39,14 @@ class Drop(ReadsTrainingText):
     def __init__(
         self, criterion: Criterion, relation: Relation = "unified", target: Target = "both",
         boundary: Boundary = "prefill", refit_tokens: int = 0,
+        guards: Guards | None = None,
     ) -> None:  # fmt: skip
         super().__init__(None, refit_tokens)
         only = ONLY_TARGET.get(relation, target)
         if target != only:
             raise UserError(f"`target: {target}` does not fit `relation: {relation}`: use `target: {only}`.")
         self.criterion, self.relation, self.target, self.boundary = criterion, relation, target, boundary
+        self.guards = guards
 
     @property
     @override
@@ -53,9 +57,9 @@ class Drop(ReadsTrainingText):
     def find(self, bench: Bench, start: Found | None, count: int) -> Found:
         begun = start or Found(bench.full(self.relation, self.boundary))
         gone = len(begun.plan.removed("decode" if self.target == "decode" else "prefill"))
-        context = bench.context(bench.student(begun))
+        context, guards = bench.context(bench.student(begun)), self.guards or bench.guards
         with torch.no_grad():
-            plan = choose_drops(self.criterion, context, begun.plan, self.target, count - gone, guards=bench.guards)
+            plan = choose_drops(self.criterion, context, begun.plan, self.target, count - gone, guards=guards)
         return self._refitted(bench, plan) if self.tokens and plan.kv_only else Found(plan)
 
     def _refitted(self, bench: Bench, plan: StagePlan) -> Found:
