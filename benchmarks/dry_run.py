@@ -56,6 +56,17 @@ SEARCH = {
         "schedule": {0: 1},
     },
 }
+WIDTH = {
+    "class_path": "callbacks.WidthDrop",
+    "init_args": {"stage": "decode", "schedule": {0: 128}, "repair": {"examples": 8}},
+}
+PREFILL = {
+    "class_path": "callbacks.BlockDrop",
+    "init_args": {
+        "stage": "prefill", "criterion": {"class_path": "pdtrim_pl.criteria.LastN"}, "schedule": {0: 10},
+        "refit_examples": 8,
+    },
+}  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "256 x 4": {},
     "2048 x 1": {"data": {"lengths": LONG, "batch_size": 1, "parts": {"max_train": 2}}},
@@ -63,6 +74,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "256 x 4, recomputed": {"model": {"loading": {"gradient_checkpointing": True}}},
     "256 x 4, lora": {"model": {"trainable": "lora"}},
     "256 x 4, search": {"trainer": {"callbacks": [SEARCH]}},
+    "256 x 4, width": {"trainer": {"callbacks": [WIDTH]}},
+    "256 x 4, prefill": {"model": {"structure": {"relation": "prefill_only"}}, "trainer": {"callbacks": [PREFILL]}},
 }
 """Name of a run -> what it changes of `BASE`."""
 

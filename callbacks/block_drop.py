@@ -108,8 +108,10 @@ class BlockDrop(RemovalRounds):
 
     @override
     def load(self) -> CallbackLoad:
-        load = super().load()
-        return replace(load, writes_weights=True) if self.refit_examples else load
+        load, gone = super().load(), sum(self.schedule.values())
+        if self.stage != "both" and self.merging is not None and not self.merging.tied:
+            load = replace(load, untied={self.stage: gone})
+        return replace(load, writes_weights=True, untied_kv_only=gone) if self.refit_examples else load
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -27,7 +27,7 @@ from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Move, StagePlan
 from pdtrim_pl.search import Annealing, Guards, JointSearch, Narrowed, Narrowing, WidthMoves, anneal, check_units, mixed
 from pdtrim_pl.search.joint import PolicyOf
 from pdtrim_pl.selectors import SelectorLoad, WireMenu, policies_within, selection_context
-from pdtrim_pl.sizing.callback_load import CallbackLoad
+from pdtrim_pl.sizing.callback_load import EVERY_BLOCK, CallbackLoad
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 from pdtrim_pl.strategies import check_new_widths
 
@@ -108,6 +108,7 @@ class JointDrop(RemovalRounds):
             narrowed_on=self.width.examples,
             widths_offered=offered if self.width.examples else 0,
             writes_weights=True,
+            untied=dict.fromkeys(STAGES, EVERY_BLOCK) if self.width.examples else {},
         )
 
     @override

@@ -19,7 +19,7 @@ from pdtrim_pl.module import PDTrimModule, evaluating
 from pdtrim_pl.plan import Part, Stage, StagePlan, Target
 from pdtrim_pl.search import Guards, Narrowing, check_units, narrow
 from pdtrim_pl.search.stacked import check_together
-from pdtrim_pl.sizing.callback_load import CallbackLoad
+from pdtrim_pl.sizing.callback_load import EVERY_BLOCK, CallbackLoad
 from pdtrim_pl.strategies import check_refits
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,12 @@ class WidthDrop(RemovalRounds):
 
     @override
     def load(self) -> CallbackLoad:
+        untied: dict[Stage, int] = {}
+        if self.stage != "both" and self.repair is not None and not self.repair.tied:
+            untied[self.stage] = EVERY_BLOCK
         return CallbackLoad(
             narrowed_on=0 if self.repair is None else self.repair.examples, without_teacher=WITHOUT_TEACHER,
-            writes_weights=self.repair is not None,
+            writes_weights=self.repair is not None, untied=untied,
         )  # fmt: skip
 
     @override

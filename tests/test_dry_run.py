@@ -25,14 +25,16 @@ from pdtrim_pl.criteria import LastN
 from pdtrim_pl.data import Lengths, PromptResponseDataModule
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule
+from pdtrim_pl.plan import StagePlan
 from pdtrim_pl.search import WidthMoves
 from pdtrim_pl.selectors import BudgetSelector, Effort, KVSelector, MassSelector, NoSelector, SelectorLoad
 from pdtrim_pl.sizing.cost import CostTarget
 from pdtrim_pl.sizing.load import GIB, Layout, Load
 from pdtrim_pl.sizing.memory import HOST_BYTES, MemoryEstimate, block_bytes, block_elements, memory_per_process
-from pdtrim_pl.sizing.of_run import load_of, model_config
+from pdtrim_pl.sizing.of_run import Processes, load_of, model_config, size_of
 from pdtrim_pl.sizing.shape import Shape
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.staged.description import reference_to
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("compare_"))
@@ -265,6 +267,43 @@ def test_a_dry_run_counts_the_refitted_layers_that_a_joint_search_offers(tiny_ll
     load = replace(LOAD, batch=0, chunk_tokens=0, searches=False, widths_offered=2)
     needed = memory_per_process(eight, eight, layout, load).device["activations or search"]
     assert needed == 2 * 32 * 14336 * 4096 * 2
+
+
+def test_weights_of_a_stages_own_are_those_of_a_real_student() -> None:
+    model = tiny_model("llama", blocks=4)
+    shape, every = Shape.of(model.config), (0, 1, 2, 3)
+    for plan, untied, kv_only in (
+        (StagePlan(reference_to(model), (0, 1), every, "prefill_only", untied={"prefill": (2, 3)}), (0, 0), 2),
+        (StagePlan(reference_to(model), every, every, untied={"decode": every}), (0, 4), 0),
+        (StagePlan(reference_to(model), every, every, untied={"prefill": (1,), "decode": (1, 2)}), (1, 2), 0),
+    ):
+        student = StagedCausalLM(tiny_model("llama", blocks=4), plan)
+        student.train_only("all")
+        asked = replace(LOAD, untied=untied, untied_kv_only=kv_only)
+        found = memory_per_process(shape, shape, Layout(), asked).device
+        assert found["student"] == 4 * sum(parameter.numel() for parameter in student.parameters())
+        norms = 32 * len(plan.kv_only)  # those in front of the projections train too, and are not counted
+        trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+        assert found["gradients"] == 4 * (trained - norms)
+
+
+def test_a_dry_run_counts_the_blocks_that_get_weights_of_their_own(tiny_llama_dir: Path) -> None:
+    module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
+    merging, moves = Merging(), WidthMoves(shares=(0, 1))
+    asked: dict[Callback, tuple[tuple[int, int], int]] = {
+        WidthDrop("both", {0: 8}): ((0, 0), 0),
+        WidthDrop("decode", {0: 8}): ((0, 4), 0),
+        WidthDrop("decode", {0: 8}, repair=None): ((0, 0), 0),
+        WidthDrop("prefill", {0: 8}, repair=Repair(tied=True)): ((0, 0), 0),
+        BlockDrop("prefill", LastN(), {0: 1, 1: 1}, refit_examples=8): ((0, 0), 2),
+        BlockDrop("prefill", LastN(), {0: 9}, refit_examples=8): ((0, 0), 4),
+        BlockDrop("decode", LastN(), {0: 2}, merging=merging): ((0, 2), 0),
+        BlockDrop("both", LastN(), {0: 2}, merging=merging): ((0, 0), 0),
+        JointDrop(CostTarget(decode_bytes=0.8), [0], width=moves): ((4, 4), 0),
+    }
+    for callback, expected in asked.items():
+        load = size_of(module, data, [callback], Processes("auto", "32-true", 1)).load
+        assert (load.untied, load.untied_kv_only) == expected, callback
 
 
 def test_a_selection_needs_its_prompt_caches_or_the_scores_of_eager_attention(eight: Shape) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from lightning.pytorch import Callback
 
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
+from pdtrim_pl.plan import Stage
 from pdtrim_pl.selectors import SelectorLoad
+
+EVERY_BLOCK = 10**9
+"""In `CallbackLoad.untied`: however many blocks the model has."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class CallbackLoad:
     """What to do in a run that loads no teacher; empty if it runs none."""
     writes_weights: bool = False
     """Whether it writes fitted weights into blocks."""
+    untied: Mapping[Stage, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Per stage: number of blocks that may get weights of their own, at most; `EVERY_BLOCK` for all."""
+    untied_kv_only: int = 0
+    """Number of KV-only blocks that may get projections of prefill's own, at most."""
 
 
 class TellsLoad(ABC):

@@ -75,6 +75,10 @@ class Load:
     """Number of examples on which blocks are made narrower; 0 if none are."""
     widths_offered: int = 0
     """Number of widths that a search tries at once."""
+    untied: tuple[int, int] = (0, 0)
+    """Number of blocks for which prefill, and decode, get weights of their own."""
+    untied_kv_only: int = 0
+    """Number of KV-only blocks for which prefill gets projections of its own."""
     selection: SelectorLoad | None = None
     """What the KV selector keeps and runs; None if no policy is chosen."""
     search_cache_bytes: int = 4 * GIB

@@ -60,12 +60,13 @@ class MemoryEstimate:
 
 def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Load) -> MemoryEstimate:
     """Peak memory of one process over a whole run."""
-    trained = student.parameters - (student.embeddings if layout.frozen_embeddings else 0)
+    own, trains = _untied(student, load)
+    trained = student.parameters + trains - (student.embeddings if layout.frozen_embeddings else 0)
     trained = trained if layout.trained is None else layout.trained
     theirs = teacher.parameters if layout.placement in ("copy", "sharded") else 0
     width = 4 if layout.adapters else layout.student_bytes
     device = {
-        "student": student.parameters * layout.student_bytes // _shards(layout, 3) + 4 * layout.adapters,
+        "student": (student.parameters + own) * layout.student_bytes // _shards(layout, 3) + 4 * layout.adapters,
         "teacher": _teacher_bytes(teacher, layout) if theirs else 0,
         "gradients": trained * width // _shards(layout, 2),
         "optimizer": trained * _optimizer_bytes(layout, width) // _shards(layout, 1),
@@ -79,7 +80,7 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
         host["student"], host["teacher"] = device.pop("student"), device.pop("teacher")
     if layout.autocast:
         # Autocast keeps copies of weights that have gradients only.
-        cast = student.parameters if layout.trained is None else layout.trained
+        cast = student.parameters + trains if layout.trained is None else layout.trained
         device["autocast copies"] = cast * layout.compute_bytes
     device["communication"] = _communication(student, teacher, layout, trained * width)
     device["activations or search"] = max(
@@ -95,7 +96,7 @@ def memory_per_process(student: Shape, teacher: Shape, layout: Layout, load: Loa
     device["reserve"] = CPU_CONTEXT_BYTES if layout.on_cpu else CONTEXT_BYTES
     # FSDP shards models that are loaded whole in host memory. The others load to the device, ZeRO-3 layer by layer.
     whole = (student.parameters * layout.loaded_bytes[0], theirs * layout.loaded_bytes[1])
-    return MemoryEstimate(device, host, sum(whole) if layout.fsdp else 0, _first(student, layout))
+    return MemoryEstimate(device, host, sum(whole) if layout.fsdp else 0, _first(student.parameters + own, layout))
 
 
 def _step(student: Shape, teacher: Shape, layout: Layout, load: Load) -> int:
@@ -110,19 +111,30 @@ def _step(student: Shape, teacher: Shape, layout: Layout, load: Load) -> int:
     return ours + _activations(teacher, layout, load, kept=False) + logits
 
 
+def _untied(student: Shape, load: Load) -> tuple[int, int]:
+    """Numbers of weights that stages have of their own, and of weights that train more than without them.
+
+    Where both stages have their own, the shared ones do not train. Of a KV-only block only projections train.
+    """
+    prefill, decode = load.untied
+    own = (prefill + decode + load.untied_kv_only) * student.block
+    kv_only = load.untied_kv_only * 2 * student.kv * student.hidden
+    return own, max(prefill, decode) * student.block + kv_only
+
+
 def _teacher_bytes(teacher: Shape, layout: Layout) -> int:
     """Bytes of the teacher's weights that one process holds."""
     small = teacher.blocks * teacher.block if layout.teacher_eight_bits else 0
     return (small + (teacher.parameters - small) * layout.teacher_bytes) // _shards(layout, 3)
 
 
-def _first(student: Shape, layout: Layout) -> int:
-    """Bytes that rank 0 needs in host memory for an export or a whole checkpoint.
+def _first(parameters: int, layout: Layout) -> int:
+    """Bytes that rank 0 needs in host memory for an export or a whole checkpoint of a student.
 
     An export needs a copy of the student for verification, and under ZeRO-3 also the whole student. A checkpoint under
     FSDP needs whole weights and optimizer states.
     """
-    weights = student.parameters * layout.student_bytes
+    weights = parameters * layout.student_bytes
     checkpoint = weights * (1 + layout.optimizer_states) if layout.fsdp else 0
     return max(checkpoint, (2 if layout.zero_stage == 3 else 1) * weights)
 

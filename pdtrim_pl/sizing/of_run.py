@@ -22,7 +22,8 @@ from pdtrim_pl.models.loading import DType, Loading, dtype_of
 from pdtrim_pl.models.names import split_revision
 from pdtrim_pl.models.placement import Placement
 from pdtrim_pl.models.pretrained import usable_config
-from pdtrim_pl.sizing.callback_load import TellsLoad
+from pdtrim_pl.plan import Stage
+from pdtrim_pl.sizing.callback_load import CallbackLoad, TellsLoad
 from pdtrim_pl.sizing.load import GIB, Layout, Load
 from pdtrim_pl.sizing.memory import MemoryEstimate, memory_per_process
 from pdtrim_pl.sizing.shape import Shape
@@ -96,7 +97,10 @@ def size_of(
     layout = layout_of(settings, processes, config, of_teacher)
     same = teacher in (None, settings.model_name) and settings.loading.teacher_bits is None
     load = load_of(settings, data, callbacks, 0 if same else _dtype("auto", config).itemsize)
-    return RunSize(Shape.of(config, adapter), Shape.of(of_teacher, adapter_of_teacher), layout, load)
+    shape = Shape.of(config, adapter)
+    untied = min(load.untied[0], shape.blocks), min(load.untied[1], shape.blocks)
+    load = replace(load, untied=untied, untied_kv_only=min(load.untied_kv_only, shape.blocks - untied[0]))
+    return RunSize(shape, Shape.of(of_teacher, adapter_of_teacher), layout, load)
 
 
 def room_on_device(accelerator: str | torch.device, processes: int) -> int:
@@ -185,12 +189,18 @@ def load_of(
         fitted_at_once=max((load.fitted_at_once for load in loads), default=0),
         narrowed_on=max((load.narrowed_on or examples for load in loads if load.narrowed_on is not None), default=0),
         widths_offered=max((load.widths_offered for load in loads), default=0),
+        untied=(_untied(loads, "prefill"), _untied(loads, "decode")),
+        untied_kv_only=sum(load.untied_kv_only for load in loads),
         selection=selections[0] if selections else None,
         searches=bool(searches),
         search_cache_bytes=max(limit.base for limit in limits),
         search_teacher_bytes=max(limit.teacher for limit in limits),
         untrained_bytes=untrained_bytes if any(load.untrained_student for load in loads) else 0,
     )  # fmt: skip
+
+
+def _untied(loads: Sequence[CallbackLoad], stage: Stage) -> int:
+    return sum(load.untied.get(stage, 0) for load in loads)
 
 
 def _padding(data: PromptResponseDataModule) -> int:
