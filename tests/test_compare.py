@@ -64,6 +64,10 @@ EVERY = {
         "Narrow", start="shortgpt", criterion=criterion("LeastSquaresError"), repair_tokens=100,
         first=ours("ReplaceSpan", relation="nested", share=0.4),
     ),
+    "decode_width": ours(
+        "Narrow", start="shortgpt", criterion=criterion("LeastSquaresError"), repair_tokens=100, last_blocks=True,
+        first=ours("ReplaceSpan", relation="nested", share=0.4),
+    ),
     "mixed": ours("Mixed", start="shortgpt", repair_tokens=192, width={"shares": [0.0, 1.0]}, annealing=BRIEF),
     "width_distilled": ours("Distilled", start="width"),
 }  # fmt: skip
@@ -76,12 +80,13 @@ TRAINED = {
     "span_distilled",
     "width",
     "span_width",
+    "decode_width",
     "mixed",
     "width_distilled",
 }
 
 
-NARROWED = {"minitron", "width", "span_width", "mixed", "width_distilled"}
+NARROWED = {"minitron", "width", "span_width", "decode_width", "mixed", "width_distilled"}
 
 
 class EveryOther(Method):
@@ -245,7 +250,7 @@ def test_a_joint_search_costs_no_more_than_the_row_it_starts_from(write: Callabl
 def test_narrower_blocks_cost_no_more_than_the_row_they_are_measured_against(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    chosen = {name: EVERY[name] for name in ("shortgpt", "minitron", "width", "span_width", "mixed")}
+    chosen = {name: EVERY[name] for name in ("shortgpt", "minitron", "width", "span_width", "decode_width", "mixed")}
     assert main(["compare", "--config", str(write(chosen))]) == 0
     table = rows(tmp_path / "out")
     for start in range(0, len(table), len(chosen)):
@@ -265,6 +270,19 @@ def test_blocks_that_leave_before_the_widths_save_their_share_of_the_count(
     assert 0.4 * 300 < int(two["trained_tokens"]) <= 0.4 * 300 + 100
     plans = [StagePlan.load(path) for path in sorted((tmp_path / "out" / "plans").glob("span_width*/stage_plan.json"))]
     assert sorted("channels" in plan.widest("decode") for plan in plans) == [False, True]
+
+
+def test_prefill_may_lose_its_last_blocks_where_decode_becomes_narrower(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    chosen = {name: EVERY[name] for name in ("shortgpt", "decode_width")}
+    assert main(["compare", "--config", str(write(chosen))]) == 0
+    plans = [StagePlan.load(path) for path in (tmp_path / "out" / "plans").glob("decode_width*/stage_plan.json")]
+    assert any(plan.kv_only for plan in plans)
+    for plan in (plan for plan in plans if plan.kv_only):
+        assert (plan.relation, plan.boundary, plan.widest("prefill")) == ("free", "decode", {})
+        assert plan.kv_only == plan.decode[-len(plan.kv_only) :]
+        assert set(plan.untied["prefill"]) <= set(plan.kv_only)
 
 
 def test_a_mix_need_not_send_less_where_narrower_blocks_meet_the_other_costs(
