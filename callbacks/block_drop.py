@@ -65,10 +65,11 @@ class BlockDrop(RemovalRounds):
             chooses by KL to the teacher, whatever the criterion.
         memory: how much a search may keep on the models' device.
         refit_examples: number of training examples on which the projections of KV-only blocks are refitted: blocks that
-            prefill has dropped and decode runs. 0 refits nothing.
+            prefill has dropped and decode runs, under `relation: prefill_only` or `free`. 0 refits nothing.
 
     Raises:
-        UserError: a schedule with a negative epoch or a count below 1, or a negative number of examples.
+        UserError: a schedule with a negative epoch or a count below 1, or a number of examples that is
+            negative or for another stage than prefill.
     """
 
     def __init__(
@@ -92,8 +93,11 @@ class BlockDrop(RemovalRounds):
         super().__init__(f"{stage} drops", self.schedule, guards, merging, memory)
         self.until = schedule.until if isinstance(schedule, RepeatedDrop) else None
         self.annealing = annealing
-        if refit_examples < 0:
-            raise UserError(f"`refit_examples` of the {stage} drops is {refit_examples}: give 0 or more.")
+        if refit_examples < 0 or (refit_examples and stage != "prefill"):
+            raise UserError(
+                f"`refit_examples` of the {stage} drops is {refit_examples}: give 0 or more, and only where the stage "
+                "is `prefill`. Other drops leave no block of which prefill only makes keys and values."
+            )
         self.refit_examples = refit_examples
 
     @property
@@ -111,7 +115,10 @@ class BlockDrop(RemovalRounds):
         load, gone = super().load(), sum(self.schedule.values())
         if self.stage != "both" and self.merging is not None and not self.merging.tied:
             load = replace(load, untied={self.stage: gone})
-        return replace(load, writes_weights=True, untied_kv_only=gone) if self.refit_examples else load
+        return replace(
+            load, writes_weights=load.writes_weights or self.refit_examples > 0,
+            prefill_drops=gone if self.stage == "prefill" else 0, refits_kv_only=self.refit_examples > 0,
+        )  # fmt: skip
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -123,6 +130,11 @@ class BlockDrop(RemovalRounds):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PDTrimModule)
         plan = pl_module.plan
+        if self.refit_examples and plan.relation in ("nested", "unified"):
+            raise MisconfigurationException(
+                f"`refit_examples` of the {self.title} refits keys and values of blocks that prefill alone has lost, "
+                f"and under `relation: {plan.relation}` there are none. Leave it out, or use `prefill_only` or `free`."
+            )
         left = len(plan.drop_candidates(self.stage, self.guards.protect_first, self.guards.protect_last))
         asked = sum(count for epoch, count in self.schedule.items() if epoch not in self.done)
         if self._due(plan, asked) > left:

@@ -27,6 +27,7 @@ from pdtrim_pl.export.own_widths import check_own_widths
 from pdtrim_pl.export.verify import sliced_stage
 from pdtrim_pl.export.whole import whole_copy
 from pdtrim_pl.models.context import usable_context
+from pdtrim_pl.models.liger import use_liger
 from pdtrim_pl.models.loading import TORCH_DTYPES
 from pdtrim_pl.models.pretrained import load_causal_lm
 from pdtrim_pl.module import PDTrimModule, evaluating
@@ -202,6 +203,8 @@ class ExportPair(Callback, TellsLoad):
                 log.info("No times: a narrow prefill stage with KV-only blocks runs only as an export. Time that.")
                 return None
             sliced = {stage: sliced_stage(base, plan, stage) for stage in STAGES}
+            for model in sliced.values() if module.loading.liger else ():
+                use_liger(model.model)
         return measure_timing(
             base, plan=plan, policy=module.policy, prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens,
             sliced=sliced,

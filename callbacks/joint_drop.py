@@ -57,7 +57,8 @@ class JointDrop(RemovalRounds):
         wire: what blocks may send where `wire_bytes` is below 1.
         annealing: improve the greedy choice by simulated annealing; null does not.
         merging: offer merges beside plain drops: one block, fitted to two neighbours of a stage, stands for both.
-        width: try narrower blocks too, alone and together with removals; null removes whole blocks only.
+        width: try narrower blocks too, alone and together with removals; null removes whole blocks only. With its
+            `examples`, keys and values of blocks that prefill alone has lost are refitted after a round.
         memory: how much a search may keep on the models' device.
 
     Raises:

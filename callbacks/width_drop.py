@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Repair:
     """Settings of the refits by least squares: of the layers that read the removed channels or heads.
 
-    Where prefill loses channels or heads, the projections of its KV-only blocks are refitted too.
+    Where prefill loses channels or heads, the projections of its KV-only blocks are refitted too, unless `tied`.
     """
 
     examples: int = 128
@@ -93,12 +93,21 @@ class WidthDrop(RemovalRounds):
     @override
     def load(self) -> CallbackLoad:
         untied: dict[Stage, int] = {}
-        if self.stage != "both" and self.repair is not None and not self.repair.tied:
+        if self.stage != "both" and self._unties:
             untied[self.stage] = EVERY_BLOCK
         return CallbackLoad(
             narrowed_on=0 if self.repair is None else self.repair.examples, without_teacher=WITHOUT_TEACHER,
-            writes_weights=self.repair is not None, untied=untied,
+            writes_weights=self.repair is not None, untied=untied, refits_kv_only=self._refits_kv_only,
         )  # fmt: skip
+
+    @property
+    def _unties(self) -> bool:
+        """Whether a stage that loses alone gets weights of its own."""
+        return self.repair is not None and not self.repair.tied
+
+    @property
+    def _refits_kv_only(self) -> bool:
+        return self._unties and self.stage != "decode"
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -150,7 +159,7 @@ class WidthDrop(RemovalRounds):
             context = scoring_context(trainer, module, student, teacher, self.memory)
             result = narrow(context, module.plan, narrowing, self._text(trainer))
         module.apply_plan(result.plan, result.refits)
-        if self.repair is not None and not self.repair.tied and self.stage != "decode":
+        if self.repair is not None and self._refits_kv_only:
             self.refit_kv_only(trainer, module, self.repair.examples)
 
     def _text(self, trainer: Trainer) -> list[Any]:

@@ -286,6 +286,13 @@ def test_keys_and_values_of_dropped_blocks_are_refitted_within_the_budget(bench:
     }  # fmt: skip
 
 
+def test_where_prefill_alone_loses_nothing_there_are_no_keys_and_values_to_refit() -> None:
+    for relation, target in (("nested", "prefill"), ("free", "decode"), ("unified", "both")):
+        settings: Any = {"relation": relation, "target": target}
+        with pytest.raises(ValueError, match=r"`refit_tokens: 8` refits keys and values of blocks that prefill alone"):
+            Drop(LastN(), refit_tokens=8, **settings)
+
+
 def shared_weight(bench: Bench, name: str) -> torch.Tensor:
     """The teacher's weight of which a stage has its own."""
     return bench.teacher.get_parameter(name.replace("untied.prefill", "block"))

@@ -275,7 +275,8 @@ def test_weights_of_a_stages_own_are_those_of_a_real_student() -> None:
     for plan, untied, kv_only in (
         (StagePlan(reference_to(model), (0, 1), every, "prefill_only", untied={"prefill": (2, 3)}), (0, 0), 2),
         (StagePlan(reference_to(model), every, every, untied={"decode": every}), (0, 4), 0),
-        (StagePlan(reference_to(model), every, every, untied={"prefill": (1,), "decode": (1, 2)}), (1, 2), 0),
+        (StagePlan(reference_to(model), every, every, untied={"prefill": (0,), "decode": (1, 2)}), (1, 2), 0),
+        (StagePlan(reference_to(model), every, every, untied={"prefill": every, "decode": every}), (4, 4), 0),
     ):
         student = StagedCausalLM(tiny_model("llama", blocks=4), plan)
         student.train_only("all")
@@ -290,20 +291,24 @@ def test_weights_of_a_stages_own_are_those_of_a_real_student() -> None:
 def test_a_dry_run_counts_the_blocks_that_get_weights_of_their_own(tiny_llama_dir: Path) -> None:
     module, data = PDTrimModule(str(tiny_llama_dir)), PromptResponseDataModule(str(tiny_llama_dir))
     merging, moves = Merging(), WidthMoves(shares=(0, 1))
-    asked: dict[Callback, tuple[tuple[int, int], int]] = {
-        WidthDrop("both", {0: 8}): ((0, 0), 0),
-        WidthDrop("decode", {0: 8}): ((0, 4), 0),
-        WidthDrop("decode", {0: 8}, repair=None): ((0, 0), 0),
-        WidthDrop("prefill", {0: 8}, repair=Repair(tied=True)): ((0, 0), 0),
-        BlockDrop("prefill", LastN(), {0: 1, 1: 1}, refit_examples=8): ((0, 0), 2),
-        BlockDrop("prefill", LastN(), {0: 9}, refit_examples=8): ((0, 0), 4),
-        BlockDrop("decode", LastN(), {0: 2}, merging=merging): ((0, 2), 0),
-        BlockDrop("both", LastN(), {0: 2}, merging=merging): ((0, 0), 0),
-        JointDrop(CostTarget(decode_bytes=0.8), [0], width=moves): ((4, 4), 0),
-    }
-    for callback, expected in asked.items():
-        load = size_of(module, data, [callback], Processes("auto", "32-true", 1)).load
-        assert (load.untied, load.untied_kv_only) == expected, callback
+    two = BlockDrop("prefill", LastN(), {0: 1, 1: 1}, refit_examples=8)
+    asked: list[tuple[list[Callback], tuple[int, int], int]] = [
+        ([WidthDrop("both", {0: 8})], (0, 0), 0),
+        ([WidthDrop("decode", {0: 8})], (0, 4), 0),
+        ([WidthDrop("decode", {0: 8}, repair=None)], (0, 0), 0),
+        ([WidthDrop("prefill", {0: 8}, repair=Repair(tied=True))], (0, 0), 0),
+        ([two], (0, 0), 2),
+        ([BlockDrop("prefill", LastN(), {0: 9}, refit_examples=8)], (0, 0), 4),
+        ([two, WidthDrop("prefill", {0: 8})], (4, 0), 0),
+        ([BlockDrop("prefill", LastN(), {0: 2})], (0, 0), 0),
+        ([BlockDrop("prefill", LastN(), {0: 2}), WidthDrop("both", {0: 8})], (0, 0), 2),
+        ([BlockDrop("decode", LastN(), {0: 2}, merging=merging)], (0, 2), 0),
+        ([BlockDrop("both", LastN(), {0: 2}, merging=merging)], (0, 0), 0),
+        ([JointDrop(CostTarget(decode_bytes=0.8), [0], width=moves)], (4, 4), 0),
+    ]
+    for callbacks, untied, kv_only in asked:
+        load = size_of(module, data, callbacks, Processes("auto", "32-true", 1)).load
+        assert (load.untied, load.untied_kv_only) == (untied, kv_only), callbacks
 
 
 def test_a_selection_needs_its_prompt_caches_or_the_scores_of_eager_attention(eight: Shape) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from strategies import plans
-from test_callbacks import data_for, module_for, trainer_for
+from test_callbacks import data_for, fit, module_for, trainer_for
 from test_contract import BLOCKS
 from test_merging import batches
 from tiny_models import FAMILIES, tiny_model
@@ -34,7 +36,7 @@ from pdtrim_pl.selectors import MassSelector
 from pdtrim_pl.sizing.callback_load import check_callbacks
 from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.description import reference_to
-from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, check_kv_refits
+from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_kv_refits
 
 TEXT, OTHER = batches(30, prompt=12, response=4)[:24], batches(30, prompt=12, response=4)[24:]
 KEYS, VALUES = "self_attn.k_proj", "self_attn.v_proj"
@@ -117,6 +119,43 @@ def test_the_new_projections_solve_the_ridge_regression_on_all_text() -> None:
         assert min(left) < 1e-3, left
 
 
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_queries_of_a_fused_projection_stay(family: str) -> None:
+    student, teacher = pair_of(1, 2, family=family)
+    (refit,) = refitted(student, teacher).refits
+    old = teacher.gates[2].block.get_submodule(refit.layer).get_parameter("weight")
+    changed = (refit.weight != old).any(dim=1)
+    expected = torch.zeros_like(changed)
+    expected[student.architecture.kv_rows(student.gates[2].block)] = True
+    assert torch.equal(changed, expected)
+    assert 0 < expected.sum() < len(expected)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_block_that_prefill_loses_after_it_got_weights_of_its_own_is_refitted_behind_its_own_norm(half: bool) -> None:
+    student, teacher = pair_of(1)
+    student.apply_plan(student.plan.untie("prefill", [2]))
+    own = student.gates[2].untied["prefill"]
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.mul_(1 + 0.5 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    student.apply_plan(student.plan.drop("prefill", 2))
+    assert student.plan.untied["prefill"] == (2,)
+    wanted, before = sent(teacher, 2, "decode", OTHER), sent(student, 2, "decode", OTHER)
+    with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+        refitted(student, teacher)
+    after = sent(student, 2, "decode", OTHER)
+    assert (after - wanted).square().sum() < 0.8 * (before - wanted).square().sum()
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    student, teacher = pair_of(1, 2)
+    with torch.no_grad():
+        teacher.gates[2].block.get_parameter(f"{VALUES}.weight")[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"What self_attn.v_proj of block 2 reads or gives is not finite"):
+        refitted(student, teacher)
+
+
 def test_decode_and_the_rest_of_the_block_keep_their_weights() -> None:
     student, teacher = pair_of(1, 2)
     refitted(student, teacher)
@@ -126,7 +165,7 @@ def test_decode_and_the_rest_of_the_block_keep_their_weights() -> None:
     assert changed == {f"{layer}.weight" for layer in (KEYS, VALUES)}
 
 
-def test_where_nothing_is_to_be_made_good_or_judged_nothing_changes() -> None:
+def test_where_nothing_is_to_be_made_good_or_judged_nothing_changes(caplog: pytest.LogCaptureFixture) -> None:
     whole, teacher = pair_of()
     assert refitted(whole, teacher).refits == []
     same, teacher = pair_of(BLOCKS - 1)  # the last block reads what the teacher's does
@@ -134,6 +173,7 @@ def test_where_nothing_is_to_be_made_good_or_judged_nothing_changes() -> None:
     assert not any(same.plan.untied.values())
     student, teacher = pair_of(1, 2)
     assert refitted(student, teacher, TEXT[:1]).refits == []
+    assert "there is one batch of text" in caplog.text
     one_token = batches(4, prompt=1, response=4)
     assert refitted(student, teacher, one_token).refits == []
 
@@ -146,15 +186,17 @@ def test_a_teacher_of_another_shape_is_not_fitted_to(caplog: pytest.LogCaptureFi
 
 
 @given(plan=plans(BLOCKS, ["prefill_only", "free"]), data=st.data())
-def test_a_kv_only_block_keeps_its_own_weights_until_it_leaves(plan: StagePlan, data: st.DataObject) -> None:
+def test_prefill_keeps_its_own_weights_of_a_block_until_decode_loses_it_too(
+    plan: StagePlan, data: st.DataObject
+) -> None:
     assert StagePlan.from_json(plan.to_json()) == plan
     own = plan.untie("prefill", plan.kv_only)
     assert own.untied["prefill"] == tuple(sorted({*plan.untied["prefill"], *plan.kv_only}))
     target = data.draw(st.sampled_from(STAGES if plan.relation == "free" else STAGES[:1]))
     if candidates := own.drop_candidates(target, 0, 0):
         block = data.draw(st.sampled_from(candidates))
-        lost = {block} if target == "prefill" or block in own.kv_only else set()
-        assert set(own.drop(target, block).untied["prefill"]) == set(own.untied["prefill"]) - lost
+        after = own.drop(target, block)
+        assert set(after.untied["prefill"]) == set(own.untied["prefill"]) & {*after.prefill, *after.decode}
 
 
 def test_decode_has_no_weights_of_its_own_for_a_block_that_it_does_not_run(tmp_path: Path) -> None:
@@ -210,11 +252,16 @@ def test_a_run_refits_exports_and_goes_on_from_a_checkpoint(tiny_llama_dir: Path
         assert all(torch.equal(value, theirs[name]) for name, value in again.state_dict().items())
 
 
-def test_refits_that_a_run_cannot_make_are_refused() -> None:
-    with pytest.raises(UserError, match=r"`refit_examples` of the prefill drops is -1: give 0 or more"):
-        BlockDrop("prefill", CosineRedundancy(), {0: 1}, refit_examples=-1)
-    with pytest.raises(UserError, match=r"DeepSpeed, whose shards are cut once.* Set `refit_examples: 0`"):
-        check_kv_refits(PDTrimDeepSpeedStrategy(2))
+def test_refits_that_a_run_cannot_make_are_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    nested = BlockDrop("prefill", CosineRedundancy(), {0: 1}, refit_examples=8)
+    with pytest.raises(MisconfigurationException, match=r"under `relation: nested` there are none. Leave it out"):
+        fit(tmp_path, tiny_llama_dir, [nested])
+    for stage, examples in (("prefill", -1), ("decode", 8), ("both", 8)):
+        with pytest.raises(UserError, match=rf"`refit_examples` of the {stage} drops is {examples}: give 0 or more"):
+            BlockDrop(stage, CosineRedundancy(), {0: 1}, refit_examples=examples)  # type: ignore[arg-type]
+    for strategy, name in ((PDTrimDeepSpeedStrategy(2), "DeepSpeed"), (PDTrimFSDPStrategy(), "FSDP")):
+        with pytest.raises(UserError, match=rf"{name}, whose shards are cut once.* Set `refit_examples: 0`"):
+            check_kv_refits(strategy)
     drops = [BlockDrop("prefill", CosineRedundancy(), {0: 1}, refit_examples=8)]
     with pytest.raises(UserError, match=r"BlockDrop would write fitted weights into blocks"):
         check_callbacks(drops, offline=False, adapters=True)

@@ -57,5 +57,12 @@ def test_models_that_are_loaded_later_are_stock(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_family_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liger, "apply_liger_kernel", lambda model, settings: None)
-    with pytest.raises(UserError, match=r"Liger has no kernels for models of type 'gpt_neox'"):
-        use_liger(tiny_model("gpt_neox", blocks=2))
+    with pytest.raises(UserError, match=r"Liger has no kernels for models of type 'llama'"):
+        use_liger(tiny_model("llama", blocks=2))
+
+
+@pytest.mark.parametrize(("family", "activation"), [("llama", "relu"), ("gemma2", "gelu"), ("gpt_neox", "gelu")])
+def test_mlps_that_liger_would_compute_otherwise_are_refused(family: str, activation: str) -> None:
+    name = "hidden_activation" if family == "gemma2" else "hidden_act"
+    with pytest.raises(UserError, match=rf"MLPs of `model` have the activation '{activation}', and Liger would"):
+        use_liger(tiny_model(family, blocks=2, **{name: activation}))

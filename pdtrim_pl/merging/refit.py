@@ -6,6 +6,7 @@ Shapes: N tokens, I inputs of the layer, O outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -45,9 +46,19 @@ class Moments:
             self.gram + other.gram, self.cross + other.cross, self.missing + other.missing, self.wanted + other.wanted
         )
 
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are."""
+        return bool(self.gram.isfinite().all() and self.cross.isfinite().all()) and isfinite(self.missing + self.wanted)
+
     def error(self, change: Tensor) -> float:
         """Squared error of the outputs after a change of the weights, fp64 [I, O]."""
         return self.missing + float(((self.gram @ change - 2 * self.cross) * change).sum())
+
+
+def held_back(batches: int) -> int:
+    """Number of batches that judge refits, out of so many: a quarter, at least one of two or three, none of one."""
+    return batches // 4 or min(1, batches - 1)
 
 
 def best_change(fitted: Moments, judged: Moments | None, ridges: tuple[float, ...] = RIDGES) -> Refitted:

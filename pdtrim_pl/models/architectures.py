@@ -57,6 +57,10 @@ class Architecture(ABC):
             Keys with RoPE applied and values, each [B, K, T, D].
         """
 
+    def kv_rows(self, block: nn.Module) -> slice | Tensor:
+        """Which outputs of the linear layers among `kv_modules` become keys and values: all, or bool [O]."""
+        return slice(None)
+
     def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         """Apply the model's head to final hidden states, [..., H] -> [..., V]."""
         head = model.get_output_embeddings()
@@ -188,13 +192,15 @@ class Phi3(Mistral):
     kv_modules = ("input_layernorm", "self_attn.qkv_proj")
     cuts = cut.FUSED_MLP
 
-    def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
+    def kv_rows(self, block: nn.Module) -> slice | Tensor:
         attention = block.get_submodule("self_attn")
-        size = _size(attention, "head_dim")
-        width = _size(attention, "num_key_value_heads") * size
+        return slice(-2 * _size(attention, "num_key_value_heads") * _size(attention, "head_dim"), None)
+
+    def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
+        size = _size(block.get_submodule("self_attn"), "head_dim")
         # Run the whole module, queries included: sharded weights are gathered only while their module runs.
         fused = block.get_submodule("self_attn.qkv_proj")(self.normed(block, hidden))
-        keys, values = fused[..., -2 * width :].split(width, dim=-1)
+        keys, values = fused[..., self.kv_rows(block)].chunk(2, dim=-1)
         keys, values = _by_head(keys, size), _by_head(values, size)
         return _rotate(keys.transpose(1, 2), rope), values.transpose(1, 2)
 
@@ -206,6 +212,11 @@ class GPTNeoX(LlamaLine):
     kv_modules = ("input_layernorm", "attention.query_key_value")
     last_projection = "mlp.dense_4h_to_h"
     cuts = cut.NEOX_MLP
+
+    def kv_rows(self, block: nn.Module) -> slice | Tensor:
+        size = _size(block.get_submodule("attention"), "head_size")
+        outputs = block.get_submodule("attention.query_key_value").get_parameter("weight").shape[0]
+        return torch.arange(outputs) % (3 * size) >= size
 
     def keys_values(self, block: nn.Module, hidden: Tensor, rope: RoPE) -> tuple[Tensor, Tensor]:
         size = _size(block.get_submodule("attention"), "head_size")
@@ -232,19 +243,11 @@ class Starcoder2(Mistral):
 
 ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
     {
-        "llama": Llama(),
-        "mistral": Mistral(),
-        "qwen2": Qwen2(),
-        "qwen3": Qwen3(),
-        "gemma2": Gemma2(),
-        "gemma3_text": Gemma3(),
-        "phi3": Phi3(),
-        "gpt_neox": GPTNeoX(),
-        "olmo2": Olmo2(),
-        "granite": Granite(),
+        "llama": Llama(), "mistral": Mistral(), "qwen2": Qwen2(), "qwen3": Qwen3(), "gemma2": Gemma2(),
+        "gemma3_text": Gemma3(), "phi3": Phi3(), "gpt_neox": GPTNeoX(), "olmo2": Olmo2(), "granite": Granite(),
         "starcoder2": Starcoder2(),
     }
-)
+)  # fmt: skip
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

@@ -15,6 +15,9 @@ from transformers.integrations import apply_liger_kernel
 
 from pdtrim_pl.errors import UserError
 
+_SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
+"""Activations that Liger's MLPs compute. They do not look at the model's own."""
+
 
 def check_liger(device: torch.device) -> None:
     """Refuse Liger's kernels where they cannot run.
@@ -44,8 +47,15 @@ def use_liger(model: PreTrainedModel) -> None:
     later, and these stay as they were. Rotary embeddings and losses stay too.
 
     Raises:
-        UserError: Liger has no kernels for the model's family.
+        UserError: Liger has no kernels for the model's family, or none for its activation function.
     """
+    facts = model.config.to_dict()
+    activation = facts.get("hidden_activation") or facts.get("hidden_act")
+    if activation not in (_GELU if "gemma" in model.config.model_type else _SILU):
+        raise UserError(
+            f"`loading.liger`: the MLPs of `model` have the activation {activation!r}, and Liger would compute another "
+            "one. Leave it out."
+        )
     family = sys.modules[type(model).__module__]
     with _unchanged(family):
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False, "rope": False})

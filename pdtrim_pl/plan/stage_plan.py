@@ -64,8 +64,8 @@ class StagePlan(PlannedStages):
                 )
             kept[stage] = tuple(other for other in kept[stage] if other != block)
             entries.append(Removal(round, stage, "drop", block, criterion, score))
+        # What prefill runs no more, it projects by the weights that it has.
         used = {"prefill": {*kept["prefill"], *kept["decode"]}, "decode": set(kept["decode"])}
-        used["prefill"] -= {block} - set(kept["prefill"])  # what it projects from now on, it projects by shared weights
         return replace(
             self,
             prefill=kept["prefill"],

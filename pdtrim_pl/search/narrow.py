@@ -25,7 +25,7 @@ from pdtrim_pl.data.collate import Batch
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.mode import eval_mode
 from pdtrim_pl.evaluation.spread import shared_steps
-from pdtrim_pl.merging.refit import refit
+from pdtrim_pl.merging.refit import held_back, refit
 from pdtrim_pl.models.cuts import Cut
 from pdtrim_pl.parallel import Parallel
 from pdtrim_pl.plan import STAGES, Part, Stage, StagePlan, Target, Width
@@ -117,7 +117,7 @@ def _narrowed(
 ) -> Narrowed:  # fmt: skip
     student, result = context.student, Narrowed(start)
     text = [batch.on(context.device) for batch in shared_steps(context.ranks, batches)]
-    held_back = (len(text) // 4 or min(1, len(text) - 1)) if narrowing.repair else 0
+    judging = held_back(len(text)) if narrowing.repair else 0
     blocks = sorted({*start.prefill, *start.decode})
     with eval_mode(student), torch.no_grad():
         walk = Walk(student, text)
@@ -126,7 +126,7 @@ def _narrowed(
             changes: Changes = {}
             here = narrowing.at(start, block)
             if here is not None:
-                layer = _Layer(context, result.plan, here, block, cut, held_back, effects)
+                layer = _Layer(context, result.plan, here, block, cut, judging, effects)
                 walk.run(block, result.plan, {}, cut.columns, layer.see)
                 changes = layer.narrow(result)
             walk.advance(block, result.plan, changes)

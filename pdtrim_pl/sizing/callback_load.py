@@ -44,8 +44,10 @@ class CallbackLoad:
     """Whether it writes fitted weights into blocks."""
     untied: Mapping[Stage, int] = field(default_factory=lambda: MappingProxyType({}))
     """Per stage: number of blocks that may get weights of their own, at most; `EVERY_BLOCK` for all."""
-    untied_kv_only: int = 0
-    """Number of KV-only blocks that may get projections of prefill's own, at most."""
+    prefill_drops: int = 0
+    """Number of blocks that it drops from prefill alone, at most."""
+    refits_kv_only: bool = False
+    """Whether it refits the projections of blocks that prefill has dropped alone."""
 
 
 class TellsLoad(ABC):
@@ -76,7 +78,8 @@ def check_callbacks(callbacks: Sequence[Callback], *, offline: bool, adapters: b
         )
     if adapters and (writing := [name for name, load in loads if load.writes_weights]):
         raise UserError(
-            f"{', '.join(writing)} would write fitted weights into blocks (`merging`, `repair`, `width`), and "
+            f"{', '.join(writing)} would write fitted weights into blocks (`merging`, `repair`, `width`, "
+            "`refit_examples`), and "
             "`trainable: lora` trains adapters that were made for the old ones. Use `trainable: all`, or drop blocks "
             "without fitting others."
         )

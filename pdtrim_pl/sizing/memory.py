@@ -114,12 +114,12 @@ def _step(student: Shape, teacher: Shape, layout: Layout, load: Load) -> int:
 def _untied(student: Shape, load: Load) -> tuple[int, int]:
     """Numbers of weights that stages have of their own, and of weights that train more than without them.
 
-    Where both stages have their own, the shared ones do not train. Of a KV-only block only projections train.
+    Where both stages have their own, the shared ones do not train. Of a KV-only block only projections train; where
+    they make queries too, these are not counted.
     """
-    prefill, decode = load.untied
-    own = (prefill + decode + load.untied_kv_only) * student.block
+    own = (sum(load.untied) + load.untied_kv_only) * student.block
     kv_only = load.untied_kv_only * 2 * student.kv * student.hidden
-    return own, max(prefill, decode) * student.block + kv_only
+    return own, min(sum(load.untied), student.blocks) * student.block + kv_only
 
 
 def _teacher_bytes(teacher: Shape, layout: Layout) -> int:

@@ -190,7 +190,7 @@ def load_of(
         narrowed_on=max((load.narrowed_on or examples for load in loads if load.narrowed_on is not None), default=0),
         widths_offered=max((load.widths_offered for load in loads), default=0),
         untied=(_untied(loads, "prefill"), _untied(loads, "decode")),
-        untied_kv_only=sum(load.untied_kv_only for load in loads),
+        untied_kv_only=sum(load.prefill_drops for load in loads) * any(load.refits_kv_only for load in loads),
         selection=selections[0] if selections else None,
         searches=bool(searches),
         search_cache_bytes=max(limit.base for limit in limits),

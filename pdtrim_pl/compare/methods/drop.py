@@ -33,18 +33,22 @@ class Drop(ReadsTrainingText):
             output of prefill's last block, so it need not be protected.
 
     Raises:
-        UserError: the relation does not allow this target.
+        UserError: the relation does not allow this target, or there are no keys and values to refit.
     """
 
     def __init__(
         self, criterion: Criterion, relation: Relation = "unified", target: Target = "both",
-        boundary: Boundary = "prefill", refit_tokens: int = 0,
-        guards: Guards | None = None,
+        boundary: Boundary = "prefill", refit_tokens: int = 0, guards: Guards | None = None,
     ) -> None:  # fmt: skip
         super().__init__(None, refit_tokens)
         only = ONLY_TARGET.get(relation, target)
         if target != only:
             raise UserError(f"`target: {target}` does not fit `relation: {relation}`: use `target: {only}`.")
+        if refit_tokens and (relation not in ("prefill_only", "free") or target != "prefill"):
+            raise UserError(
+                f"`refit_tokens: {refit_tokens}` refits keys and values of blocks that prefill alone loses: use "
+                "`target: prefill` and `relation: prefill_only` or `free`, or leave it out."
+            )
         self.criterion, self.relation, self.target, self.boundary = criterion, relation, target, boundary
         self.guards = guards
 
