@@ -21,7 +21,7 @@ from test_merging import batches
 from tiny_models import FAMILIES, tiny_model
 from torch import Tensor
 
-from callbacks import BlockDrop, ExportPair, KVRetention, Repair, WidthDrop
+from callbacks import BlockDrop, ExportPair, JointDrop, KVRetention, Repair, RequestShape, WidthDrop
 from pdtrim_pl.criteria import CosineRedundancy, ScoringContext
 from pdtrim_pl.data import Batch
 from pdtrim_pl.errors import UserError
@@ -29,11 +29,12 @@ from pdtrim_pl.export import load_plan_and_policy, load_stage
 from pdtrim_pl.models.architectures import architecture_of
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import STAGES, Boundary, StagePlan, Structure, Width
-from pdtrim_pl.search import Guards, refit_kv_only
+from pdtrim_pl.search import Guards, WidthMoves, refit_kv_only
 from pdtrim_pl.search.kv_only import RIDGES
 from pdtrim_pl.search.narrow import Narrowed
 from pdtrim_pl.selectors import MassSelector
 from pdtrim_pl.sizing.callback_load import check_callbacks
+from pdtrim_pl.sizing.cost import CostModel, CostTarget
 from pdtrim_pl.staged import Request, StagedCausalLM
 from pdtrim_pl.staged.description import reference_to
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_kv_refits
@@ -265,3 +266,27 @@ def test_refits_that_a_run_cannot_make_are_refused(tiny_llama_dir: Path, tmp_pat
     drops = [BlockDrop("prefill", CosineRedundancy(), {0: 1}, refit_examples=8)]
     with pytest.raises(UserError, match=r"BlockDrop would write fitted weights into blocks"):
         check_callbacks(drops, offline=False, adapters=True)
+
+
+def test_a_joint_search_ends_with_refits_of_the_blocks_that_prefill_alone_lost(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    target, moves = CostTarget(prefill_flops=0.6), WidthMoves(shares=(0.0,), examples=12)
+    drops = JointDrop(target, [0], RequestShape(16, 8), Guards(0, 0), annealing=None, width=moves)
+    seed_everything(0, verbose=False)
+    module = module_for(tiny_llama_dir, structure=Structure("free", "decode"))
+    trainer_for(tmp_path, [drops], max_epochs=1).fit(module, datamodule=data_for(tiny_llama_dir))
+    assert module.plan.kv_only
+    assert set(module.plan.untied["prefill"]) & set(module.plan.kv_only)
+    assert target.met(CostModel.of(module.student, 16, 8).shares(module.plan))
+
+
+def test_narrower_blocks_of_both_stages_refit_what_prefill_only_projects(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    module = module_for(tiny_llama_dir, structure=Structure("free"))
+    callbacks: list[Callback] = [
+        BlockDrop("prefill", CosineRedundancy(), {0: 1}),
+        WidthDrop("both", {0: 0.25}, repair=Repair(12)),
+    ]
+    trainer_for(tmp_path, callbacks, max_epochs=1).fit(module, datamodule=data_for(tiny_llama_dir))
+    assert module.plan.kv_only == module.plan.untied["prefill"] != ()
