@@ -65,7 +65,7 @@ EVERY = {
         first=ours("ReplaceSpan", relation="nested", share=0.4),
     ),
     "decode_width": ours(
-        "Narrow", start="shortgpt", criterion=criterion("LeastSquaresError"), repair_tokens=100, last_blocks=True,
+        "Narrow", start="shortgpt", criterion=criterion("LeastSquaresError"), repair_tokens=240, last_blocks=True,
         first=ours("ReplaceSpan", relation="nested", share=0.4),
     ),
     "mixed": ours("Mixed", start="shortgpt", repair_tokens=192, width={"shares": [0.0, 1.0]}, annealing=BRIEF),

@@ -126,7 +126,8 @@ def assert_same(found: Tensor, expected: Tensor, mask: Tensor) -> None:
 @given(data=st.data(), batch=batches())
 @torch.no_grad()
 def test_teacher_forced_logits_are_the_token_by_token_logits(family: str, data: st.DataObject, batch: Batch) -> None:
-    staged = data.draw(students(family))
+    # In fp64: rounding alone reaches 1e-4 in fp32 where random weights are badly conditioned.
+    staged = data.draw(students(family)).double()
     assert_same(forced(staged, batch), token_by_token(staged, batch), batch.response_mask)
 
 

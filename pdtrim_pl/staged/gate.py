@@ -166,14 +166,15 @@ class Gate(nn.Module):
         """The block whose weights `stage` uses under `plan`.
 
         An offer that fits a merge or the width of the plan comes first, then weights of the stage's own, then the
-        shared weights.
+        shared weights. A search tries plans whose own weights are not there yet: they would begin as the shared ones.
         """
         offered = self._offered(stage, plan)
         if offered is None:
             offered = self._offered_width(stage, plan)
         if offered is not None:
             return offered
-        return self.untied[stage] if self.index in plan.untied[stage] else self.block
+        own = self.index in plan.untied[stage] and stage in self.untied
+        return self.untied[stage] if own else self.block
 
     def _offered(self, stage: Stage, plan: StagePlan) -> nn.Module | None:
         merged = plan.merged[stage]
