@@ -18,7 +18,7 @@ from pdtrim_pl.errors import UserError
 from pdtrim_pl.evaluation.evaluator import SearchMemory
 from pdtrim_pl.merging import Merging
 from pdtrim_pl.module import PDTrimModule, evaluating
-from pdtrim_pl.plan import Stage, StagePlan, Target
+from pdtrim_pl.plan import WITH_KV_ONLY, Stage, StagePlan, Target
 from pdtrim_pl.search import Annealing, Guards, RoundSearch, anneal, choose_drops
 from pdtrim_pl.search.rounds import Removals
 from pdtrim_pl.sizing.callback_load import CallbackLoad
@@ -130,7 +130,7 @@ class BlockDrop(RemovalRounds):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PDTrimModule)
         plan = pl_module.plan
-        if self.refit_examples and plan.relation in ("nested", "unified"):
+        if self.refit_examples and plan.relation not in WITH_KV_ONLY:
             raise MisconfigurationException(
                 f"`refit_examples` of the {self.title} refits keys and values of blocks that prefill alone has lost, "
                 f"and under `relation: {plan.relation}` there are none. Leave it out, or use `prefill_only` or `free`."

@@ -19,6 +19,7 @@ from pdtrim_pl.plan.stages import (
     ONLY_TARGET,
     PARTS,
     STAGES,
+    WITH_KV_ONLY,
     Action,
     Boundary,
     ExportWidths,
@@ -35,8 +36,8 @@ from pdtrim_pl.plan.width import Width
 
 __all__ = [
     "BYTES_PER_ELEMENT", "FIRST_PLAN_FORMAT", "FIRST_POLICY_FORMAT", "KEEP_ALL", "NO_CODEC", "ONLY_TARGET", "PAIR_FILE",
-    "PAIR_FORMAT", "PARTS", "PLAN_FILE", "PLAN_FORMAT", "POLICY_FILE", "POLICY_FORMAT", "STAGES", "Action", "Boundary",
-    "Codec", "ExportWidths", "KVRetentionPolicy", "KVShape", "Layout", "ModelRef", "Move", "PairManifest", "Part",
-    "Relation", "Removal", "Retention", "Stage", "StagePlan", "Structure", "Target", "Width", "handled_positions",
-    "write_manifest",
+    "PAIR_FORMAT", "PARTS", "PLAN_FILE", "PLAN_FORMAT", "POLICY_FILE", "POLICY_FORMAT", "STAGES", "WITH_KV_ONLY",
+    "Action", "Boundary", "Codec", "ExportWidths", "KVRetentionPolicy", "KVShape", "Layout", "ModelRef", "Move",
+    "PairManifest", "Part", "Relation", "Removal", "Retention", "Stage", "StagePlan", "Structure", "Target", "Width",
+    "handled_positions", "write_manifest",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import get_args
 from pdtrim_pl.errors import UserError
 from pdtrim_pl.plan.planned_stages import PlannedStages
 from pdtrim_pl.plan.stages import ONLY_TARGET, PARTS, STAGES, Removal, Stage, Target
+from pdtrim_pl.plan.validity import used_blocks
 from pdtrim_pl.plan.width import Width
 
 
@@ -64,14 +65,13 @@ class StagePlan(PlannedStages):
                 )
             kept[stage] = tuple(other for other in kept[stage] if other != block)
             entries.append(Removal(round, stage, "drop", block, criterion, score))
-        # What prefill runs no more, it projects by the weights that it has.
-        used = {"prefill": {*kept["prefill"], *kept["decode"]}, "decode": set(kept["decode"])}
         return replace(
             self,
             prefill=kept["prefill"],
             decode=kept["decode"],
             merged={s: {k: v for k, v in self.merged[s].items() if k in kept[s]} for s in STAGES},
-            untied={s: tuple(b for b in self.untied[s] if b in used[s]) for s in STAGES},
+            # What prefill runs no more, it projects by the weights that it has.
+            untied={s: tuple(b for b in self.untied[s] if b in used_blocks(s, kept)) for s in STAGES},
             history=self.history + tuple(entries),
             widths={s: {k: v for k, v in self.widths[s].items() if k in kept[s]} for s in STAGES},
         )

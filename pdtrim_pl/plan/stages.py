@@ -23,6 +23,8 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 PARTS: tuple[Part, ...] = get_args(Part)
 ONLY_TARGET: Mapping[Relation, Target] = MappingProxyType({"unified": "both", "prefill_only": "prefill"})
 """Relations that allow only one target of removals -> that target."""
+WITH_KV_ONLY: tuple[Relation, ...] = ("prefill_only", "free")
+"""Relations under which decode may run blocks that prefill does not."""
 
 
 @dataclass(frozen=True)

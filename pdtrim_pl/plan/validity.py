@@ -23,8 +23,7 @@ def plan_faults(
         faults.append(f"`boundary` is {boundary!r}, not one of {', '.join(get_args(Boundary))}")
     for stage in STAGES:
         faults += _stage_faults(stage, num_blocks, blocks[stage], merged.get(stage, {}))
-        used = {*blocks[stage], *(blocks["decode"] if stage == "prefill" else ())}  # KV-only blocks too
-        if stray := [block for block in untied.get(stage, ()) if block not in used]:
+        if stray := [block for block in untied.get(stage, ()) if block not in used_blocks(stage, blocks)]:
             faults.append(f"`untied.{stage}` names {stray}, which that stage does not run")
     faults += _relation_faults(num_blocks, set(blocks["prefill"]), set(blocks["decode"]), relation)
     for name, mapping in (("merged", merged), ("untied", untied)):
@@ -32,6 +31,11 @@ def plan_faults(
         if unknown:
             faults.append(f"`{name}` names the unknown stage(s) {unknown}")
     return faults
+
+
+def used_blocks(stage: Stage, blocks: Mapping[Stage, tuple[int, ...]]) -> set[int]:
+    """The blocks whose weights a stage uses: those that it runs, and in prefill those that it only projects."""
+    return {*blocks[stage], *(blocks["decode"] if stage == "prefill" else ())}
 
 
 def _relation_faults(num_blocks: int, prefill: set[int], decode: set[int], relation: Relation) -> Iterable[str]:

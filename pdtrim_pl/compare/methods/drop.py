@@ -10,7 +10,7 @@ from pdtrim_pl.compare.found import Found
 from pdtrim_pl.compare.method import ReadsTrainingText
 from pdtrim_pl.criteria import Criterion
 from pdtrim_pl.errors import UserError
-from pdtrim_pl.plan import ONLY_TARGET, Boundary, Relation, StagePlan, Target
+from pdtrim_pl.plan import ONLY_TARGET, WITH_KV_ONLY, Boundary, Relation, StagePlan, Target
 from pdtrim_pl.search import Guards, refit_kv_only
 from pdtrim_pl.search.choose import choose_drops
 
@@ -44,7 +44,7 @@ class Drop(ReadsTrainingText):
         only = ONLY_TARGET.get(relation, target)
         if target != only:
             raise UserError(f"`target: {target}` does not fit `relation: {relation}`: use `target: {only}`.")
-        if refit_tokens and (relation not in ("prefill_only", "free") or target != "prefill"):
+        if refit_tokens and (relation not in WITH_KV_ONLY or target != "prefill"):
             raise UserError(
                 f"`refit_tokens: {refit_tokens}` refits keys and values of blocks that prefill alone loses: use "
                 "`target: prefill` and `relation: prefill_only` or `free`, or leave it out."
