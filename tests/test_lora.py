@@ -30,7 +30,7 @@ from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.plan import STAGES, KVRetentionPolicy, Retention, Stage, Width
 from pdtrim_pl.search import Guards
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.lora import LoRA, LowRank, adapters_of
+from pdtrim_pl.staged.lora import BlockAdapters, LoRA, adapters_of, merged
 from pdtrim_pl.staged.lora import without_adapters as bare
 from pdtrim_pl.strategies import PDTrimDeepSpeedStrategy, PDTrimFSDPStrategy, check_trainable
 
@@ -56,6 +56,13 @@ def adapter_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in student.named_parameters() if ".adapters." in name}
 
 
+def product(adapter: nn.Module) -> Tensor:
+    """What a trained adapter of rank 4 adds to its layer's weight before it is scaled, [O, I]."""
+    down, up = adapter.parameters()
+    assert down.shape[0] == up.shape[1] == 4
+    return up @ down
+
+
 def outputs(student: StagedCausalLM) -> Tensor:
     with torch.no_grad():
         hidden = student(*batch().request).hidden[batch().response_mask]
@@ -79,10 +86,10 @@ def test_new_adapters_change_nothing_and_trained_ones_do(settings: LoRA) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_copy_with_merged_adapters_computes_what_the_student_computes(family: str, settings: LoRA) -> None:
     student = adapted_model(settings, family)
-    merged = without_adapters(student)
-    assert not adapter_parameters(merged)
-    assert merged.plan.untied["decode"] == (() if settings.tied else student.plan.decode)
-    torch.testing.assert_close(outputs(merged), outputs(student), atol=2e-4, rtol=2e-4)
+    whole = without_adapters(student)
+    assert not adapter_parameters(whole)
+    assert whole.plan.untied["decode"] == (() if settings.tied else student.plan.decode)
+    torch.testing.assert_close(outputs(whole), outputs(student), atol=2e-4, rtol=2e-4)
 
 
 @APART
@@ -98,15 +105,15 @@ def test_the_copy_of_a_narrow_student_with_weights_of_its_own_in_a_stage_compute
 @APART
 def test_every_weight_of_the_copy_is_the_weight_plus_the_product_of_its_adapter(settings: LoRA) -> None:
     student = adapted_model(settings)
-    merged = without_adapters(student)
+    whole = without_adapters(student)
     for stage in STAGES:
         for index in student.plan.blocks(stage):
-            theirs = merged.gates[index].weights(stage, merged.plan).state_dict()
+            theirs = whole.gates[index].weights(stage, whole.plan).state_dict()
             adapters = adapters_of(student.gates[index].adapters, stage)
             assert len(adapters) == 7, "attention and MLP"
             for name, weight in student.gates[index].block.state_dict().items():
                 adapter = adapters.get(name.removesuffix(".weight"))
-                wanted = weight if adapter is None else weight + 2.0 * adapter.up @ adapter.down
+                wanted = weight if adapter is None else weight + 2.0 * product(adapter)
                 torch.testing.assert_close(theirs[name], wanted)
 
 
@@ -130,7 +137,7 @@ def test_only_adapters_of_blocks_that_run_get_gradients(settings: LoRA, recomput
         names = adapters_of(student.gates[index].adapters, stage)
         kept = [n for n in names if not projects or n.endswith(("k_proj", "v_proj"))]
         owner = "both" if settings.tied else stage
-        return {f"{owner}.layers.{n.replace('.', ':')}.{part}" for n in kept for part in ("down", "up")}
+        return {f"{owner}.layers.{n}.lora_{part}.adapter.weight" for n in kept for part in "AB"}
 
     wanted = {
         f"model.model.layers.{index}.adapters.{name}"
@@ -161,9 +168,50 @@ def test_adapters_are_in_fp32_beside_weights_of_any_type() -> None:
     assert outputs(student).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0.0}])
-def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"give a rank of at least 1 and a positive alpha"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_an_adapter_of_peft_adds_its_scaled_product_to_the_output_that_is_given(
+    stabilized: bool, dtype: torch.dtype
+) -> None:
+    """What we rely on: peft passes on the output, adds to it, and merges the same."""
+    block = nn.ModuleDict({"proj": nn.Linear(6, 5)}).to(dtype)
+    (adapter,) = BlockAdapters(block, LoRA(4, 8.0, rank_stabilized=stabilized)).by_name().values()
+    down, up = adapter.parameters()
+    up.data = torch.randn(5, 4)
+    inputs, out = torch.randn(2, 3, 6, dtype=dtype), torch.randn(2, 3, 5, dtype=dtype)
+    scale = 4.0 if stabilized else 2.0
+    wanted = out.float() + scale * inputs.float() @ down.t() @ up.t()
+    torch.testing.assert_close(adapter(inputs, out), wanted.to(dtype))
+    weight = block["proj"].weight
+    torch.testing.assert_close(merged(adapter, weight), (weight.float() + scale * up @ down).to(dtype))
+
+
+def test_adapters_stand_beside_the_layers_that_are_named() -> None:
+    student = StagedCausalLM(tiny_model("llama"))
+    student.train_only(LoRA(4, targets=("q_proj", "mlp.up_proj")))
+    names = {tuple(adapters_of(gate.adapters, "decode")) for gate in student.gates.values()}
+    assert names == {("self_attn.q_proj", "mlp.up_proj")}
+    assert len(adapter_parameters(student)) == 4 * 2 * 2
+    with pytest.raises(ValueError, match=r"`targets: \['proj', 'mlp'\]`, and no linear layer .* self_attn.q_proj, "):
+        student.train_only(LoRA(targets=("proj", "q_proj", "mlp")))
+
+
+def test_dropout_hides_inputs_from_adapters_in_training_alone() -> None:
+    student, plain = adapted_model(LoRA(4, 8.0, dropout=0.5)), adapted_model(LoRA(4, 8.0))
+    assert torch.equal(outputs(student), outputs(plain))
+    assert (outputs(student.train()) - outputs(plain.train())).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "give a rank of at least 1 and a positive alpha"),
+        ({"alpha": 0.0}, "give a rank of at least 1 and a positive alpha"),
+        ({"dropout": 1.0}, "`dropout: 1.0`: give a share of at least 0 and below 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LoRA(**settings)
 
 
@@ -220,9 +268,8 @@ def test_a_run_trains_adapters_alone_and_exports_what_it_trained(
     for index in plan.decode:
         adapters = adapters_of(gates[index].adapters, "decode")
         for name, adapter in adapters.items():
-            assert isinstance(adapter, LowRank)
             found = pair.gates[index].block.get_submodule(name).weight
-            torch.testing.assert_close(found, adapter.merged(gates[index].block.get_submodule(name).weight))
+            torch.testing.assert_close(found, merged(adapter, gates[index].block.get_submodule(name).weight))
     again = tmp_path / "again"
     export_checkpoint(tmp_path / "checkpoints" / "epoch=1.ckpt", again, dtype="float32")
     for stage in STAGES:
@@ -272,7 +319,7 @@ def test_the_frozen_base_may_be_in_16_bits(precision: Any, tiny_llama_dir: Path,
     assert module.student.lora == LoRA()
     assert module.student.model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert {p.dtype for p in adapter_parameters(module.student).values()} == {torch.float32}
-    assert all(p.abs().max() > 0 for name, p in adapter_parameters(module.student).items() if name.endswith("up"))
+    assert all(p.abs().max() > 0 for name, p in adapter_parameters(module.student).items() if ".lora_B." in name)
 
 
 def test_only_the_norms_train(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pdtrim_pl.export.checkpoints import cast
 from pdtrim_pl.export.verify import rounded_copy
 from pdtrim_pl.plan import STAGES
 from pdtrim_pl.staged import StagedCausalLM
-from pdtrim_pl.staged.lora import Adapters, adapters_of
+from pdtrim_pl.staged.lora import Adapters, adapters_of, merged
 
 
 def without_adapters(staged: StagedCausalLM) -> StagedCausalLM:
@@ -54,5 +54,5 @@ def _merged(module: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
     """The weights of a module, with adapters in them."""
     state: dict[str, Tensor] = {name: x.detach() for name, x in module.state_dict().items()}
     for name, adapter in adapters.items():
-        state[f"{name}.weight"] = adapter.merged(state[f"{name}.weight"]).detach()
+        state[f"{name}.weight"] = merged(adapter, state[f"{name}.weight"]).detach()
     return state
