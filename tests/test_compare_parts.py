@@ -30,6 +30,7 @@ from pdtrim_pl.models.pretrained import load_tokenizer
 from pdtrim_pl.plan import STAGES
 from pdtrim_pl.search import Annealing, Guards
 from pdtrim_pl.staged import Request, StagedCausalLM
+from pdtrim_pl.strategies.layer_rates import LayerRates
 
 NO_GUARDS = Guards(0, 0)
 
@@ -269,6 +270,21 @@ def test_a_share_of_the_budget_leaves_the_rest_to_distillation(bench: Bench) -> 
     assert 0 < moved[1] < 0.5 * moved[0]
     with pytest.raises(ValueError, match=r"`rate` is 0: give a positive factor of the learning rate"):
         Distilled("span", rate=0)
+
+
+def test_rates_may_fall_with_the_distance_from_what_left(bench: Bench) -> None:
+    start = Found(bench.full("nested").drop("decode", 3).drop("prefill", 3))
+    before = dict(bench.student(start).named_parameters())
+
+    def moved(rates: LayerRates | None) -> set[str]:
+        after = Distilled("start", layer_rates=rates).find(bench, start, 1).weights
+        return {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+
+    everything, near = moved(None), moved(LayerRates(decay=1e-12, floor=0.0))
+    assert near == {
+        name for name in everything if "embed" not in name and ".layers.0." not in name and ".layers.1." not in name
+    }
+    assert near < everything
 
 
 def test_keys_and_values_of_dropped_blocks_are_refitted_within_the_budget(bench: Bench) -> None:

@@ -30,6 +30,7 @@ from pdtrim_pl.search.merges import neighbours
 from pdtrim_pl.sizing.cost import CostModel, CostTarget
 from pdtrim_pl.staged import StagedCausalLM
 from pdtrim_pl.staged.description import reference_to
+from pdtrim_pl.strategies.layer_rates import LayerRates
 
 log = logging.getLogger(__name__)
 
@@ -181,13 +182,14 @@ class Bench:
             if name not in own or not torch.equal(weight.to(own[name].dtype), own[name])
         }
 
-    def distil(self, found: Found, tokens: int, rate: float = 1.0) -> Found:
+    def distil(self, found: Found, tokens: int, rate: float = 1.0, layer_rates: LayerRates | None = None) -> Found:
         """Train a result on at most `tokens` tokens. The training does not count as search cost.
 
         Args:
             found: the result to train.
             tokens: maximum number of prompt and response tokens.
             rate: factor of the optimizer's learning rate.
+            layer_rates: further factors by block; None for none.
         """
         with self.unmetered(), torch.enable_grad():
             student = self.student(found, dtype="float32")
@@ -196,7 +198,9 @@ class Bench:
                 tokens, settings.batch_size, settings.prompt, skip=found.trained_tokens
             )
             log.info("  training on %d tokens", seen)
-            weights = distil(student, self.teacher, batches, self.training, self.subject, self.folder, rate)
+            weights = distil(
+                student, self.teacher, batches, settings, self.subject, self.folder, rate, layer_rates
+            )
             self.teacher.to(self.device)  # Lightning leaves what it has trained on the CPU
         return Found(found.plan, found.policy, {**found.weights, **weights}, found.trained_tokens + seen)
 

@@ -19,6 +19,7 @@ from pdtrim_pl.data import Batch
 from pdtrim_pl.models.loading import warn_of_slow_bf16
 from pdtrim_pl.module import PDTrimModule
 from pdtrim_pl.staged import StagedCausalLM
+from pdtrim_pl.strategies.layer_rates import LayerRates
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class _Lines(Callback):
 
 def distil(
     student: StagedCausalLM, teacher: StagedCausalLM, batches: Sequence[Batch], training: Training, subject: Subject,
-    folder: Path, rate: float = 1.0,
+    folder: Path, rate: float = 1.0, layer_rates: LayerRates | None = None,
 ) -> Mapping[str, Tensor]:  # fmt: skip
     """Train a student on every batch once.
 
@@ -49,6 +50,7 @@ def distil(
         subject: the model, for its device.
         folder: root folder of Lightning.
         rate: factor of the optimizer's learning rate.
+        layer_rates: further factors by block; None for none.
 
     Returns:
         The trained weights by name, on the CPU.
@@ -56,7 +58,7 @@ def distil(
     steps = len(batches)
     module = PDTrimModule(
         subject.name, training.losses, training.optimizer,
-        lr_scheduler=lambda optimizer: training.schedule(optimizer, steps, rate),
+        lr_scheduler=lambda optimizer: training.schedule(optimizer, steps, rate), layer_rates=layer_rates,
     )  # fmt: skip
     warn_of_slow_bf16(subject.device, training.precision)
     if training.freeze_embeddings:
