@@ -197,17 +197,16 @@ class ExportPair(Callback, TellsLoad):
             return None
         # One model in one element type under both plans, so the ratio is of blocks alone.
         plan = replace(module.plan, untied={})
-        sliced = None
-        if any(plan.widths.values()):
-            if plan.kv_only:
-                log.info("No times: a narrow prefill stage with KV-only blocks runs only as an export. Time that.")
-                return None
-            sliced = {stage: sliced_stage(base, plan, stage) for stage in STAGES}
-            for model in sliced.values() if module.loading.liger else ():
-                use_liger(model.model)
+        narrow = {stage for stage in STAGES if plan.widths[stage]}
+        if "prefill" in narrow and plan.kv_only:
+            log.info("No times: a narrow prefill stage with KV-only blocks runs only as an export. Time that.")
+            return None
+        models = {stage: sliced_stage(base, plan, stage) if stage in narrow else base for stage in STAGES}
+        for stage in narrow if module.loading.liger else ():
+            use_liger(models[stage].model)
         return measure_timing(
             base, plan=plan, policy=module.policy, prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens,
-            sliced=sliced,
+            sliced=models if narrow else None,
         )  # fmt: skip
 
 

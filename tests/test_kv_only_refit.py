@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -226,10 +226,12 @@ def removals() -> list[Callback]:
     ]
 
 
-def free(folder: Path, model: Path, ckpt_path: Path | None = None) -> PDTrimModule:
+def free(
+    folder: Path, model: Path, ckpt_path: Path | None = None, removing: Callable[[], list[Callback]] = removals
+) -> PDTrimModule:
     seed_everything(0, verbose=False)
     module = module_for(model, structure=Structure("free"))
-    callbacks = [*removals(), ExportPair(folder / "export", "float32")]
+    callbacks = [*removing(), ExportPair(folder / "export", "float32", new_tokens=2)]
     trainer_for(folder, callbacks).fit(module, datamodule=data_for(model), ckpt_path=ckpt_path)
     return module
 
@@ -251,6 +253,22 @@ def test_a_run_refits_exports_and_goes_on_from_a_checkpoint(tiny_llama_dir: Path
         assert again.record.losses == whole.record.losses
         theirs = whole.state_dict()
         assert all(torch.equal(value, theirs[name]) for name, value in again.state_dict().items())
+
+
+def apart() -> list[Callback]:
+    """Prefill loses a block, and decode loses channels."""
+    first = BlockDrop("prefill", CosineRedundancy(), {0: 1}, Guards(1, 1), refit_examples=12)
+    return [first, WidthDrop("decode", {0: 0.25}, repair=Repair(12))]
+
+
+@pytest.mark.parametrize(("removing", "timed"), [(apart, True), (removals, False)])
+def test_a_report_has_times_unless_narrow_blocks_of_prefill_stand_beside_kv_only_ones(
+    removing: Callable[[], list[Callback]], timed: bool, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    module = free(tmp_path, tiny_llama_dir, removing=removing)
+    assert module.plan.kv_only
+    assert module.plan.widths["decode" if timed else "prefill"]
+    assert ("prefill ms/token" in (tmp_path / "export" / "README.md").read_text()) == timed
 
 
 def test_refits_that_a_run_cannot_make_are_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:

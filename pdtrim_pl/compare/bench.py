@@ -198,9 +198,7 @@ class Bench:
                 tokens, settings.batch_size, settings.prompt, skip=found.trained_tokens
             )
             log.info("  training on %d tokens", seen)
-            weights = distil(
-                student, self.teacher, batches, settings, self.subject, self.folder, rate, layer_rates
-            )
+            weights = distil(student, self.teacher, batches, settings, self.subject, self.folder, rate, layer_rates)
             self.teacher.to(self.device)  # Lightning leaves what it has trained on the CPU
         return Found(found.plan, found.policy, {**found.weights, **weights}, found.trained_tokens + seen)
 

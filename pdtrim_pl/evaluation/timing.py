@@ -89,7 +89,8 @@ def measure_timing(
         batch_size: number of requests in the batch.
         repeats: number of timed repeats of each variant.
         seed: seed of the random token ids.
-        sliced: per stage, a model that is as narrow as its blocks are under the trimmed plan, for that variant.
+        sliced: per stage, a model that is as narrow as its blocks are under the trimmed plan, for that variant;
+            `model` itself for a stage whose blocks are not narrow.
 
     Raises:
         UserError: a count is below 1, or there are more tokens than the model's context holds.
