@@ -20,6 +20,7 @@ with the plain recipe too, on the same tokens as given responses. `tokens_per_se
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -146,7 +147,22 @@ def main() -> int:
 
 
 def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
-    """The figures for one length."""
+    """The figures for one length. Memory is measured when the models that were timed are gone."""
+    found = timed(options, tokens)
+    gc.collect()
+    start_of_peak(device_of(options))  # gives back what the allocator has kept
+    memory = {side: measured_alone(options, tokens, side) for side in ("ours", "plain")}
+    found |= {
+        "memory_mib": memory["ours"], "plain_memory_mib": memory["plain"],
+        "memory_ratio": memory["ours"] / memory["plain"],
+    }  # fmt: skip
+    if options.trl:
+        found["memory_vs_trl"] = memory["ours"] / measured_alone(options, tokens, "trl")
+    return found
+
+
+def timed(options: argparse.Namespace, tokens: int) -> dict[str, float]:
+    """The figures of time for one length."""
     seed_everything(0, verbose=False)
     turns = Turns(Plain(options))
     train(options, tokens, turns)
@@ -155,7 +171,6 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     ratios = sorted(plain / ours for ours, plain in counted)
     offline = Turns(turns.plain)
     train(options, tokens, offline, offline=True)
-    memory = {side: measured_alone(options, tokens, side) for side in ("ours", "plain")}
     trained = options.batch_size * tokens
     found = {
         "tokens": tokens,
@@ -165,17 +180,11 @@ def row_of(options: argparse.Namespace, tokens: int) -> dict[str, float]:
         "least_ratio": ratios[0],
         "largest_ratio": ratios[-1],
         "offline_ratio": median(plain / ours for ours, plain in offline.seconds[warmup:]),
-        "memory_mib": memory["ours"],
-        "plain_memory_mib": memory["plain"],
-        "memory_ratio": memory["ours"] / memory["plain"],
         "largest_loss_difference": max(abs(ours - theirs) for ours, theirs in turns.losses),
     }
     if options.trl:
-        seconds = trl_turns(options, tokens, turns.plain)[1:]
-        memory_of_trl = measured_alone(options, tokens, "trl")
-        found["trl_ratio"] = median(plain / theirs for theirs, plain in seconds)
+        found["trl_ratio"] = median(plain / theirs for theirs, plain in trl_turns(options, tokens, turns.plain)[1:])
         found["tokens_per_second_vs_trl"] = found["tokens_per_second_ratio"] / found["trl_ratio"]
-        found["memory_vs_trl"] = memory["ours"] / memory_of_trl
     return found
 
 

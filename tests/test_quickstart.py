@@ -24,8 +24,7 @@ def shortened(folder: Path) -> tuple[Path, Path]:
         "parts": {"max_train": 4, "validation": 1, "calibration": 2}, "batch_size": 4,
         "lengths": {"max_length": 40, "min_prompt": 24, "max_prompt": 32},
     }  # fmt: skip
-    callbacks = {each["class_path"]: each for each in config["trainer"]["callbacks"]}  # of BlockDrop, that of decode
-    callbacks["callbacks.BlockDrop"]["init_args"]["criterion"]["init_args"]["pool"] = 3
+    callbacks = {each["class_path"]: each for each in config["trainer"]["callbacks"]}
     callbacks["callbacks.WidthDrop"]["init_args"]["repair"]["examples"] = 4
     selector = callbacks["callbacks.KVRetention"]["init_args"]["selector"]["init_args"]
     selector |= {"effort": {"examples": 1}, "min_recall": 0.0}  # the recall of one example says nothing
@@ -72,8 +71,8 @@ def test_the_quickstart_exports_a_pair_that_talks_and_can_be_run_again(tmp_path:
 
     export = tmp_path / "runs" / "quickstart" / "export"
     plan, policy = load_plan_and_policy(export)
-    assert (len(plan.prefill), len(plan.decode)) == (30, 29)
-    assert plan.widest("decode") == plan.widest("prefill") == {"channels": 1263}
+    assert (len(plan.prefill), len(plan.decode)) == (30, 30)
+    assert plan.widest("decode") == plan.widest("prefill") == {"channels": 1203}
     assert policy.reduction(plan, [256])[0]["ratio"] >= 2.5
     for name in ("stage_plan.json", "kv_policy.json"):
         validate_file(export / name)
