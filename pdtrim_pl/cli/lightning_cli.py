@@ -33,7 +33,7 @@ class SaveResolvedConfig(SaveConfigCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, PDTrimModule)
-        pl_module.run_config = self.parser.dump(self.config, skip_unset=False)
+        pl_module.run_config = self.parser.dump(self.config, skip_none=False)  # 4.49 knows no `skip_unset`
         super().setup(trainer, pl_module, stage)
 
 
@@ -69,7 +69,7 @@ class PDTrimCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit" and kwargs.get("ckpt_path") == "last":
-            settings = self._parser(subcommand).dump(self.config[subcommand], skip_unset=False)
+            settings = self._parser(subcommand).dump(self.config[subcommand], skip_none=False)
             kwargs["ckpt_path"] = self.model.found_checkpoint = _furthest_checkpoint(self.trainer, self.model, settings)
         return kwargs
 
