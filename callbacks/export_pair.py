@@ -206,7 +206,7 @@ class ExportPair(Callback, TellsLoad):
             use_liger(models[stage].model)
         return measure_timing(
             base, plan=plan, policy=module.policy, prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens,
-            sliced=models if narrow else None,
+            sliced=models,
         )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def test_only_adapters_of_blocks_that_run_get_gradients(settings: LoRA, recomput
         names = adapters_of(student.gates[index].adapters, stage)
         kept = [n for n in names if not projects or n.endswith(("k_proj", "v_proj"))]
         owner = "both" if settings.tied else stage
-        return {f"{owner}.layers.{n}.lora_{part}.adapter.weight" for n in kept for part in "AB"}
+        return {f"{owner}.layers.{n.replace('.', ':')}.lora_{part}.adapter.weight" for n in kept for part in "AB"}
 
     wanted = {
         f"model.model.layers.{index}.adapters.{name}"

@@ -119,28 +119,21 @@ class BlockAdapters(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
 
         super().__init__()
-        layers = settings.layers_in(block)
-        self.names = tuple(layers)
-        self.layers = nn.Module()
-        self.layers.hf_device_map = {"": next(block.parameters()).device}  # type: ignore[assignment]  # peft asks for it
-        for name, layer in layers.items():
-            *path, last = name.split(".")
-            place = self.layers
-            for part in path:
-                if part not in dict(place.named_children()):
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
-            place.add_module(last, _Given(layer))
+        device = next(block.parameters()).device
+        self.layers = nn.ModuleDict(
+            {name.replace(".", ":"): _Given(layer) for name, layer in settings.layers_in(block).items()}
+        )
+        self.layers.hf_device_map = {"": device}  # type: ignore[assignment]  # peft asks, and there are no parameters
         config = LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,  # type: ignore[arg-type]
-            use_rslora=settings.rank_stabilized, target_modules=list(layers),
+            use_rslora=settings.rank_stabilized, target_modules=list(self.layers),
         )  # fmt: skip
         inject_adapter_in_model(config, self.layers, adapter_name=_NAME)
-        self.layers.to(next(block.parameters()).device)  # peft leaves adapters of a block on `meta` on the CPU
+        self.layers.to(device)  # peft leaves adapters of a block on `meta` on the CPU
 
-    def by_name(self) -> dict[str, Adapter]:
+    def by_name(self) -> Adapters:
         """Name of a layer in the block -> its adapter: inputs [T, I] and the layer's output [T, O] -> [T, O]."""
-        found: dict[str, Any] = {name: self.layers.get_submodule(name) for name in self.names}
+        found: dict[str, Any] = {name.replace(":", "."): layer for name, layer in self.layers.items()}
         return found
 
 
@@ -149,7 +142,7 @@ def merged(adapter: Adapter, weight: Tensor) -> Tensor:
     return (weight.float() + adapter.get_delta_weight(_NAME)).to(weight.dtype)
 
 
-Adapters = Mapping[str, Any]
+Adapters = Mapping[str, "Adapter"]
 """Name of a layer in a block -> its adapter."""
 _NONE: Adapters = MappingProxyType({})
 _ADAPTERS: ContextVar[Adapters] = ContextVar("adapters", default=_NONE)
